@@ -1,0 +1,60 @@
+"""What the hook does to lm-eval: register our models lazily, index our tasks.
+
+The one place that touches harness names which are not public. Tried with lm-eval 0.4.13;
+`tests/test_registration.py` fails when one of them changes.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+TASKS = Path(__file__).parent / "tasks"
+
+# The same rows as [project.entry-points."lm_eval.models"] in pyproject.toml (a test compares them).
+# A table, because scanning installed metadata at every `import lm_eval.models` costs tens of milliseconds.
+MODELS = {
+    "vllm_nvfp4": "lmeval_ext.models.vllm_nvfp4:VLLMQuantized",
+    "hf_quant": "lmeval_ext.models.hf_quant:HFQuantized",
+    "llamacpp": "lmeval_ext.models.llamacpp:LlamaCpp",
+}
+
+
+def register_models(_module: ModuleType) -> None:
+    """Register our models, lazily, after the harness registered its own.
+
+    Does nothing where the harness reads entry points itself (`load_plugins`, merged upstream in
+    August 2026), and leaves a name alone that the harness already owns.
+    """
+    from lm_eval.api import registry
+
+    from lmeval_ext.errors import install_excepthook
+
+    install_excepthook()
+    if hasattr(registry, "load_plugins"):
+        return
+    for name, target in MODELS.items():
+        if name not in registry.model_registry:
+            registry.model_registry.register(name, target=target)
+
+
+def register_tasks(manager: ModuleType) -> None:
+    """Index our task folder wherever the harness indexes its default tasks.
+
+    Our folder goes *before* the harness' own, and later folders win there: a task name that upstream
+    or the user's `--include_path` owns stays theirs.
+    """
+    index: Any = manager.TaskIndex
+    defaults = Path(manager.__file__ or "").parent
+    build = index.build
+
+    @functools.wraps(build)
+    def build_with_ours(paths: Any, *args: Any, **kwargs: Any) -> Any:
+        paths = list(paths)
+        if defaults in paths and TASKS not in paths:
+            paths.insert(0, TASKS)
+        return build(paths, *args, **kwargs)
+
+    index.build = staticmethod(build_with_ours)
