@@ -1,0 +1,93 @@
+"""The contract between tasks and models: a window to score, and its scores.
+
+A `WindowRequest` is an `Instance` of the harness that is also the triple `(None, context_ids,
+continuation_ids)`. Its request type names the harness' own method `_loglikelihood_tokens`, which
+`evaluate()` looks up on the model by name, so *every* token-level model of the harness scores it: stock
+models answer `(loglikelihood, is_greedy)`, ours a `WindowScores`, which begins with the same two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from lm_eval.api.instance import Instance
+
+# Underscored in lm-eval 0.4.13, but the method that TemplateLM declares abstract and every token-level
+# model implements; tests/test_requests.py fails when it goes.
+REQUEST_TYPE = "_loglikelihood_tokens"
+
+
+@dataclass
+class WindowRequest(Instance):
+    """One window: `arguments` = (description, context ids, continuation ids); see the module's docstring."""
+
+    @property
+    def context_ids(self) -> list[int]:
+        """Tokens that are seen only; at least one."""
+        return self.arguments[1]
+
+    @property
+    def target_ids(self) -> list[int]:
+        """Tokens that are scored, each given all before it; at least one."""
+        return self.arguments[2]
+
+    @property
+    def ids(self) -> list[int]:
+        """The whole window."""
+        return self.context_ids + self.target_ids
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """What --log_samples writes: the description; ids would double the file and are fingerprinted anyway."""
+        return (self.arguments[0],)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((None, self.context_ids, self.target_ids))
+
+    def __getitem__(self, item: int | slice) -> Any:
+        return (None, self.context_ids, self.target_ids)[item]
+
+    def __len__(self) -> int:
+        return 3
+
+
+def window_request(
+    description: str, ids: list[int], n_context: int, doc: dict[str, Any], metadata: Any
+) -> WindowRequest:
+    """A request to score `ids[n_context:]`, each token given all before it."""
+    return WindowRequest(
+        request_type=REQUEST_TYPE,
+        doc=doc,
+        arguments=(description, ids[:n_context], ids[n_context:]),
+        idx=0,
+        metadata=metadata,
+    )
+
+
+class WindowScores(NamedTuple):
+    """A model's answer for one window, JSON-ready for --log_samples.
+
+    loglikelihood: float64 sum, natural log. is_greedy: all targets are the model's first choice.
+    logprobs: float32 values, one a target. greedy: whether each target is the model's first choice.
+    """
+
+    loglikelihood: float
+    is_greedy: bool
+    logprobs: list[float]
+    greedy: list[bool]
+
+    @classmethod
+    def of(cls, logprobs: npt.ArrayLike, greedy: npt.ArrayLike) -> WindowScores:
+        """From arrays of one value a target."""
+        values = np.asarray(logprobs, dtype=np.float32)
+        matches = np.asarray(greedy, dtype=bool)
+        if values.shape != matches.shape or values.ndim != 1:
+            raise ValueError(f"logprobs {values.shape} and greedy {matches.shape} must be equal and flat")
+        total = float(values.sum(dtype=np.float64))
+        # The shortest decimal that is this float32: nothing is lost, and the file is half as long
+        shortest = [float(str(v)) for v in values]
+        return cls(total, bool(matches.all()), shortest, matches.tolist())

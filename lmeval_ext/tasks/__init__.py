@@ -1,0 +1,1 @@
+"""Perplexity tasks: one YAML file a task, and the one Task class behind them."""

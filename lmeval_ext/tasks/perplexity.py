@@ -1,0 +1,218 @@
+"""The Task class behind `wiki2_strided`, `wiki2_llamacpp`, `wiki2_gptq`, `wiki2_sliding`, `sample_strided`.
+
+A document is one window; a request hands its token ids to the model; the aggregates are perplexity, top-1
+accuracy and bits per byte, each with a standard error; what they are of stands in the result's metadata.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from lm_eval.api.task import Task, TaskConfig
+from lm_eval.filters import build_filter_ensemble
+
+from lmeval_ext import corpus, metrics
+from lmeval_ext.errors import UserError
+from lmeval_ext.metrics import WindowSum
+from lmeval_ext.requests import REQUEST_TYPE, WindowRequest, WindowScores, window_request
+from lmeval_ext.tasks.settings import Settings, check_context
+from lmeval_ext.tokens import load_tokenizer, tokenize
+from lmeval_ext.windows import PROTOCOLS, Window, fingerprint, scored_spans, window_ids
+
+logger = logging.getLogger(__name__)
+
+# The harness writes "N/A" as the standard error of an aggregation that it does not know. A metric called
+# METRIC_stderr, reported after METRIC, takes that place (lm_eval.evaluator_utils, 0.4.13).
+_STDERR = "_stderr"
+_UNKNOWN = "N/A"  # the harness' own word; its table can print no null
+
+_STATISTICS: dict[str, tuple[Callable[[Sequence[WindowSum]], float | None], bool]] = {
+    # metric: (aggregate, higher is better)
+    "token_perplexity": (metrics.perplexity, False),
+    "top1_accuracy": (metrics.accuracy, True),
+    "bits_per_byte": (metrics.bits_per_byte, False),
+}
+
+
+class PerplexityTask(Task):
+    """Perplexity of a text under a protocol of `lmeval_ext.windows`.
+
+    config: the task's YAML with the harness' merged metadata. Raises UserError for settings, texts and
+    tokenizers that do not fit.
+    """
+
+    OUTPUT_TYPE = REQUEST_TYPE  # tells evaluate() which requests to pad across ranks
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        # Task.__init__ would download a data set and take `config` for a task's name: not called on purpose
+        metadata = dict(config.get("metadata") or {})
+        self.VERSION = metadata.get("version", 0)
+        self._config = TaskConfig(
+            task=config["task"],
+            task_alias=config.get("task_alias"),
+            output_type="loglikelihood",
+            num_fewshot=0,
+            metadata=metadata,
+        )
+        self._instances: list[WindowRequest] | None = None
+        self._training_docs = self._fewshot_docs = None
+        self._filters = [build_filter_ensemble("none", [("take_first", None)])]
+        self.fewshot_rnd = None
+
+        settings = Settings.of(metadata)
+        self.spec = settings.window_spec()
+        rule = PROTOCOLS[self.spec.protocol]
+        check_context(self.spec.eval_len, metadata)
+        tokenizer = load_tokenizer(metadata)
+        source = _read(settings)
+        text = source.raw() if rule.raw_text else source.joined(settings.blank_rows)
+        self.tokens = tokenize(text, tokenizer, settings.bos, rule.bos_each)
+        self.windows = self.spec.windows(len(self.tokens.ids))
+        self._scored = self.windows  # fewer after --limit or --samples
+        self._nonfinite = 0
+        self._errors: dict[str, float | None] = {}
+        self._facts = {
+            "protocol": self.spec.protocol,
+            "eval_len": self.spec.eval_len,
+            "stride": self.spec.stride,
+            "max_rows": self.spec.max_rows,
+            "warmup_tokens": self.spec.warmup_tokens,
+            "blank_rows": None if rule.raw_text else settings.blank_rows,
+            "text": source.name,
+            "text_sha256": corpus.sha256(text),
+            "tokenizer": tokenizer.name,
+            "bos": settings.bos,
+            "bos_applied": self.tokens.bos,
+        }
+
+    # ------------------------------------------------------------------ documents and requests
+
+    def has_training_docs(self) -> bool:
+        return False
+
+    def has_validation_docs(self) -> bool:
+        return False
+
+    def has_test_docs(self) -> bool:
+        return True
+
+    def test_docs(self) -> list[dict[str, Any]]:
+        return [
+            {"window": w.index, "start": w.start, "end": w.end, "first_target": w.first_target} for w in self.windows
+        ]
+
+    def doc_to_text(self, doc: dict[str, Any]) -> str:
+        return f"tokens {doc['start']} to {doc['end']}, scored from {doc['first_target']}"
+
+    def doc_to_target(self, doc: dict[str, Any]) -> str:
+        return ""
+
+    def fewshot_context(self, doc: dict[str, Any], *args: Any, **kwargs: Any) -> str:
+        return ""  # windows are the whole prompt: no few-shot examples, no system prompt, no chat template
+
+    def build_all_requests(self, *, limit: int | None = None, samples: list[int] | None = None, **kwargs: Any) -> None:
+        """As in the harness, less `--cache_requests`: its key knows nothing of texts, tokenizers and settings."""
+        if kwargs.get("apply_chat_template"):
+            logger.warning("%s: perplexity windows take no chat template; it is left out", self.config.task)
+        kwargs.update(cache_requests=False, rewrite_requests_cache=False)
+        self._scored = [self.windows[i] for i in sorted(samples)] if samples else self.windows[: limit or None]
+        super().build_all_requests(limit=limit, samples=samples, **kwargs)
+
+    def construct_requests(self, doc: dict[str, Any], ctx: str, **kwargs: Any) -> WindowRequest:
+        window = self.windows[doc["window"]]
+        ids = window_ids(self.tokens.ids, window, self.tokens.window_bos)
+        n_context = window.first_target - window.start
+        return window_request(self.doc_to_text(doc), ids, n_context, doc, kwargs["metadata"])
+
+    # ------------------------------------------------------------------ scores
+
+    def process_results(self, doc: dict[str, Any], results: list[Any]) -> dict[str, WindowSum]:
+        """Sums of one window. `results`: one WindowScores, or a stock model's (loglikelihood, is_greedy)."""
+        window, answer = self.windows[doc["window"]], results[0]
+        ours = isinstance(answer, WindowScores)
+        logprobs = np.asarray(answer.logprobs if ours else [answer[0]], dtype=np.float64)
+        if ours and len(logprobs) != window.scored:
+            raise RuntimeError(f"window {window.index}: {len(logprobs)} scores for {window.scored} targets")
+        bad = int((~np.isfinite(logprobs)).sum())
+        self._nonfinite += bad
+        nll = -float(answer[0])
+        sums = {"token_perplexity": self._sum(window, nll, window.scored, bad)}
+        if ours:
+            sums["top1_accuracy"] = self._sum(window, float(sum(answer.greedy)), window.scored, 0)
+        n_bytes = self._bytes(window)
+        if n_bytes:
+            sums["bits_per_byte"] = self._sum(window, nll, n_bytes, bad)
+        return {name: sums[metric] for metric in sums for name in (metric, metric + _STDERR)}
+
+    @staticmethod
+    def _sum(window: Window, total: float, count: int, nonfinite: int) -> WindowSum:
+        return {"window": window.index, "total": total, "count": count, "nonfinite": nonfinite}
+
+    def _bytes(self, window: Window) -> int | None:
+        """UTF-8 bytes of the scored tokens, where the protocol scores each token once and the tokenizer tells."""
+        ends = self.tokens.byte_ends
+        if ends is None or not PROTOCOLS[self.spec.protocol].covers_text or self.spec.warmup_tokens:
+            return None
+        return int(ends[window.end - 1] - ends[window.first_target - 1])
+
+    def aggregation(self) -> dict[str, Callable[[Sequence[WindowSum]], Any]]:
+        functions: dict[str, Callable[[Sequence[WindowSum]], Any]] = {}
+        for metric, (statistic, _) in _STATISTICS.items():
+            functions[metric] = statistic
+            functions[metric + _STDERR] = self._error_of(metric)
+        return functions
+
+    def _error_of(self, metric: str) -> Callable[[Sequence[WindowSum]], float | str]:
+        def error(sums: Sequence[WindowSum]) -> float | str:
+            value = metrics.standard_error(sums, _STATISTICS[metric][0], self.spec.block_windows)
+            self._errors[metric] = value
+            return _UNKNOWN if value is None else value
+
+        return error
+
+    def higher_is_better(self) -> dict[str, bool]:
+        return {metric: higher for metric, (_, higher) in _STATISTICS.items()}
+
+    # ------------------------------------------------------------------ the record
+
+    def dump_config(self) -> dict[str, Any]:
+        """The task's config for the result file; its metadata describes the windows that were really scored."""
+        if self._nonfinite:
+            logger.error(
+                "%s: %d log-probabilities were NaN or infinite; the perplexity is null, not averaged without them",
+                self.config.task,
+                self._nonfinite,
+            )
+        scored = self._scored
+        block = self.spec.block_windows
+        self.config.metadata.update(
+            self._facts,
+            windows=len(scored),
+            scored_tokens=sum(w.scored for w in scored),
+            distinct_tokens=sum(end - first for first, end in scored_spans(scored)),
+            tokens_sha256=fingerprint(self.tokens.ids, scored, self.tokens.window_bos),
+            nonfinite_logprobs=self._nonfinite,
+            standard_error={
+                "method": "block bootstrap over windows",
+                "block_windows": block,
+                "blocks": metrics.count_blocks(len(scored), block),
+                **self._errors,
+            },
+        )
+        config: dict[str, Any] = self.config.to_dict()
+        return config
+
+
+def _read(settings: Settings) -> corpus.Corpus:
+    if settings.text_path:
+        return corpus.read_corpus(settings.text_path, settings.text_column)
+    if settings.bundled_text:
+        if settings.bundled_text != corpus.SAMPLE.name:
+            raise UserError(f"bundled_text={settings.bundled_text!r}: the package bundles {corpus.SAMPLE.name} only")
+        return corpus.read_corpus(corpus.SAMPLE)
+    return corpus.load_hub_corpus(
+        settings.dataset_path, settings.dataset_name, settings.dataset_split, settings.text_column
+    )

@@ -1,0 +1,164 @@
+"""From text to token ids, with one rule for BOS and for how many bytes each token stands for."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from lmeval_ext.errors import UserError
+from lmeval_ext.windows import TokenIds
+
+BOS_MODES = ("tokenizer", "once", "each", "none")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of a text, without special tokens.
+
+    byte_ends: for each token, UTF-8 bytes of the text up to its end (so the bytes of tokens [a, b) are
+    byte_ends[b-1] - byte_ends[a-1]); None where the tokenizer does not tell.
+    """
+
+    ids: TokenIds
+    byte_ends: npt.NDArray[np.int64] | None
+
+
+class TextTokenizer(Protocol):
+    """What the tasks need of a tokenizer; `HFTokenizer` below and the GGUF vocabulary in models/llamacpp.py.
+
+    name: what to record in results. prefix: the special tokens that it puts before a text by itself.
+    bos_id: its BOS token, None where it has none.
+    """
+
+    name: str
+    prefix: list[int]
+    bos_id: int | None
+
+    def encode(self, text: str) -> Encoded: ...
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """A text's tokens as windows are cut from them.
+
+    window_bos: the id that replaces the first token of every window, or None. bos: how BOS was put in:
+    "once", "each" or "none". byte_ends: as in `Encoded`, special tokens standing for 0 bytes.
+    """
+
+    ids: TokenIds
+    byte_ends: npt.NDArray[np.int64] | None
+    bos: str
+    window_bos: int | None
+
+
+def tokenize(text: str, tokenizer: TextTokenizer, bos: str, each_by_default: bool) -> TokenSequence:
+    """Tokenize `text` with BOS as asked.
+
+    bos: "tokenizer" = as the tokenizer does by itself (in every window where `each_by_default`, as llama.cpp
+    does it); "once" = before the text; "each" = before the text, and in place of every window's first token;
+    "none" = nowhere. Raises UserError where a BOS is asked for and the tokenizer has none.
+    """
+    if bos not in BOS_MODES:
+        raise UserError(f"bos={bos!r}: expected one of {', '.join(BOS_MODES)}")
+    if bos in ("once", "each") and tokenizer.bos_id is None:
+        raise UserError(f"bos={bos}: the tokenizer {tokenizer.name!r} has no BOS token; use bos=none")
+    prefix = {"tokenizer": tokenizer.prefix, "none": []}.get(bos, [tokenizer.bos_id])
+    in_each = bos == "each" or (bos == "tokenizer" and each_by_default and tokenizer.bos_id in prefix)
+    encoded = tokenizer.encode(text)
+    ids = np.concatenate([np.array(prefix, dtype=np.int64), encoded.ids])
+    ends = encoded.byte_ends
+    if ends is not None:
+        ends = np.concatenate([np.zeros(len(prefix), dtype=np.int64), ends])
+    applied = "each" if in_each else "once" if prefix else "none"
+    return TokenSequence(ids, ends, applied, tokenizer.bos_id if in_each else None)
+
+
+class HFTokenizer:
+    """A Transformers tokenizer: of a checkpoint folder, a hub id, or a `tokenizer.json` folder."""
+
+    def __init__(self, name: str, revision: str | None = None, trust_remote_code: bool = False) -> None:
+        """Raises UserError where no tokenizer can be loaded from `name`."""
+        from transformers import AutoTokenizer
+
+        self.name = name
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(
+                name, revision=revision or "main", trust_remote_code=trust_remote_code
+            )
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+            raise UserError(
+                f"tokenizer={name!r} could not be loaded ({type(error).__name__}: {reason}); name a folder with the "
+                'tokenizer\'s files or a hub id with --metadata \'{"tokenizer": "…"}\''
+            ) from error
+        self.bos_id: int | None = self._tokenizer.bos_token_id
+        self.prefix = self._find_prefix()
+
+    def encode(self, text: str) -> Encoded:
+        fast = bool(getattr(self._tokenizer, "is_fast", False))
+        # `verbose=False`: a text longer than the model's context is what windows are for, not a mistake
+        batch = self._tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=fast)
+        ids = np.array(batch["input_ids"], dtype=np.int64)
+        return Encoded(ids, _byte_ends(text, batch["offset_mapping"]) if fast else None)
+
+    def _find_prefix(self) -> list[int]:
+        # What stands before a text's own tokens once special tokens are allowed. A suffix (EOS) is not text.
+        probe = "a"
+        plain = self._tokenizer(probe, add_special_tokens=False)["input_ids"]
+        special = self._tokenizer(probe)["input_ids"]
+        for cut in range(len(special) - len(plain) + 1):
+            if special[cut : cut + len(plain)] == plain:
+                return list(special[:cut])
+        return []
+
+
+def _byte_ends(text: str, offsets: list[tuple[int, int]]) -> npt.NDArray[np.int64]:
+    """Character offsets to bytes. Of several tokens in one character, the first has all its bytes."""
+    ends = np.maximum.accumulate(np.array([end for _, end in offsets], dtype=np.int64))
+    bytes_to = np.zeros(len(text) + 1, dtype=np.int64)
+    points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+    widths = 1 + (points > 0x7F).astype(np.int64) + (points > 0x7FF) + (points > 0xFFFF)
+    np.cumsum(widths, out=bytes_to[1:])
+    return bytes_to[ends]
+
+
+def load_tokenizer(settings: dict[str, Any]) -> TextTokenizer:
+    """The tokenizer that the settings (model arguments and --metadata, merged by the harness) name.
+
+    `tokenizer` wins; else the checkpoint's own: a GGUF file's vocabulary, or the folder's tokenizer.
+    Raises UserError where none is named.
+    """
+    named, model = settings.get("tokenizer"), settings.get("pretrained")
+    source = named or model
+    if not isinstance(source, str) or not source:
+        raise UserError(
+            "no tokenizer is known: the task was built without model arguments, or with a model object; name one "
+            'with --metadata \'{"tokenizer": "FOLDER or hub id"}\' or TaskManager(metadata={"tokenizer": …})'
+        )
+    logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
+    gguf = model if isinstance(model, str) and _is_gguf(model) else None
+    if _is_gguf(source) or gguf:
+        from lmeval_ext.models.llamacpp import ComparedTokenizer, GGUFTokenizer
+
+        if _is_gguf(source):
+            return GGUFTokenizer(source)
+        return ComparedTokenizer(_hf_tokenizer(source, settings), GGUFTokenizer(str(gguf)))
+    return _hf_tokenizer(source, settings)
+
+
+def _is_gguf(source: str) -> bool:
+    path = Path(source)
+    return path.suffix == ".gguf" or (
+        path.is_dir() and not (path / "config.json").exists() and any(path.glob("*.gguf"))
+    )
+
+
+def _hf_tokenizer(source: str, settings: dict[str, Any]) -> HFTokenizer:
+    named = settings.get("tokenizer")
+    revision = settings.get("tokenizer_revision") or (None if named else settings.get("revision"))
+    return HFTokenizer(source, revision, bool(settings.get("trust_remote_code", False)))
