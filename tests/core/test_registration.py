@@ -1,0 +1,135 @@
+"""The unmodified harness knows our models and tasks, at no cost to anyone else."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+
+from lmeval_ext._register import MODELS
+from tests.conftest import ROOT, run
+
+TASKS = {"wiki2_strided", "wiki2_llamacpp", "wiki2_gptq", "wiki2_sliding", "sample_strided"}
+
+
+def python(code: str, **env: str) -> str:
+    done = run("python", "-c", code, env=env)
+    assert done.returncode == 0, done.stderr
+    return str(done.stdout)
+
+
+def test_models_are_registered_beside_the_built_in_ones() -> None:
+    code = """
+import json, lm_eval.models
+from lm_eval.api.registry import model_registry as r
+print(json.dumps({"all": list(r), "built_in": list(lm_eval.models.MODEL_MAPPING)}))"""
+    names = json.loads(python(code))
+    assert set(MODELS) <= set(names["all"])
+    assert set(names["built_in"]) <= set(names["all"])
+    disabled = json.loads(python(code, LMEVAL_EXT_DISABLE="1"))
+    assert set(disabled["all"]) == set(disabled["built_in"])
+
+
+def test_a_name_that_upstream_owns_stays_upstreams() -> None:
+    code = """
+import lm_eval.api.registry as registry
+import lmeval_ext._register as ours, lm_eval.models
+before = dict(registry.model_registry._objs)
+ours.MODELS["hf"] = "nowhere:Nothing"
+ours.register_models(lm_eval.models)
+print(registry.model_registry._objs == before)"""
+    assert python(code).strip() == "True"
+
+
+def test_newer_harness_reads_entry_points_itself() -> None:
+    """`load_plugins` is upstream's own discovery: where it exists, our hook registers nothing."""
+    code = """
+import lm_eval.api.registry as registry
+registry.load_plugins = lambda *a: []
+import lm_eval.models
+print([n for n in ("vllm_nvfp4", "hf_quant", "llamacpp") if n in registry.model_registry])"""
+    assert python(code).strip() == "[]"
+
+
+def test_table_and_entry_points_agree() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 brings tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["entry-points"]["lm_eval.models"] == MODELS
+
+
+def test_targets_exist() -> None:
+    for target in MODELS.values():
+        module, name = target.split(":")
+        tree = ast.parse((ROOT / (module.replace(".", "/") + ".py")).read_text())
+        assert name in {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+def test_stock_command_lists_our_tasks_and_keeps_its_own() -> None:
+    done = run("lm_eval", "ls", "tasks")
+    assert done.returncode == 0, done.stderr
+    listed = {cell.strip() for line in done.stdout.splitlines() for cell in line.split("|")}
+    assert listed >= TASKS
+    assert {"hellaswag", "mmlu", "wikitext"} <= listed
+
+
+def test_task_precedence(tmp_path: Path) -> None:
+    """A task of ours never replaces one of the harness, nor one of the user's folder."""
+    theirs = tmp_path / "mine.yaml"
+    theirs.write_text("task: sample_strided\noutput_type: generate_until\n")
+    code = f"""
+from lm_eval.tasks import manager
+index = manager.TaskIndex.build([manager.Path(manager.__file__).parent / "wikitext", manager.Path({str(tmp_path)!r})])
+print(index["sample_strided"].yaml_path == manager.Path({str(theirs)!r}))
+print(set({sorted(TASKS)!r}) <= set(manager.TaskIndex.build([manager.Path(manager.__file__).parent])))"""
+    assert python(code).split() == ["True", "True"]
+
+
+def test_nothing_heavy_is_imported() -> None:
+    code = """
+import sys, lm_eval, lm_eval.models
+print([m for m in ("torch", "transformers", "vllm", "llama_cpp", "matplotlib", "pandas") if m in sys.modules])"""
+    with_hook, without = python(code), python(code, LMEVAL_EXT_DISABLE="1")
+    assert with_hook == without
+
+
+def test_start_of_python_imports_only_the_hook() -> None:
+    code = (
+        "import sys; print(sorted(m for m in sys.modules if m.startswith(('lmeval_ext', 'lm_eval', 'importlib.meta'))))"
+    )
+    assert ast.literal_eval(python(code)) == ["lmeval_ext", "lmeval_ext._hook"]
+
+
+@pytest.mark.parametrize(
+    ("model", "module", "words"),
+    [
+        ("vllm_nvfp4", "vllm", "lmeval-ext[vllm]"),
+        ("llamacpp", "llama_cpp", "lmeval-ext[gguf]"),
+        ("hf_quant", "accelerate", "lmeval-ext[quant]"),
+    ],
+)
+def test_missing_engine_is_one_line(tmp_path: Path, model: str, module: str, words: str) -> None:
+    """A module of the engine's name that fails to import stands for an engine that is not installed."""
+    (tmp_path / f"{module}.py").write_text(f"raise ModuleNotFoundError('No module named {module}')")
+    arguments = ["run", "--model", model, "--model_args", "pretrained=x", "--tasks", "sample_strided"]
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+sys.argv = ["lm_eval", *{arguments!r}]
+import lm_eval.tasks._index as index
+index.TaskIndex._iter_yaml_files = staticmethod(lambda root: sorted(root.glob("sample*.yaml")))  # not 14,000 files
+from lm_eval.__main__ import cli_evaluate
+cli_evaluate()"""
+    done = run("python", "-c", code)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("lmeval-ext: error:")
+    assert words in last
+
+
+def test_errors_of_others_keep_their_traceback() -> None:
+    done = run("python", "-c", "import lm_eval.models; raise ValueError('not ours')")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr

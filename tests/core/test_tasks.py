@@ -1,0 +1,198 @@
+"""The tasks in the harness: what is scored, what is recorded, what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lm_eval.api.model import TemplateLM
+from lm_eval.utils import make_table
+
+from lmeval_ext.errors import UserError
+from lmeval_ext.requests import REQUEST_TYPE, WindowRequest, WindowScores
+from tests.conftest import VOCABULARY, evaluate, load_task
+
+SMALL = {"eval_len": 64, "stride": 32, "max_rows": 24}
+
+
+class Uniform(TemplateLM):
+    """Gives every token the probability 1/4, but for what a test plants."""
+
+    planted: float | None = None
+    tokenizer = None
+    eot_token_id = 0
+    max_length = 1 << 20
+
+    def tok_encode(self, string: str, **kwargs: Any) -> list[int]:
+        raise AssertionError("windows come as ids")
+
+    def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> Any:
+        answers = []
+        for request in requests:
+            logprobs = np.full(len(request.target_ids), math.log(0.25), dtype=np.float32)
+            if self.planted is not None and not answers:
+                logprobs[3] = self.planted
+            answers.append(WindowScores.of(logprobs, [True, *[False] * (len(logprobs) - 1)]))
+        return answers
+
+    def loglikelihood_rolling(self, requests: Any, **kwargs: Any) -> Any: ...
+
+    def generate_until(self, requests: Any, **kwargs: Any) -> Any: ...
+
+
+class Stock(Uniform):
+    """A model of the harness' own: one sum a request, and whether all was greedy."""
+
+    def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> Any:
+        return [(len(continuation) * math.log(0.25), False) for _, _context, continuation in requests]
+
+
+def run_task(model: Any, task: str = "sample_strided", limit: int | None = None, **metadata: Any) -> tuple[Any, Any]:
+    result = evaluate(model, task, limit=limit, metadata=metadata)
+    return result["results"][task], result["configs"][task]["metadata"]
+
+
+def test_harness_still_has_the_method_that_requests_name() -> None:
+    assert hasattr(TemplateLM, REQUEST_TYPE)
+
+
+def test_metrics_and_record(tiny_llama: Path) -> None:
+    metrics, record = run_task(Uniform(), tokenizer=str(tiny_llama), **SMALL)
+    assert metrics["token_perplexity,none"] == pytest.approx(4, rel=1e-6)
+    assert metrics["token_perplexity_stderr,none"] == pytest.approx(0, abs=1e-6)
+    assert metrics["top1_accuracy,none"] == pytest.approx(1 / 63)
+    assert "bits_per_byte,none" not in metrics  # tokens are scored several times
+    assert record["windows"] == 24
+    assert record["scored_tokens"] == 24 * 63
+    assert record["distinct_tokens"] == 63 + 23 * 32
+    assert record["standard_error"]["block_windows"] == 2
+    assert record["standard_error"]["blocks"] == 12
+    assert record["protocol"] == "exllama"
+    assert record["nonfinite_logprobs"] == 0
+    assert record["tokenizer"] == str(tiny_llama)
+    assert len(record["tokens_sha256"]) == len(record["text_sha256"]) == 64
+
+
+def test_limit_is_the_first_windows_and_the_record_says_so(tiny_llama: Path) -> None:
+    metrics, record = run_task(Uniform(), limit=3, tokenizer=str(tiny_llama), **SMALL)
+    _, three = run_task(Uniform(), tokenizer=str(tiny_llama), **(SMALL | {"max_rows": 3}))
+    assert record["windows"] == 3
+    assert record["tokens_sha256"] == three["tokens_sha256"]
+    assert metrics["token_perplexity_stderr,none"] == "N/A"  # one block
+    assert record["standard_error"]["token_perplexity"] is None
+
+
+def test_samples_hold_the_logprobs(tiny_llama: Path) -> None:
+    result = evaluate(Uniform(), "sample_strided", limit=2, metadata={"tokenizer": str(tiny_llama), **SMALL})
+    sample = json.loads(json.dumps(result["samples"]["sample_strided"][1]))
+    total, all_greedy, logprobs, greedy = sample["resps"][0][0]
+    assert len(logprobs) == len(greedy) == 63
+    assert total == pytest.approx(sum(logprobs))
+    assert (all_greedy, greedy[0], greedy[1]) == (False, True, False)
+    assert sample["doc"] == {"window": 1, "start": 32, "end": 96, "first_target": 33}
+
+
+def test_stock_models_have_no_top1(tiny_llama: Path) -> None:
+    metrics, _ = run_task(Stock(), tokenizer=str(tiny_llama), **SMALL)
+    assert metrics["token_perplexity,none"] == pytest.approx(4)
+    assert not any(key.startswith("top1") for key in metrics)
+
+
+def test_bits_per_byte_where_tokens_are_scored_once(tiny_llama: Path) -> None:
+    """Two bits a token: bits per byte = 2 × scored tokens / UTF-8 bytes of the text after its first token."""
+    metrics, record = run_task(Uniform(), "wiki2_sliding", text_path=_text(), tokenizer=str(tiny_llama), **_ALL)
+    from transformers import AutoTokenizer
+
+    text = "\n\n".join(_rows())
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    n_bytes = len(text.encode()) - len(tokenizer.decode(ids[:1]).encode())
+    assert record["scored_tokens"] == record["distinct_tokens"] == len(ids) - 1
+    assert metrics["bits_per_byte,none"] == pytest.approx(2 * (len(ids) - 1) / n_bytes)
+
+
+_ALL = {"eval_len": 64, "stride": 32, "max_rows": 0}
+
+
+def _text() -> str:
+    from lmeval_ext.corpus import SAMPLE
+
+    return str(SAMPLE)
+
+
+def _rows() -> list[str]:
+    lines = Path(_text()).read_text(encoding="utf-8").split("\n")
+    return [line + "\n" if line.strip() else "" for line in lines[:-1]]
+
+
+@pytest.mark.parametrize("planted", [math.nan, -math.inf])
+def test_not_finite_is_counted_and_never_averaged_away(tiny_llama: Path, planted: float, caplog: Any) -> None:
+    model = Uniform()
+    model.planted = planted
+    result = evaluate(model, "sample_strided", metadata={"tokenizer": str(tiny_llama), **SMALL})
+    metrics, record = result["results"]["sample_strided"], result["configs"]["sample_strided"]["metadata"]
+    assert "N/A" in make_table(result)  # the harness prints it
+    assert record["nonfinite_logprobs"] == 1
+    assert metrics["token_perplexity,none"] is None
+    assert metrics["token_perplexity_stderr,none"] == "N/A"
+    assert "1 log-probabilities were NaN or infinite" in caplog.text
+
+
+def test_llamacpp_protocol_puts_bos_first_where_the_vocabulary_adds_it(tiny_llama: Path, bos_tokenizer: Path) -> None:
+    for folder, first in ((bos_tokenizer, 0), (tiny_llama, None)):
+        task = load_task("wiki2_llamacpp", text_path=_text(), tokenizer=str(folder), eval_len=64)
+        task.build_all_requests(limit=3)
+        heads = {request.ids[0] for request in task.instances}
+        assert (heads == {first}) == (first is not None)
+        assert [len(r.target_ids) for r in task.instances] == [31] * 3
+
+
+@pytest.mark.parametrize(
+    ("metadata", "words"),
+    [
+        ({"stride": 0}, "stride=0"),
+        ({"eval_len": 300_000, "stride": 512}, "too few for one window"),
+        ({"eval_len": 512, "stride": 512, "max_length": 256}, "beyond the model's context"),
+        ({"eval_len": 256, "stride": 256, "max_model_len": 256}, "less one generated token"),
+        ({"text_path": "/nowhere.txt"}, "no such file"),
+        ({"tokenizer": None}, "no tokenizer is known"),
+        ({"protocol": "other"}, "choose one of"),
+        ({"blank_rows": "some"}, "blank_rows"),
+    ],
+)
+def test_refusals(tiny_llama: Path, metadata: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        load_task("sample_strided", **({"tokenizer": str(tiny_llama)} | metadata))
+
+
+def test_context_of_the_checkpoint_is_known_without_the_model(tiny_llama: Path) -> None:
+    with pytest.raises(UserError, match="max_position_embeddings=256"):
+        load_task("sample_strided", pretrained=str(tiny_llama), eval_len=257, stride=64)
+
+
+def test_misspelt_setting_is_said(tiny_llama: Path, caplog: Any) -> None:
+    load_task("sample_strided", tokenizer=str(tiny_llama), eval_lenn=64, **SMALL)
+    assert "did you mean 'eval_len'" in caplog.text
+
+
+def test_request_is_the_harness_triple() -> None:
+    request = WindowRequest(REQUEST_TYPE, {}, ("w", [1, 2], [3]), 0)  # type: ignore[arg-type]
+    nothing, context, continuation = request
+    assert (nothing, context, continuation) == (None, [1, 2], [3])
+    assert (request[-1], request[-2], request[1] + request[2]) == ([3], [1, 2], [1, 2, 3])
+
+
+def test_scores_keep_every_bit_of_float32() -> None:
+    values = torch.randn(500, generator=torch.Generator().manual_seed(3)).numpy()
+    scores = WindowScores.of(values, values > 0)
+    assert np.array_equal(np.array(scores.logprobs, dtype=np.float32), values)
+    assert scores.loglikelihood == pytest.approx(float(values.astype(np.float64).sum()), rel=1e-12)
+
+
+def test_vocabulary_of_the_fixture() -> None:
+    assert VOCABULARY > 256
