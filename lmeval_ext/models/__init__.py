@@ -1,0 +1,1 @@
+"""Adapters: one file an engine, and the small contract they share (`base`)."""

@@ -1,0 +1,181 @@
+"""What every adapter adds to its harness class: window scoring, and `quantization` in the result file."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lmeval_ext.errors import UserError
+from lmeval_ext.requests import WindowRequest, WindowScores
+from lmeval_ext.storage import StorageError, StorageInfo, inspect
+
+logger = logging.getLogger(__name__)
+
+GIB = 1024**3
+
+
+@dataclass
+class Quantization:
+    """`config.quantization` of a result file: what was run, how many bits it has, what it took.
+
+    Bits per weight and sizes follow `lmeval_ext.storage.StorageInfo`. peak_vram_gb: measured GiB of weights and
+    activations, without the engine's preallocated KV pool (kv_pool_gb). None: unknown; `notes` says why.
+    """
+
+    label: str
+    engine: str
+    engine_version: str | None
+    family: str | None = None
+    scheme: str | None = None
+    layer_bpw: float | None = None
+    head_bpw: float | None = None
+    vram_gb: float | None = None
+    file_bpw: float | None = None
+    weight_bytes: int | None = None
+    kernel: str | None = None
+    dtype: str | None = None
+    device: str | None = None
+    revision: str | None = None
+    scoring: str | None = None
+    tokens_per_second: float | None = None
+    peak_vram_gb: float | None = None
+    kv_pool_gb: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+class WindowScoring:
+    """Mixin that goes before a harness model class.
+
+    The adapter implements `score_windows` and `describe`; requests of all other kinds pass through to the
+    harness class.
+    """
+
+    label: str | None = None
+    _window_tokens = 0
+    _window_seconds = 0.0
+
+    def score_windows(self, windows: Sequence[WindowRequest]) -> list[WindowScores]:
+        """Natural-log probabilities in float32 of the target tokens of each window, in order.
+
+        All windows fit into the model's context and vocabulary (checked before).
+        """
+        raise NotImplementedError
+
+    def describe(self) -> Quantization:
+        """What this model is and what it ran on."""
+        raise NotImplementedError
+
+    def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+        if not requests or not isinstance(requests[0], WindowRequest):
+            return super()._loglikelihood_tokens(requests, *args, **kwargs)  # type: ignore[misc]
+        check_windows(requests, self.window_limit, self.vocabulary)
+        start = time.perf_counter()
+        scores = self.score_windows(requests)
+        self._window_seconds += time.perf_counter() - start
+        self._window_tokens += sum(len(r.ids) for r in requests)
+        return scores
+
+    @property
+    def window_limit(self) -> int:
+        """The most tokens that a window may have."""
+        return int(self.max_length)  # type: ignore[attr-defined]
+
+    @property
+    def vocabulary(self) -> int:
+        """Size of the model's vocabulary: token ids are below it, and the softmax runs over it."""
+        raise NotImplementedError
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the harness writes into `config` of the result file; ours is under `quantization`."""
+        inherited: dict[str, Any] = getattr(super(), "get_model_info", dict)()
+        facts = self.describe()
+        if self._window_seconds:
+            facts.tokens_per_second = self._window_tokens / self._window_seconds
+        return {**inherited, "quantization": asdict(facts)}
+
+
+def check_windows(windows: Sequence[WindowRequest], limit: int, vocabulary: int) -> None:
+    """Raises UserError where a window is longer than the model's context or holds an id beyond its vocabulary."""
+    longest = max(len(w.ids) for w in windows)
+    if longest > limit:
+        raise UserError(
+            f"eval_len={longest} is beyond this model's context of {limit} tokens; lower it with --metadata "
+            f"'{{\"eval_len\": {limit}}}', or raise max_length if the model can take it"
+        )
+    largest = max(max(w.ids) for w in windows)
+    if largest >= vocabulary:
+        raise UserError(
+            f"token id {largest} is beyond this model's vocabulary of {vocabulary}: the text was tokenized for another "
+            "model; set tokenizer= to this model's own"
+        )
+
+
+def from_storage(path: str | None, **facts: Any) -> Quantization:
+    """A Quantization with the figures that the checkpoint's headers give; nulls and the reason where they do not."""
+    if path is None:
+        return Quantization(**facts, notes=["bits per weight unknown: the checkpoint is not a local file or folder"])
+    try:
+        info: StorageInfo = inspect(path)
+    except (StorageError, OSError) as error:
+        logger.warning("bits per weight unknown: %s", error)
+        return Quantization(**facts, notes=[f"bits per weight unknown: {error}"])
+    return Quantization(
+        **facts,
+        family=info.family,
+        scheme=info.scheme,
+        layer_bpw=info.layer_bpw,
+        head_bpw=info.head_bpw,
+        vram_gb=info.vram_gb,
+        file_bpw=info.file_bpw,
+        weight_bytes=info.weight_bytes,
+        notes=list(info.notes),
+    )
+
+
+def local_checkpoint(pretrained: Any, revision: str | None = None) -> str | None:
+    """The file or folder behind `pretrained`: itself, or the hub's snapshot in the local cache. None if neither."""
+    if not isinstance(pretrained, str):
+        return None
+    if Path(pretrained).exists():
+        return pretrained
+    from huggingface_hub import snapshot_download
+
+    try:
+        return str(snapshot_download(pretrained, revision=revision, local_files_only=True))
+    except Exception:
+        return None
+
+
+def default_label(pretrained: Any) -> str:
+    """The checkpoint's own name, where no `label=` is given."""
+    return Path(pretrained).name if isinstance(pretrained, str) else type(pretrained).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """An engine's error as one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def logprobs_of_targets(logits: Any, targets: Any, vocabulary: int, chunk: int = 512) -> tuple[np.ndarray, np.ndarray]:
+    """Log-softmax in float32 at the targets, without a float32 copy of all logits.
+
+    logits: torch tensor [positions, ≥ vocabulary] of any float type; columns beyond `vocabulary` are padding and
+    take no part. targets: torch tensor [positions]. Returns (logprobs float32, greedy bool), both [positions].
+    """
+    import torch
+
+    logprobs, greedy = [], []
+    for start in range(0, logits.shape[0], chunk):
+        rows = logits[start : start + chunk, :vocabulary].float()
+        wanted = targets[start : start + chunk].to(rows.device)
+        picked = rows.gather(1, wanted[:, None])[:, 0]
+        logprobs.append((picked - torch.logsumexp(rows, dim=1)).cpu())
+        greedy.append((rows.argmax(dim=1) == wanted).cpu())
+    return torch.cat(logprobs).numpy(), torch.cat(greedy).numpy()

@@ -1,0 +1,146 @@
+"""`hf_quant`: whatever Transformers loads, on the harness' `HFLM`.
+
+Tried with transformers 5.19 and lm-eval 0.4.13. Quantized checkpoints are loaded as their config.json says and
+with nothing added: `dequantize=True` silently drops the activation quantization of a W4A4 checkpoint from
+compressed-tensors 0.20 on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from lmeval_ext.errors import MissingEngineError, UserError
+from lmeval_ext.models.base import (
+    GIB,
+    Quantization,
+    WindowScoring,
+    default_label,
+    first_line,
+    from_storage,
+    local_checkpoint,
+    logprobs_of_targets,
+)
+from lmeval_ext.requests import WindowRequest, WindowScores
+
+try:
+    import torch
+    import transformers
+    from accelerate.utils import find_executable_batch_size
+    from lm_eval.models.huggingface import HFLM
+except ImportError as error:
+    raise MissingEngineError(
+        f"hf_quant needs torch and Transformers ({first_line(error)}); install them: pip install 'lmeval-ext[quant]'"
+    ) from error
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+
+class HFQuantized(WindowScoring, HFLM):
+    """Transformers checkpoints: dense, compressed-tensors, AWQ, GPTQ, bitsandbytes, VPTQ, AQLM, …
+
+    Arguments as in the harness' `hf`, and: label= names the model in tables and plots; device defaults to a GPU
+    where there is one; softmax_dtype to float32 (the harness' default takes bfloat16 log-softmax of bfloat16
+    models, and sums come out rounded to whole numbers). Weights are read from safetensors only, never pickles.
+    """
+
+    def __init__(self, pretrained: Any, label: str | None = None, device: str | None = None, **kwargs: Any) -> None:
+        self.label = label or default_label(pretrained)
+        kwargs.setdefault("softmax_dtype", "float32")
+        if isinstance(pretrained, str) and not kwargs.get("gguf_file"):
+            kwargs.setdefault("use_safetensors", True)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            super().__init__(pretrained=pretrained, device=device, **kwargs)
+        except Exception as error:
+            raise _explain(error, pretrained) from error
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self.config.get_text_config().vocab_size)
+
+    def score_windows(self, windows: Sequence[WindowRequest]) -> list[WindowScores]:
+        results: list[WindowScores | None] = [None] * len(windows)
+        batches = _same_shape(windows)
+        progress = tqdm(total=len(windows), desc=f"Scoring windows ({self.label})", unit="window")
+
+        def run(batch_size: int) -> None:
+            for indices in batches:
+                todo = [i for i in indices if results[i] is None]
+                for start in range(0, len(todo), batch_size):
+                    batch = todo[start : start + batch_size]
+                    for i, scores in zip(batch, self._score([windows[i] for i in batch]), strict=True):
+                        results[i] = scores
+                    progress.update(len(batch))
+
+        if self.batch_size == "auto":  # halved until it fits; windows that are done are kept
+            find_executable_batch_size(run, starting_batch_size=int(self.max_batch_size or 64))()
+        else:
+            run(int(self.batch_size))
+        progress.close()
+        return [r for r in results if r is not None]
+
+    @torch.inference_mode()
+    def _score(self, windows: Sequence[WindowRequest]) -> list[WindowScores]:
+        """Windows of one shape, in one forward. The last token predicts nothing and is left out."""
+        ids = torch.tensor([w.ids for w in windows], device=self.device)
+        kept = len(windows[0].target_ids)
+        with torch.autocast(
+            self.device.type, dtype=self.mixed_precision_dtype, enabled=self.mixed_precision_dtype is not None
+        ):
+            # logits_to_keep: the output matrix runs on the positions that predict a target, and on no other
+            logits = self.model(input_ids=ids[:, :-1], use_cache=False, logits_to_keep=kept).logits
+        logits = logits[:, -kept:]  # a model that does not know the argument returns all
+        return [
+            WindowScores.of(*logprobs_of_targets(row, targets, self.vocabulary))
+            for row, targets in zip(logits, ids[:, -kept:], strict=True)
+        ]
+
+    def describe(self) -> Quantization:
+        method = getattr(self.config, "quantization_config", None)
+        if method is not None and not isinstance(method, dict):
+            method = method.to_dict()
+        facts = from_storage(
+            local_checkpoint(self.pretrained, self.revision),
+            label=self.label,
+            engine="transformers",
+            engine_version=transformers.__version__,
+            kernel=str(method["quant_method"]) if method else None,
+            dtype=str(self.model.dtype).removeprefix("torch."),
+            device=str(self.device),
+            revision=self.revision,
+            scoring="logits",
+        )
+        if self.device.type == "cuda":
+            facts.peak_vram_gb = torch.cuda.max_memory_allocated(self.device) / GIB
+        return facts
+
+
+def _same_shape(windows: Sequence[WindowRequest]) -> list[list[int]]:
+    """Indices of windows that can share a batch without padding: same length, same scored part."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for i, w in enumerate(windows):
+        groups.setdefault((len(w.context_ids), len(w.target_ids)), []).append(i)
+    return list(groups.values())
+
+
+def _explain(error: Exception, pretrained: Any) -> Exception:
+    """A loading error as something that the user can act on; unknown ones stay what they are."""
+    text = str(error)
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return UserError(
+            f"{pretrained}: out of GPU memory while loading; use dtype=float16, device=cpu, or parallelize=True over "
+            "several GPUs"
+        )
+    if isinstance(error, ImportError):
+        return MissingEngineError(f"{pretrained}: {first_line(error)}; or pip install 'lmeval-ext[quant]'")
+    if isinstance(error, OSError) and isinstance(pretrained, str):
+        hint = "give a checkpoint folder with config.json and safetensors weights, or a hub id that can be reached"
+        return UserError(f"pretrained={pretrained!r} could not be loaded: {first_line(error)}; {hint}")
+    if isinstance(error, ValueError) and ("model type" in text or "Unrecognized" in text):
+        return UserError(f"pretrained={pretrained!r}: {first_line(error)}; this Transformers does not know the model")
+    return error

@@ -1,0 +1,392 @@
+"""`llamacpp`: GGUF files in process, through llama-cpp-python.
+
+Loading, generation and the vocabulary go through its `Llama`; scoring through llama.cpp's own batch calls, which
+compute logits at the scored positions only. Tried with llama-cpp-python 0.3.36.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import (
+    Collator,
+    handle_stop_sequences,
+    maybe_truncate,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+)
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from lmeval_ext.errors import MissingEngineError, UserError
+from lmeval_ext.models.base import Quantization, WindowScoring, first_line, from_storage
+from lmeval_ext.requests import WindowRequest, WindowScores
+from lmeval_ext.tokens import Encoded, HFTokenizer
+
+try:
+    import llama_cpp
+except ImportError as error:
+    raise MissingEngineError(
+        f"llamacpp needs llama-cpp-python ({first_line(error)}); install it with pip install 'lmeval-ext[gguf]'"
+    ) from error
+
+logger = logging.getLogger(__name__)
+
+_DEFAULT_CONTEXT = 8192  # a model's full context may need more memory for its cache than for its weights
+_ENGINE_VERSION = f"llama-cpp-python {llama_cpp.__version__}"
+
+
+def find_gguf(pretrained: str) -> str:
+    """The GGUF file that `pretrained` means: itself, or the only one (or the first part) in a folder.
+
+    Raises UserError where there is none, or the choice is not clear.
+    """
+    path = Path(pretrained).expanduser()
+    if path.is_dir():
+        files = sorted(p for p in path.glob("*.gguf") if "mmproj" not in p.name)
+        whole = [p for p in files if "-of-" not in p.stem or "-00001-of-" in p.stem]
+        if len(whole) != 1:
+            names = ", ".join(p.name for p in whole) or "none"
+            raise UserError(f"pretrained={pretrained!r}: expected one GGUF file there, found {names}; name the file")
+        path = whole[0]
+    if not path.is_file():
+        raise UserError(f"pretrained={pretrained!r}: no such file; give a .gguf file, or its folder")
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise UserError(f"pretrained={pretrained!r} is not a GGUF file; convert it with llama.cpp's converter")
+    return str(path)
+
+
+def _load(path: str, **arguments: Any) -> Any:
+    try:
+        return llama_cpp.Llama(model_path=path, verbose=False, **arguments)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"llama.cpp could not load {path!r} ({first_line(error)}): the file may be truncated or of an architecture "
+            f"that {_ENGINE_VERSION} does not know, or memory is short; lower n_ctx or n_gpu_layers, and run with "
+            "verbose=True for llama.cpp's own words"
+        ) from error
+
+
+class GGUFTokenizer:
+    """The vocabulary of a GGUF file, as llama.cpp reads it; weights are not loaded.
+
+    Special tokens spelt out in a text stay text, as in llama-perplexity.
+    """
+
+    def __init__(self, source: str, llama: Any = None) -> None:
+        self.name = find_gguf(source)
+        self._llama = llama or _load(self.name, vocab_only=True)
+        vocab = llama_cpp.llama_model_get_vocab(self._llama.model)
+        bos = self._llama.token_bos()
+        self.bos_id: int | None = bos if bos >= 0 else None
+        adds = self.bos_id is not None and bool(llama_cpp.llama_vocab_get_add_bos(vocab))
+        self.prefix = [bos] if adds else []
+
+    def encode(self, text: str) -> Encoded:
+        data = text.encode()
+        ids = self._llama.tokenize(data, add_bos=False, special=False)
+        # One token at a time: llama.cpp strips a leading space from a whole text
+        sizes = {i: len(self._llama.detokenize([i])) for i in set(ids)}
+        ends = np.cumsum([sizes[i] for i in ids], dtype=np.int64)
+        exact = len(ends) > 0 and ends[-1] == len(data)
+        return Encoded(np.array(ids, dtype=np.int64), ends if exact else None)
+
+
+class ComparedTokenizer:
+    """A Transformers tokenizer whose ids are checked, text by text, against a GGUF file's own vocabulary."""
+
+    def __init__(self, tokenizer: HFTokenizer, gguf: GGUFTokenizer) -> None:
+        self.name, self.prefix, self.bos_id = tokenizer.name, tokenizer.prefix, tokenizer.bos_id
+        self._tokenizer, self._gguf = tokenizer, gguf
+
+    def encode(self, text: str) -> Encoded:
+        encoded, own = self._tokenizer.encode(text), self._gguf.encode(text)
+        a, b = encoded.ids, own.ids
+        common = min(len(a), len(b))
+        differ = np.flatnonzero(a[:common] != b[:common])
+        if len(differ) or len(a) != len(b):
+            at = int(differ[0]) if len(differ) else common
+            pieces = [
+                f"{int(ids[at])} ({self._piece(int(ids[at]))!r})" if at < len(ids) else "its end" for ids in (a, b)
+            ]
+            raise UserError(
+                f"tokenizer={self.name!r} and the vocabulary of {self._gguf.name!r} disagree on this text: token {at} "
+                f"is {pieces[0]} against {pieces[1]}; leave tokenizer= out to score the GGUF's own tokens (which other "
+                "families cannot be compared with), or convert the GGUF again from the tokenizer's model"
+            )
+        return encoded
+
+    def _piece(self, token: int) -> str:
+        return str(self._gguf._llama.detokenize([token]).decode(errors="replace"))
+
+
+class LlamaCpp(WindowScoring, TemplateLM):
+    """GGUF models in llama.cpp.
+
+    pretrained: a .gguf file (any first part of a split one) or its folder. tokenizer: a Transformers tokenizer
+    to tokenize with, for comparisons across families; without it the GGUF's own vocabulary. label: the name in
+    tables and plots. max_length is llama.cpp's n_ctx (default: the model's context, 8192 at most). Everything else
+    goes to llama_cpp.Llama under llama.cpp's names: n_gpu_layers (default: all where the build has a GPU), n_threads,
+    n_batch, n_ubatch, flash_attn, type_k and type_v (names of ggml types, such as q8_0), rope_freq_base, …
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        tokenizer: str | None = None,
+        label: str | None = None,
+        max_length: int | None = None,
+        n_ctx: int | None = None,
+        add_bos_token: bool | None = None,
+        prefix_token_id: int | None = None,
+        max_gen_toks: int = 256,
+        batch_size: int | str | None = 1,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+        verbose: bool = False,
+        **arguments: Any,
+    ) -> None:
+        super().__init__()
+        self.path = find_gguf(pretrained)
+        self.label = label or Path(self.path).stem
+        gpu = bool(llama_cpp.llama_supports_gpu_offload()) and device != "cpu"
+        arguments.setdefault("n_gpu_layers", -1 if gpu else 0)
+        self._offloaded = gpu and int(arguments["n_gpu_layers"]) != 0
+        for name in ("type_k", "type_v"):
+            if isinstance(arguments.get(name), str):
+                arguments[name] = _ggml_type(name, arguments[name])
+        if not (max_length or n_ctx):
+            trained = int(llama_cpp.llama_model_n_ctx_train(_load(self.path, vocab_only=True).model))
+            n_ctx = min(trained, _DEFAULT_CONTEXT) if trained > 0 else _DEFAULT_CONTEXT
+        self._max_length = int(max_length or n_ctx or 0)
+        try:
+            self.llama = _load(self.path, n_ctx=self._max_length, **arguments)
+        except TypeError as error:
+            raise UserError(f"llamacpp: {first_line(error)}; see llama_cpp.Llama for the arguments") from error
+        self._gguf = GGUFTokenizer(self.path, self.llama)
+        self._hf = HFTokenizer(tokenizer)._tokenizer if tokenizer else None
+        self.add_bos_token, self._prefix_token_id = add_bos_token, prefix_token_id
+        self._max_gen_toks = max_gen_toks
+        self._held: list[int] = []  # tokens whose keys and values stand in the cache, from position 0
+
+    # ------------------------------------------------------------------ scoring
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self.llama.n_vocab())
+
+    @property
+    def max_length(self) -> int:
+        return self._max_length
+
+    def score_windows(self, windows: Sequence[WindowRequest]) -> list[WindowScores]:
+        progress = tqdm(windows, desc=f"Scoring windows ({self.label})", unit="window")
+        return [WindowScores.of(*self._score(w.context_ids, w.target_ids, reuse=False)) for w in progress]
+
+    def _score(self, context: list[int], targets: list[int], reuse: bool) -> tuple[np.ndarray, np.ndarray]:
+        """(logprobs float32, greedy bool) of `targets` given `context`, each of shape [len(targets)].
+
+        reuse: keep the cached part that the last call's tokens share with these.
+        """
+        fed = (context + targets)[:-1]  # the last token predicts nothing
+        first = len(context) - 1  # the first position whose logits are wanted
+        start = self._rewind(fed, first) if reuse else self._rewind([], 0)
+        memory_of = llama_cpp.llama_get_memory(self.llama.ctx)
+        logprobs = np.empty(len(targets), dtype=np.float32)
+        greedy = np.empty(len(targets), dtype=bool)
+        batch = llama_cpp.llama_batch_init(self.llama.n_batch, 0, 1)
+        try:
+            for begin in range(start, len(fed), self.llama.n_batch):
+                part = fed[begin : begin + self.llama.n_batch]
+                batch.n_tokens = len(part)
+                for i, token in enumerate(part):
+                    batch.token[i], batch.pos[i] = token, begin + i
+                    batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+                    batch.logits[i] = begin + i >= first
+                code = llama_cpp.llama_decode(self.llama.ctx, batch)
+                if code != 0:
+                    llama_cpp.llama_memory_clear(memory_of, True)
+                    self._held = []
+                    raise UserError(
+                        f"llama_decode returned {code} at token {begin} of {len(fed)}: out of memory or cache; lower "
+                        "n_batch or eval_len, or raise n_ctx"
+                    )
+                wanted = range(max(begin, first), begin + len(part))
+                if len(wanted):
+                    where = slice(wanted[0] - first, wanted[-1] + 1 - first)
+                    logprobs[where], greedy[where] = self._read_logits(len(wanted), targets[where])
+        finally:
+            llama_cpp.llama_batch_free(batch)
+        self._held = fed
+        return logprobs, greedy
+
+    def _rewind(self, fed: list[int], first: int) -> int:
+        """Drop cached tokens that differ from `fed`, or whose logits are wanted; returns how many stay."""
+        keep = 0
+        while keep < min(len(self._held), len(fed), first) and self._held[keep] == fed[keep]:
+            keep += 1
+        memory = llama_cpp.llama_get_memory(self.llama.ctx)
+        # recurrent models cannot drop a part: they refuse, and start afresh
+        if keep == 0 or not llama_cpp.llama_memory_seq_rm(memory, 0, keep, -1):
+            llama_cpp.llama_memory_clear(memory, True)
+            keep = 0
+        return keep
+
+    def _read_logits(self, rows: int, targets: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Log-softmax in float32 of the last decode's logits at `targets`."""
+        pointer = llama_cpp.llama_get_logits(self.llama.ctx)
+        logits = np.ctypeslib.as_array(pointer, shape=(rows, self.vocabulary))
+        top = logits.max(axis=1, keepdims=True)
+        normalizer = top[:, 0] + np.log(np.exp(logits - top).sum(axis=1, dtype=np.float64))
+        picked = logits[np.arange(rows), targets]
+        return (picked - normalizer).astype(np.float32), logits.argmax(axis=1) == np.array(targets)
+
+    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **kwargs: Any) -> Any:
+        if requests and isinstance(requests[0], WindowRequest):
+            return super()._loglikelihood_tokens(requests)
+        # Sorted by their tokens, so that choices of one question follow each other and share its cached context
+        order = Collator(requests, sort_fn=lambda r: tuple(r[1] + r[2]))
+        answers = []
+        progress = tqdm(total=len(requests), disable=disable_tqdm, desc="Running loglikelihood requests")
+        for chunk in order.get_batched(n=1):
+            for key, context, continuation in chunk:
+                whole = (context + continuation)[-(self.max_length + 1) :]
+                n = min(len(continuation), len(whole) - 1)
+                logprobs, greedy = self._score(whole[:-n], whole[-n:], reuse=True)
+                answer = (float(logprobs.sum(dtype=np.float64)), bool(greedy.all()))
+                answers.append(answer)
+                if key is not None:
+                    self.cache_hook.add_partial("loglikelihood", key, answer)
+                progress.update()
+        progress.close()
+        return order.get_original(answers)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        results = []
+        for (text,) in tqdm([r.args for r in requests], disable=disable_tqdm):
+            windows = map(
+                make_disjoint_window,
+                get_rolling_token_windows(
+                    token_list=self.tok_encode(text),
+                    prefix_token=self.prefix_token_id,
+                    max_seq_len=self.max_length,
+                    context_len=1,
+                ),
+            )
+            answers = self._loglikelihood_tokens([(None, *w) for w in windows], disable_tqdm=True)
+            total = sum(logprob for logprob, _ in answers)
+            results.append(total)
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
+        return results
+
+    # ------------------------------------------------------------------ generation
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        results = []
+        eos = self._piece(self.eot_token_id)
+        self._held = []
+        self.llama.reset()
+        for context, gen_kwargs in tqdm([r.args for r in requests], disable=disable_tqdm, desc="Generating"):
+            kwargs = normalize_gen_kwargs(gen_kwargs, default_max_gen_toks=self.max_gen_toks)
+            until = handle_stop_sequences(kwargs.pop("until", None), eos=eos)
+            tokens, n = maybe_truncate(
+                self.tok_encode(context),
+                max_gen_toks=int(kwargs.pop("max_gen_toks")),
+                max_model_len=self.max_length,
+                side="left",
+            )
+            kwargs.pop("do_sample", None)
+            out = self.llama.create_completion(tokens, max_tokens=n, stop=[s for s in until if s], **kwargs)
+            text = postprocess_generated_text(out["choices"][0]["text"], until, None)
+            results.append(text)
+            self.cache_hook.add_partial("generate_until", (context, gen_kwargs), text)
+        self.llama.reset()
+        return results
+
+    # ------------------------------------------------------------------ tokens
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Ids of a text. BOS as the tokenizer adds it, unless add_bos_token or add_special_tokens say otherwise;
+        a text that begins with BOS gets no second one."""
+        if self._hf is not None:
+            ids = list(self._hf(string, add_special_tokens=False)["input_ids"])
+        else:
+            ids = list(self.llama.tokenize(string.encode(), add_bos=False, special=True))
+        wanted = add_special_tokens if add_special_tokens is not None else self.add_bos_token
+        prefix = self._gguf.prefix if wanted is None else [self._gguf.bos_id] if wanted and self._gguf.bos_id else []
+        return ids if not prefix or ids[:1] == prefix else prefix + ids
+
+    @property
+    def eot_token_id(self) -> int:
+        return int(self.llama.token_eos())
+
+    @property
+    def prefix_token_id(self) -> int:
+        if self._prefix_token_id is not None:
+            return self._prefix_token_id
+        return self._gguf.bos_id if self._gguf.bos_id is not None else self.eot_token_id
+
+    @property
+    def max_gen_toks(self) -> int:
+        return self._max_gen_toks
+
+    @property
+    def tokenizer_name(self) -> str:
+        return Path(self.path).name if self._hf is None else str(self._hf.name_or_path).replace("/", "__")
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        return self.llama.metadata.get("tokenizer.chat_template") if chat_template else None
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        if self._hf is not None and self._hf.chat_template:
+            return str(
+                self._hf.apply_chat_template(chat_history, tokenize=False, add_generation_prompt=add_generation_prompt)
+            )
+        template = self.llama.metadata.get("tokenizer.chat_template")
+        if not template:
+            raise UserError(f"{self.path!r} has no chat template; give tokenizer= a model that has one")
+        from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+        formatter = Jinja2ChatFormatter(
+            template=template,
+            eos_token=self._piece(self.eot_token_id),
+            bos_token=self._piece(self._gguf.bos_id) if self._gguf.bos_id is not None else "",
+            add_generation_prompt=add_generation_prompt,
+        )
+        return str(formatter(messages=chat_history).prompt)
+
+    def _piece(self, token: int) -> str:
+        return str(self.llama.detokenize([token], special=True).decode(errors="replace"))
+
+    # ------------------------------------------------------------------ the record
+
+    def describe(self) -> Quantization:
+        facts = from_storage(
+            self.path,
+            label=self.label,
+            engine="llama.cpp",
+            engine_version=_ENGINE_VERSION,
+            kernel="ggml GPU backend" if self._offloaded else "ggml CPU backend",
+            dtype=None,
+            device="gpu" if self._offloaded else "cpu",
+            scoring="logits",
+        )
+        if self._offloaded:
+            facts.notes.append("peak_vram_gb unknown: llama.cpp does not tell through its bindings")
+        return facts
+
+
+def _ggml_type(argument: str, name: str) -> int:
+    from gguf import GGMLQuantizationType
+
+    try:
+        return int(GGMLQuantizationType[name.upper()])
+    except KeyError:
+        raise UserError(f"{argument}={name!r}: expected a ggml type such as f16, q8_0 or q4_0") from None
