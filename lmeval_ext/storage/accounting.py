@@ -1,0 +1,104 @@
+"""The one place where weights become figures; every format goes through `account`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+
+from lmeval_ext.storage.info import Excluded, StorageInfo
+from lmeval_ext.storage.tensors import Weight
+
+KINDS = {"token_embedding": "embedding"}
+NAMED_PROBLEMS = 3
+
+
+def account(
+    weights: Sequence[Weight],
+    *,
+    family: str | None,
+    scheme: str | None,
+    tied: bool | None,
+    notes: Iterable[str] = (),
+    unsupported: str | None = None,
+) -> StorageInfo:
+    """Sum weights up by the convention of `StorageInfo`.
+
+    tied: the token embedding is the output matrix (None: not known). unsupported: a reason why no element count of
+    this checkpoint can be trusted; then every bits-per-weight figure is None.
+    """
+    remarks = list(notes)
+    layer = [weight for weight in weights if weight.role == "layer"]
+    head = [weight for weight in weights if weight.role == "head"]
+    embedding = [weight for weight in weights if weight.role == "token_embedding"]
+    head_is_embedding = not head and tied is True and len(embedding) == 1
+    if head_is_embedding:
+        head = embedding
+        remarks.append(f"tied: head_bpw is of the embedding matrix {embedding[0].name[:200]!r}")
+    used = {id(weight) for weight in (*layer, *head)}
+    rest = [weight for weight in weights if id(weight) not in used]
+
+    problems = [weight.problem for weight in weights if weight.problem]
+    if unsupported:
+        remarks.append(unsupported)
+    else:
+        remarks += problems[:NAMED_PROBLEMS]
+        if len(problems) > NAMED_PROBLEMS:
+            remarks.append(f"and {len(problems) - NAMED_PROBLEMS} more weights that cannot be read")
+
+    def elements(part: Sequence[Weight]) -> int | None:
+        counts = [weight.elements for weight in part]
+        return None if unsupported or None in counts else sum(count for count in counts if count is not None)
+
+    layer_bits, head_bits, all_bits = (sum(weight.bits for weight in part) for part in (layer, head, weights))
+    layer_elements, head_elements, all_elements = elements(layer), elements(head), elements(weights)
+    if layer_elements == 0:
+        remarks.append("no weight matrix of a language model's layers: layer_bpw and vram_gb are null")
+    if head_elements == 0:
+        why = "the output matrix is empty" if head else _why_no_head(tied, len(embedding))
+        remarks.append(f"{why}: head_bpw and vram_gb are null")
+    return StorageInfo(
+        layer_bpw=_ratio(layer_bits, layer_elements),
+        head_bpw=_ratio(head_bits, head_elements),
+        vram_gb=(layer_bits + head_bits) / 8 / 1024**3 if layer_elements and head_elements else None,
+        file_bpw=_ratio(all_bits, all_elements),
+        weight_bytes=all_bits // 8,
+        family=family,
+        scheme=scheme,
+        tied=head_is_embedding if head else tied,
+        layer_bits=layer_bits,
+        layer_elements=layer_elements,
+        head_bits=head_bits,
+        head_elements=head_elements,
+        elements=all_elements,
+        excluded=_by_kind(rest, elements),
+        notes=tuple(remarks),
+    )
+
+
+def _by_kind(rest: Sequence[Weight], elements: Callable[[Sequence[Weight]], int | None]) -> tuple[Excluded, ...]:
+    groups: dict[str, list[Weight]] = {}
+    for weight in rest:
+        groups.setdefault(KINDS.get(weight.role, weight.role), []).append(weight)
+    return tuple(Excluded(kind, sum(w.bits for w in part), elements(part)) for kind, part in sorted(groups.items()))
+
+
+def _ratio(bits: int, elements: int | None) -> float | None:
+    return bits / elements if elements else None
+
+
+def _why_no_head(tied: bool | None, embeddings: int) -> str:
+    if tied is None:
+        return "no output matrix is stored, and nothing says that the model is tied"
+    if tied and embeddings != 1:
+        return f"the model is tied, but {embeddings} token embedding matrices are stored"
+    return "config.json says tie_word_embeddings=false, but no output matrix is stored"
+
+
+def main_packing(weights: Sequence[Weight], dense: frozenset[str]) -> str | None:
+    """The packing that most bits of the layers are stored in; dense ones count only where nothing is quantized."""
+    layer = [weight for weight in weights if weight.role == "layer"] or list(weights)
+    packed = [weight for weight in layer if weight.packing not in dense] or layer
+    bits: Counter[str] = Counter()
+    for weight in packed:
+        bits[weight.packing] += weight.bits
+    return bits.most_common(1)[0][0] if bits else None

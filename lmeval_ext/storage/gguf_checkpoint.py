@@ -1,0 +1,83 @@
+"""GGUF files as checkpoints: split files, llama.cpp's tensor names, the name of the file type."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from gguf.constants import LlamaFileType
+
+from lmeval_ext.storage.gguf_header import GGUFHeader, read_gguf
+from lmeval_ext.storage.info import StorageError
+from lmeval_ext.storage.roles import gguf_role_of
+from lmeval_ext.storage.tensors import Weight
+
+SPLIT = re.compile(r"^(.*)-(\d{5})-of-(\d{5})\.gguf$")
+GUESSED = 1024  # llama.h, LLAMA_FTYPE_GUESSED: a flag added to the type
+
+
+def read_gguf_checkpoint(path: Path) -> tuple[list[Weight], str | None, list[str]]:
+    """Weights, scheme and notes of a GGUF file, or of all parts of a split one (any part may be named)."""
+    headers, notes = _parts(path)
+    first = headers[0]
+    tensors = [tensor for header in headers for tensor in header.tensors]
+    if not tensors:
+        raise StorageError(f"{path} holds no tensors. Give the GGUF file of a model, not of a vocabulary.")
+    if len({tensor.name for tensor in tensors}) != len(tensors):
+        raise StorageError(f"{path}: two parts hold a tensor of the same name. Download the files again.")
+    architecture = first.metadata.get("general.architecture")
+    blocks = first.integer(f"{architecture}.block_count")
+    drafts = first.integer(f"{architecture}.nextn_predict_layers") or 0
+    layers = blocks - drafts if blocks is not None else None
+    projector = architecture == "clip" or first.metadata.get("general.type") == "mmproj"
+    weights = []
+    for tensor in tensors:
+        matrix = len(tensor.shape) >= 2
+        role = "vision" if projector else gguf_role_of(tensor.name, matrix, layers)
+        weights.append(Weight(tensor.name, role, 8 * tensor.nbytes, tensor.numel, tensor.dtype))
+    return weights, _scheme(first, notes), notes
+
+
+def _parts(path: Path) -> tuple[list[GGUFHeader], list[str]]:
+    given = read_gguf(path)
+    count = given.integer("split.count") or 0
+    name = SPLIT.match(path.name)
+    if count <= 1:
+        if name and int(name[3]) > 1:
+            raise StorageError(
+                f"{path} is named as part of {int(name[3])}, but holds no split.count. Download it again."
+            )
+        return [given], []
+    if not name or int(name[3]) != count:
+        raise StorageError(
+            f"{path} is one of {count} parts, but is not named NAME-00001-of-{count:05d}.gguf. Give the parts back "
+            "the names that llama-gguf-split wrote, or merge them with it."
+        )
+    paths = [path.with_name(f"{name[1]}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)]
+    missing = [part.name for part in paths if not part.is_file()]
+    if missing:
+        shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
+        raise StorageError(f"{path}: {len(missing)} of {count} parts are missing ({shown}). Download them.")
+    headers = [given if part == path else read_gguf(part) for part in paths]
+    for number, header in enumerate(headers):
+        if header.integer("split.no") != number or header.integer("split.count") != count:
+            raise StorageError(
+                f"{header.path} is not part {number + 1} of {count} by its own metadata. Download it again."
+            )
+    total, found = headers[0].integer("split.tensors.count"), sum(len(header.tensors) for header in headers)
+    if total not in (None, found):
+        raise StorageError(f"{path}: the parts hold {found} tensors, {total} were announced. Download the files again.")
+    return headers, [f"{count} split files"]
+
+
+def _scheme(header: GGUFHeader, notes: list[str]) -> str | None:
+    number = header.integer("general.file_type")
+    if number is None:
+        notes.append("no general.file_type: scheme is null")
+        return None
+    try:
+        name = LlamaFileType(number & ~GUESSED).name
+    except ValueError:
+        notes.append(f"general.file_type {number} is not known to the installed gguf package: scheme is null")
+        return None
+    return name.removeprefix("MOSTLY_").removeprefix("ALL_")

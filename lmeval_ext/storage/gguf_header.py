@@ -1,0 +1,186 @@
+"""The header of one GGUF file: metadata, then tensor names, dimensions, types and offsets.
+
+Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Block sizes come from `gguf`'s own table. gguf's
+GGUFReader makes several numpy views for each token of the vocabulary (seconds for a large one) and trusts the
+counts in the file, so the header is walked here; vocabulary arrays are skipped.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+
+from lmeval_ext.storage.info import StorageError
+from lmeval_ext.storage.tensors import StoredTensor
+
+FORMATS = {
+    GGUFValueType.UINT8: "B", GGUFValueType.INT8: "b", GGUFValueType.UINT16: "H", GGUFValueType.INT16: "h",
+    GGUFValueType.UINT32: "I", GGUFValueType.INT32: "i", GGUFValueType.FLOAT32: "f", GGUFValueType.BOOL: "?",
+    GGUFValueType.UINT64: "Q", GGUFValueType.INT64: "q", GGUFValueType.FLOAT64: "d",
+}  # fmt: skip
+# Far above any real file (DeepSeek-V3 has 1,100 tensors, the largest vocabularies 300,000 tokens).
+MAX_KEYS, MAX_TENSORS, MAX_STRINGS, MAX_DIMENSIONS, MAX_NAME = 2**16, 2**20, 2**22, 4, 2**16
+_FIX = "Download the file again."
+
+
+@dataclass
+class GGUFHeader:
+    """metadata: scalar and string values by key (arrays are left out); tensors: in file order."""
+
+    path: Path
+    metadata: dict[str, Any] = field(default_factory=dict)
+    tensors: list[StoredTensor] = field(default_factory=list)
+
+    def integer(self, key: str) -> int | None:
+        """A metadata integer, None if it is absent or of another type."""
+        value = self.metadata.get(key)
+        return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def read_gguf(path: Path) -> GGUFHeader:
+    """Read the header; StorageError for anything truncated, inconsistent or beyond the limits above."""
+    try:
+        with path.open("rb") as stream:
+            if stream.read(4) != b"GGUF":
+                raise StorageError(f"{path} does not start with the magic bytes of a GGUF file. Check the path.")
+            with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                return _Walker(path, data).header()
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {error.strerror}. Check the path and its permissions.") from None
+    except (struct.error, OverflowError):  # OverflowError: a position beyond 63 bits
+        raise StorageError(f"{path} is truncated: its header goes on past the end of the file. {_FIX}") from None
+    except UnicodeDecodeError:
+        raise StorageError(f"{path} has a name that is not UTF-8. {_FIX}") from None
+
+
+class _Walker:
+    """A position in a GGUF header; every read checks the end of the file (struct.error)."""
+
+    def __init__(self, path: Path, data: mmap.mmap) -> None:
+        self.path, self.data, self.position = path, data, 4
+        (version,) = struct.unpack_from("<I", data, 4)
+        # The version's low half is 0 in a file of the other byte order.
+        self.order = ">" if version & 0xFFFF == 0 else "<"
+        version = self.take("I")
+        if version not in (2, 3):
+            raise self.bad(f"is GGUF version {version}, known are 2 and 3")
+
+    def bad(self, what: str) -> StorageError:
+        return StorageError(f"{self.path} {what}. {_FIX}")
+
+    def take(self, kind: str) -> Any:
+        (value,) = struct.unpack_from(self.order + kind, self.data, self.position)
+        self.position += struct.calcsize(self.order + kind)
+        return value
+
+    def skip(self, count: int) -> None:
+        self.position += count
+        if self.position > len(self.data):
+            raise struct.error
+
+    def text(self, limit: int) -> str:
+        length = self.take("Q")
+        if length > limit:
+            raise self.bad(f"has a string of {length:,} bytes where at most {limit:,} are expected")
+        start = self.position
+        self.skip(length)
+        return self.data[start : start + length].decode("utf-8")
+
+    def kind(self) -> GGUFValueType:
+        number = self.take("I")
+        try:
+            return GGUFValueType(number)
+        except ValueError:
+            raise self.bad(f"has a metadata value of the unknown type {number}") from None
+
+    def count(self, what: str, limit: int) -> int:
+        number = int(self.take("Q"))
+        if number > limit:
+            raise self.bad(f"announces {number:,} {what}, more than {limit:,}")
+        return number
+
+    def header(self) -> GGUFHeader:
+        header = GGUFHeader(self.path)
+        tensors, keys = self.count("tensors", MAX_TENSORS), self.count("metadata keys", MAX_KEYS)
+        seen: set[str] = set()
+        for _ in range(keys):
+            key = self.text(MAX_NAME)
+            if key in seen:
+                raise self.bad(f"has the metadata key {key[:80]!r} twice")
+            seen.add(key)
+            value = self.value()
+            if value is not None:
+                header.metadata[key] = value
+        entries = [self.entry() for _ in range(tensors)]
+        alignment = header.metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1) or alignment > 2**30:
+            raise self.bad(f"has the alignment {alignment!r}, expected a power of two")
+        start = -(-self.position // alignment) * alignment
+        header.tensors = [
+            StoredTensor(name, kind, shape, size, self.path, start + offset)
+            for name, kind, shape, size, offset in entries
+        ]
+        self.check(header.tensors)
+        return header
+
+    def value(self) -> Any:
+        """One metadata value; None for an array, which is only skipped."""
+        kind = self.kind()
+        if kind == GGUFValueType.STRING:
+            length = struct.unpack_from(self.order + "Q", self.data, self.position)[0]
+            if length > MAX_NAME:  # chat templates and licences
+                self.skip(8 + length)
+                return None
+            return self.text(MAX_NAME)
+        if kind != GGUFValueType.ARRAY:
+            return self.take(FORMATS[kind])
+        item = self.kind()
+        if item == GGUFValueType.ARRAY:
+            raise self.bad("has an array of arrays in its metadata")
+        if item == GGUFValueType.STRING:
+            self.skip_strings(self.count("strings in an array", MAX_STRINGS))
+        else:
+            self.skip(self.take("Q") * struct.calcsize(self.order + FORMATS[item]))
+        return None
+
+    def skip_strings(self, count: int) -> None:
+        unpack, data, position = struct.Struct(self.order + "Q").unpack_from, self.data, self.position
+        for _ in range(count):
+            position += 8 + unpack(data, position)[0]
+        self.position = position
+        self.skip(0)
+
+    def entry(self) -> tuple[str, str, tuple[int, ...], int, int]:
+        name, dimensions = self.text(MAX_NAME), self.take("I")
+        if dimensions > MAX_DIMENSIONS:
+            raise self.bad(f"gives tensor {name[:80]!r} {dimensions} dimensions, more than {MAX_DIMENSIONS}")
+        sizes = tuple(self.take("Q") for _ in range(dimensions))
+        number, offset = self.take("I"), self.take("Q")
+        try:
+            kind = GGMLQuantizationType(number)
+            block, block_bytes = GGML_QUANT_SIZES[kind]
+        except (ValueError, KeyError):
+            raise StorageError(
+                f"{self.path}: tensor {name[:80]!r} has the type {number}, which the installed gguf package does not "
+                "know. Update gguf (pip install -U gguf), or download the file again."
+            ) from None
+        if sizes and sizes[0] % block:
+            raise self.bad(f"gives tensor {name[:80]!r} rows of {sizes[0]} values, not whole blocks of {block}")
+        return name, kind.name, sizes[::-1], prod(sizes) // block * block_bytes, offset
+
+    def check(self, tensors: list[StoredTensor]) -> None:
+        if len({tensor.name for tensor in tensors}) != len(tensors):
+            raise self.bad("has two tensors of the same name")
+        end = 0
+        for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.nbytes)):
+            if tensor.offset < end:
+                raise self.bad(f"has the tensor {tensor.name[:80]!r} overlap the one before it")
+            end = tensor.offset + tensor.nbytes
+        if end > len(self.data):
+            raise self.bad(f"is truncated: its tensors end at byte {end:,}, the file at {len(self.data):,}")

@@ -1,0 +1,148 @@
+"""From stored shapes to logical shapes: one function for each way of packing a matrix.
+
+Each takes the tensors of one packed weight, keyed by suffix, and returns the logical shape of the weight. It raises
+Unclear where the tensors contradict the format, because a guess would be worse than no figure. Where each layout is
+defined stands in the rows of `packings.PACKINGS`.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from math import ceil
+
+from lmeval_ext.storage.tensors import StoredTensor
+
+Parts = dict[str, StoredTensor]
+Shape = tuple[int, ...]
+
+
+class Unclear(Exception):
+    """The tensors of a packing contradict its format; the text says how."""
+
+
+def _expect(condition: bool, message: str) -> None:
+    if not condition:
+        raise Unclear(message)
+
+
+def as_stored(payload: str) -> Callable[[Parts], Shape]:
+    """Codes that keep the shape of the weight, such as int8 and float8."""
+    return lambda parts: parts[payload].shape
+
+
+def fp4(payload: str, scale: str, group: int) -> Callable[[Parts], Shape]:
+    """Two 4-bit codes a byte along the last dimension, one scale for `group` weights."""
+
+    def shape(parts: Parts) -> Shape:
+        packed, scales = parts[payload].shape, parts[scale].shape
+        _expect(len(packed) >= 2, f"{payload[1:]} has the shape {list(packed)}, expected a matrix")
+        logical = (*packed[:-1], 2 * packed[-1])
+        expected = (*packed[:-1], ceil(logical[-1] / group))
+        _expect(
+            scales == expected,
+            f"{scale[1:]} has the shape {list(scales)}, expected {list(expected)} for groups of {group}",
+        )
+        return logical
+
+    return shape
+
+
+def mxfp4_blocks(parts: Parts) -> Shape:
+    """Blocks [..., in / 32, 16 bytes] of 32 codes, one exponent byte each; three-dimensional for fused experts."""
+    blocks, scales = parts["_blocks"].shape, parts["_scales"].shape
+    _expect(
+        len(blocks) >= 3 and blocks[-1] == 16 and scales == blocks[:-1],
+        f"blocks {list(blocks)} and scales {list(scales)} are not blocks of 32 values with one scale each",
+    )
+    return (*blocks[:-2], 32 * blocks[-2])
+
+
+def pack_quantized(parts: Parts) -> Shape:
+    """Codes of 1 to 8 bits, 32 // bits in an int32; the logical shape is stored in the 8-byte ints of weight_shape."""
+    packed, stored = parts[".weight_packed"].shape, parts[".weight_shape"]
+    _expect(stored.dtype in ("I64", "I32") and 2 <= stored.numel <= 3, "weight_shape is not a shape")
+    raw = stored.read()
+    kind = "q" if stored.dtype == "I64" else "i"
+    rows, columns = struct.unpack(f"<{stored.numel}{kind}", raw)[-2:]
+    factors = {32 // bits for bits in range(1, 9)}
+    fits = (
+        len(packed) >= 2
+        and rows == packed[-2]
+        and columns >= 0
+        and any(ceil(columns / f) == packed[-1] for f in factors)
+    )
+    _expect(fits, f"weight_shape says {rows} x {columns}, which weight_packed {list(packed)} cannot hold")
+    return (*packed[:-2], rows, columns)
+
+
+def awq(parts: Parts) -> Shape:
+    """GEMM layout: qweight [in, out / 8], qzeros [groups, out / 8], scales [groups, out]; always 4 bits."""
+    (rows, columns), (groups, out) = _two(parts, ".qweight"), _two(parts, ".scales")
+    _expect(out > 0 and 32 * columns == 4 * out, f"qweight of {columns} columns does not hold {out} 4-bit outputs")
+    _expect(groups > 0 and rows % groups == 0, f"{groups} groups do not divide {rows} inputs")
+    _expect(_two(parts, ".qzeros") == (groups, columns), "qzeros is not one packed row for each group")
+    return (rows, out)
+
+
+def gptq(parts: Parts) -> Shape:
+    """qweight [in * bits / 32, out], qzeros [groups, out * bits / 32], scales [groups, out], g_idx [in].
+
+    The bits follow from the zero points, since only they are packed along a dimension that is known.
+    """
+    (rows, out), (groups, zeros) = _two(parts, ".qweight"), _two(parts, ".qzeros")
+    bits = 32 * zeros / out if out else 0
+    _expect(bits in (2, 3, 4, 5, 6, 7, 8), f"qzeros of {zeros} columns gives {bits:g} bits for {out} outputs")
+    _expect(_two(parts, ".scales") == (groups, out), "scales is not one row for each group")
+    inputs = 32 * rows / bits
+    _expect(inputs.is_integer(), f"qweight of {rows} rows does not hold whole {bits:g}-bit columns")
+    if ".g_idx" in parts:
+        length = parts[".g_idx"].numel
+        _expect(length == inputs, f"g_idx has {length} entries for {inputs:g} inputs")
+    return (int(inputs), out)
+
+
+def bnb_4bit(parts: Parts) -> Shape:
+    """Two codes a byte, flattened, and one absmax for each block of 32 to 4096 weights (a power of two)."""
+    payload, absmax = parts[".weight"], parts[".weight.absmax"]
+    elements = 2 * payload.nbytes
+    blocks = {ceil(elements / 2**power) for power in range(5, 13)}
+    _expect(absmax.numel in blocks, f"{absmax.numel} absmax values do not fit {elements} weights")
+    return (elements, 1)
+
+
+def exl2(parts: Parts) -> Shape:
+    """q_weight [rows, out] holds columns of mixed bit widths in int32; the permutation has one entry an input."""
+    rows, out = _two(parts, ".q_weight")
+    inputs = next(parts[key].numel for key in (".q_invperm", ".q_perm") if key in parts)
+    _expect(inputs > 0 and 1 <= 32 * rows / inputs <= 8.5, f"q_weight of {rows} rows does not fit {inputs} inputs")
+    return (inputs, out)
+
+
+def exl3(parts: Parts) -> Shape:
+    """Trellis of 16 x 16 tiles, int16 [in / 16, out / 16, 16 * bits] (bits may be half-integer), signs on both sides.
+
+    suh and svh hold one float16 a sign, su and sv of older files 16 signs in an int16.
+    """
+    trellis = parts[".trellis"].shape
+    _expect(len(trellis) == 3 and trellis[2] > 0 and trellis[2] % 8 == 0, f"trellis has the shape {list(trellis)}")
+    sides = {".suh": trellis[0], ".svh": trellis[1], ".su": trellis[0] / 16, ".sv": trellis[1] / 16}
+    for key, tiles in sides.items():
+        _expect(
+            key not in parts or parts[key].numel == 16 * tiles, f"{key[1:]} does not fit the trellis {list(trellis)}"
+        )
+    return (16 * trellis[0], 16 * trellis[1])
+
+
+def modelopt_int4(parts: Parts) -> Shape:
+    """Two codes a byte along the output dimension."""
+    (rows, columns), (scales, groups) = _two(parts, ".weight"), _two(parts, ".weight_scale")
+    fits = scales == 2 * rows and groups > 0 and columns % groups == 0
+    _expect(fits, f"scales {scales} x {groups} do not fit packed codes {rows} x {columns}")
+    return (2 * rows, columns)
+
+
+def _two(parts: Parts, key: str) -> tuple[int, int]:
+    shape = parts[key].shape
+    _expect(len(shape) == 2, f"{key[1:]} has the shape {list(shape)}, expected a matrix")
+    return shape[0], shape[1]

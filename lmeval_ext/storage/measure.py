@@ -1,0 +1,93 @@
+"""From a path to a StorageInfo: choose the reader, name family and scheme, hand over to the accounting."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lmeval_ext.storage.accounting import account, main_packing
+from lmeval_ext.storage.checkpoint import Checkpoint, read_checkpoint
+from lmeval_ext.storage.grouping import find
+from lmeval_ext.storage.info import StorageError, StorageInfo
+from lmeval_ext.storage.packings import FAMILIES
+from lmeval_ext.storage.safetensors_header import DTYPE_BITS, FLOAT8
+from lmeval_ext.storage.schemes import DENSE_NAMES, SCHEMES, UNSUPPORTED, method_of
+
+DENSE = frozenset(DTYPE_BITS) - FLOAT8
+
+
+def measure(path: Path) -> StorageInfo:
+    """`inspect` for a Path."""
+    try:
+        if not path.exists():
+            raise StorageError(f"{path} does not exist. Give a checkpoint folder, a .safetensors or a .gguf file.")
+        gguf = _gguf_file(path)
+        if gguf:
+            return _measure_gguf(gguf)
+        if path.is_file() and path.suffix != ".safetensors":
+            raise StorageError(
+                f"{path} is neither a .safetensors nor a .gguf file (pickles are never opened). Give the folder of a "
+                "checkpoint, or one of those files."
+            )
+        if not path.is_file() and not path.is_dir():
+            raise StorageError(f"{path} is not a regular file. Give a checkpoint folder or file.")
+        return _measure_safetensors(read_checkpoint(path))
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {error.strerror}. Check the path and its permissions.") from None
+
+
+def _gguf_file(path: Path) -> Path | None:
+    """The GGUF file meant by a path: the file itself, or the only model in a folder without safetensors."""
+    if not path.is_dir():
+        return path if path.suffix == ".gguf" and path.is_file() else None
+    names = sorted(file.name for file in path.iterdir())
+    if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
+        return None
+    ggufs = [name for name in names if name.endswith(".gguf")]
+    models = [name for name in ggufs if "-of-" not in name or "-00001-of-" in name] or ggufs[:1]
+    if len(models) > 1:
+        raise StorageError(f"{path} holds {len(models)} GGUF models. Name one of: {', '.join(models)}.")
+    return path / models[0] if models else None
+
+
+def _measure_gguf(path: Path) -> StorageInfo:
+    from lmeval_ext.storage.gguf_checkpoint import read_gguf_checkpoint  # the gguf package brings numpy: 0.1 s
+
+    weights, scheme, notes = read_gguf_checkpoint(path)
+    # In llama.cpp a model without output.weight uses token_embd.weight (llama-model.cpp, TENSOR_DUPLICATED).
+    return account(weights, family="GGUF", scheme=scheme, tied=True, notes=notes)
+
+
+def _measure_safetensors(checkpoint: Checkpoint) -> StorageInfo:
+    weights = find(checkpoint.tensors, checkpoint.layers)
+    packing = main_packing(weights, DENSE)
+    notes, config = list(checkpoint.notes), checkpoint.quantization
+    method = method_of(config)
+    unsupported = None
+    if method is None:
+        if config:
+            notes.append("the quantization config names no quant_method")
+        scheme = DENSE_NAMES.get(packing or "")
+        if scheme is None:
+            notes.append("no quantization config says which scheme this is: scheme is null")
+    elif method in SCHEMES:
+        scheme = SCHEMES[method](config)
+        if packing in DENSE:
+            notes.append(f"config.json says {method}, but no layer is stored quantized")
+            scheme = DENSE_NAMES.get(packing or "")
+        elif scheme is None:
+            notes.append(f"the {method} config does not say which scheme this is: scheme is null")
+    else:
+        scheme = None
+        unsupported = f"quant_method {method!r} is not supported: bits per weight are null"
+    family = _family(packing, UNSUPPORTED.get(method or "", method) if unsupported else None)
+    return account(weights, family=family, scheme=scheme, tied=checkpoint.tied, notes=notes, unsupported=unsupported)
+
+
+def _family(packing: str | None, unsupported: str | None) -> str | None:
+    if unsupported:
+        return unsupported
+    if packing is None or packing == "unknown":
+        return None
+    if packing.startswith("F8_"):
+        return "FP8"
+    return FAMILIES.get(packing, "full precision")

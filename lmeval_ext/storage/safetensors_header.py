@@ -1,0 +1,93 @@
+"""The header of one safetensors file: 8 bytes of length, then JSON.
+
+Layout and rules: https://github.com/huggingface/safetensors, README "Format" and `safetensors/src/tensor.rs`.
+The library itself maps the whole file, does not show offsets, silently keeps the last of two equal keys and does
+not name the file in its errors, so the header is parsed here; the tests check that both accept the same files.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from lmeval_ext.storage.info import StorageError
+from lmeval_ext.storage.json_file import MAX_BYTES, parse_object
+from lmeval_ext.storage.tensors import StoredTensor
+
+DTYPE_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
+    "U32": 32, "I32": 32, "F32": 32,
+    "U64": 64, "I64": 64, "F64": 64, "C64": 64,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+}  # fmt: skip
+FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
+FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
+MAX_DIMENSIONS = 16
+_FIX = "Download the file again."
+
+
+def read_header(path: Path) -> list[StoredTensor]:
+    """The tensors of a safetensors file in order of their data.
+
+    Raises StorageError if the header is truncated or malformed, if a tensor's bytes are not dtype x shape, or if the
+    tensors do not cover the rest of the file exactly, without overlap or hole (the format's own rule).
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8:
+                raise StorageError(f"{path} has {size} bytes, too few for a safetensors header. {_FIX}")
+            if length > min(size - 8, MAX_BYTES):
+                limit = f"the file has {size:,} bytes" if length > size - 8 else f"the limit is {MAX_BYTES:,}"
+                raise StorageError(f"{path} announces a header of {length:,} bytes, but {limit}. {_FIX}")
+            raw = stream.read(length)
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {error.strerror}. Check the path and its permissions.") from None
+    header = parse_object(raw, f"the header of {path}", _FIX)
+    header.pop("__metadata__", None)
+    tensors = [_tensor(path, 8 + length, name, entry) for name, entry in header.items()]
+    tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
+    _check_cover(path, tensors, 8 + length, size)
+    return tensors
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _tensor(path: Path, start: int, name: str, entry: Any) -> StoredTensor:
+    def bad(what: str) -> StorageError:
+        return StorageError(f"{path}: tensor {name[:200]!r} {what}. {_FIX}")
+
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise bad("is not described by exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise StorageError(
+            f"{path}: tensor {name[:200]!r} has the dtype {str(dtype)[:40]!r}, which is not in the safetensors format "
+            f"known here ({', '.join(DTYPE_BITS)}). Update lmeval-ext if the format has grown."
+        )
+    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(_is_count, shape)):
+        raise bad(f"has a shape that is not a list of at most {MAX_DIMENSIONS} sizes")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
+        raise bad("has data_offsets that are not two positions")
+    begin, end = offsets
+    bits = prod(shape) * DTYPE_BITS[dtype]
+    if bits != 8 * (end - begin):
+        raise bad(f"spans {end - begin} bytes, but {dtype} x {shape} takes {bits / 8:g}")
+    return StoredTensor(name, dtype, tuple(shape), end - begin, path, start + begin)
+
+
+def _check_cover(path: Path, tensors: list[StoredTensor], start: int, size: int) -> None:
+    position = start
+    for tensor in tensors:
+        if tensor.offset != position:
+            what = "overlaps the tensor before it" if tensor.offset < position else "leaves a hole before it"
+            raise StorageError(f"{path}: tensor {tensor.name[:200]!r} {what}. {_FIX}")
+        position += tensor.nbytes
+    if position != size:
+        kind = "truncated" if position > size else "longer than its tensors"
+        raise StorageError(f"{path} is {kind}: its tensors end at byte {position:,}, the file at {size:,}. {_FIX}")

@@ -1,0 +1,137 @@
+"""Family and scheme names from a checkpoint's quantization config.
+
+One entry per `quant_method`; the names are those of each format's own users.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+Config = dict[str, Any]
+
+# Recognised by name, but their logical shapes do not follow from their tensors.
+UNSUPPORTED = {
+    "vptq": "VPTQ", "aqlm": "AQLM", "qtip": "QTIP", "quip": "QuIP#", "hqq": "HQQ", "quanto": "Quanto", "eetq": "EETQ",
+    "higgs": "HIGGS", "spqr": "SpQR", "torchao": "torchao", "bitnet": "BitNet", "quark": "Quark", "vqe": "VQ",
+}  # fmt: skip
+
+DENSE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+
+
+def _group(size: Any) -> str:
+    return f"-g{size}" if isinstance(size, int) and size > 0 else ""
+
+
+def compressed_tensors_scheme(config: Config) -> str | None:
+    """The config groups' schemes, several joined by "+" in alphabetical order; None without a weight scheme.
+
+    Names follow compressed-tensors' presets (`quantization/quant_scheme.py`), in lower case.
+    """
+    groups = config.get("config_groups")
+    schemes = []
+    for group in groups.values() if isinstance(groups, dict) else ():
+        if isinstance(group, dict) and isinstance(group.get("weights"), dict):
+            name = _group_scheme(group["weights"], group.get("input_activations"))
+            if name not in schemes:
+                schemes.append(name)
+    return "+".join(sorted(schemes)) or None
+
+
+def _group_scheme(weights: Config, inputs: Any) -> str:
+    bits, size = weights.get("num_bits"), weights.get("group_size")
+    acts: Config = inputs if isinstance(inputs, dict) else {}
+    if weights.get("type") == "float":
+        if bits == 4:
+            base = "mxfp4" if size == 32 else "nvfp4"
+            suffix = "a16" if not acts else "" if acts.get("num_bits") == 4 else f"a{acts.get('num_bits')}"
+            return base + suffix
+        if bits == 8:
+            base = "mxfp8" if size == 32 else "fp8"
+            if not acts:
+                return base + "a16"
+            if weights.get("strategy") == "block":
+                return base + "-block"
+            return base + ("-dynamic" if acts.get("dynamic") is True and base == "fp8" else "")
+        return f"float{bits}"
+    asymmetric = "-asym" if weights.get("symmetric") is False else ""
+    if not acts:
+        return f"w{bits}a16{_group(size)}{asymmetric}"
+    kind = "fp" if acts.get("type") == "float" else ""
+    if bits == acts.get("num_bits") == 8 and not kind:
+        return f"w8a8-int8{asymmetric}"
+    return f"w{bits}a{kind}{acts.get('num_bits')}{_group(size)}{asymmetric}"
+
+
+def _bitsandbytes(config: Config) -> str | None:
+    if config.get("load_in_8bit") or config.get("_load_in_8bit"):
+        return "int8"
+    kind = config.get("bnb_4bit_quant_type")
+    return f"{kind}{'-dq' if config.get('bnb_4bit_use_double_quant') else ''}" if kind else None
+
+
+def _weight_only(name: str) -> Callable[[Config], str | None]:
+    def scheme(config: Config) -> str | None:
+        bits = config.get("bits", config.get("w_bit"))
+        size = config.get("group_size", config.get("q_group_size"))
+        return f"{name}-w{bits}{_group(size)}" if isinstance(bits, int) else None
+
+    return scheme
+
+
+def _bpw(name: str) -> Callable[[Config], str | None]:
+    def scheme(config: Config) -> str | None:
+        bits = config.get("bits")
+        if not isinstance(bits, int | float):
+            return None
+        text = f"{float(bits):.6g}"
+        return f"{name}-{text if '.' in text else text + '.0'}bpw"
+
+    return scheme
+
+
+def _fp8(config: Config) -> str:
+    if config.get("weight_block_size"):
+        return "fp8-block"
+    return "fp8" if config.get("activation_scheme") == "static" else "fp8-dynamic"
+
+
+MODELOPT_ALGORITHMS = {
+    "NVFP4": "nvfp4", "NVFP4_AWQ": "nvfp4-awq", "W4A16_NVFP4": "nvfp4a16", "NVFP4_SVDQUANT": "nvfp4-svdquant",
+    "W4A8_NVFP4_FP8": "nvfp4a8", "FP8": "fp8", "FP8_PER_CHANNEL_PER_TOKEN": "fp8-dynamic", "FP8_PB_WO": "fp8-block",
+}  # fmt: skip
+
+
+def _modelopt(config: Config) -> str | None:
+    """`quant_algo` of hf_quant_config.json (under "quantization") or of config.json's quantization_config."""
+    inner = config.get("quantization")
+    algorithm = str((inner if isinstance(inner, dict) else config).get("quant_algo") or "").upper()
+    return MODELOPT_ALGORITHMS.get(algorithm, algorithm.lower().replace("_", "-") or compressed_tensors_scheme(config))
+
+
+SCHEMES: dict[str, Callable[[Config], str | None]] = {
+    "compressed-tensors": compressed_tensors_scheme,
+    "modelopt": _modelopt,
+    "modelopt_fp4": _modelopt,
+    "awq": _weight_only("awq"),
+    "gptq": _weight_only("gptq"),
+    "auto-round": _weight_only("auto-round"),
+    "bitsandbytes": _bitsandbytes,
+    "exl2": _bpw("exl2"),
+    "exl3": _bpw("exl3"),
+    "fp8": _fp8,
+    "fbgemm_fp8": lambda config: "fp8-dynamic",
+    "mxfp4": lambda config: "mxfp4",
+}
+
+
+def method_of(config: Config) -> str | None:
+    """The quantization method that a config names, in lower case; None if it names none."""
+    method = config.get("quant_method")
+    if isinstance(method, str):
+        return method.lower()
+    if isinstance(config.get("producer"), dict) or "quant_algo" in config:
+        return "modelopt"
+    if config.get("load_in_4bit") or config.get("load_in_8bit"):
+        return "bitsandbytes"
+    return None
