@@ -29,7 +29,8 @@ class Encoded:
 
 
 class TextTokenizer(Protocol):
-    """What the tasks need of a tokenizer; `HFTokenizer` below and the GGUF vocabulary in models/llamacpp.py.
+    """What the tasks need of a tokenizer; `HFTokenizer` below and the GGUF vocabulary in
+    models/gguf_vocabulary.py.
 
     name: what to record in results. prefix: the special tokens that it puts before a text by itself.
     bos_id: its BOS token, None where it has none.
@@ -143,7 +144,7 @@ def load_tokenizer(settings: dict[str, Any]) -> TextTokenizer:
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
     gguf = model if isinstance(model, str) and _is_gguf(model) else None
     if _is_gguf(source) or gguf:
-        from lmeval_ext.models.llamacpp import ComparedTokenizer, GGUFTokenizer
+        from lmeval_ext.models.gguf_vocabulary import ComparedTokenizer, GGUFTokenizer
 
         if _is_gguf(source):
             return GGUFTokenizer(source)

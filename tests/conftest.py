@@ -20,14 +20,16 @@ VOCABULARY = 384
 
 
 def make_tokenizer(folder: Path, vocabulary: int = VOCABULARY, bos: bool = False) -> None:
-    """A byte-level BPE trained on the bundled text; with `bos` it puts <s> before every text."""
+    """A byte-level BPE of SmolLM2's kind, trained on the bundled text; with `bos` it puts <s> before every text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     from lmeval_ext.corpus import SAMPLE
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,

@@ -56,6 +56,7 @@ class HFQuantized(WindowScoring, HFLM):
             super().__init__(pretrained=pretrained, device=device, **kwargs)
         except Exception as error:
             raise _explain(error, pretrained) from error
+        _unify_dtype(self.model)
 
     @property
     def vocabulary(self) -> int:
@@ -116,6 +117,26 @@ class HFQuantized(WindowScoring, HFLM):
         if self.device.type == "cuda":
             facts.peak_vram_gb = torch.cuda.max_memory_allocated(self.device) / GIB
         return facts
+
+
+def _unify_dtype(model: torch.nn.Module) -> None:
+    """Let weights that are decompressed at the first forward have the dtype that the model was loaded in.
+
+    compressed-tensors decompresses FP4 to bfloat16, whatever dtype= asked for, and matrix products of two dtypes
+    fail. Its own hook on the model was registered before this one, so it has run when this one runs, once.
+    """
+
+    def cast(module: torch.nn.Module, _args: Any) -> None:
+        handle.remove()
+        dtype = getattr(module, "dtype", None)
+        for layer in module.modules():
+            weight = getattr(layer, "weight", None)
+            if dtype is not torch.float32 or not hasattr(layer, "quantization_scheme"):
+                continue
+            if isinstance(weight, torch.nn.Parameter) and weight.dtype in (torch.bfloat16, torch.float16):
+                weight.data = weight.data.float()
+
+    handle = model.register_forward_pre_hook(cast)
 
 
 def _same_shape(windows: Sequence[WindowRequest]) -> list[list[int]]:

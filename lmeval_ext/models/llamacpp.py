@@ -24,107 +24,22 @@ from lm_eval.models.utils import (
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from lmeval_ext.errors import MissingEngineError, UserError
+from lmeval_ext.errors import UserError
 from lmeval_ext.models.base import Quantization, WindowScoring, first_line, from_storage
+from lmeval_ext.models.gguf_vocabulary import (
+    ENGINE_VERSION,
+    GGUFTokenizer,
+    find_gguf,
+    llama_cpp,
+    load_llama,
+    trained_context,
+)
 from lmeval_ext.requests import WindowRequest, WindowScores
-from lmeval_ext.tokens import Encoded, HFTokenizer
-
-try:
-    import llama_cpp
-except ImportError as error:
-    raise MissingEngineError(
-        f"llamacpp needs llama-cpp-python ({first_line(error)}); install it with pip install 'lmeval-ext[gguf]'"
-    ) from error
+from lmeval_ext.tokens import HFTokenizer
 
 logger = logging.getLogger(__name__)
 
 _DEFAULT_CONTEXT = 8192  # a model's full context may need more memory for its cache than for its weights
-_ENGINE_VERSION = f"llama-cpp-python {llama_cpp.__version__}"
-
-
-def find_gguf(pretrained: str) -> str:
-    """The GGUF file that `pretrained` means: itself, or the only one (or the first part) in a folder.
-
-    Raises UserError where there is none, or the choice is not clear.
-    """
-    path = Path(pretrained).expanduser()
-    if path.is_dir():
-        files = sorted(p for p in path.glob("*.gguf") if "mmproj" not in p.name)
-        whole = [p for p in files if "-of-" not in p.stem or "-00001-of-" in p.stem]
-        if len(whole) != 1:
-            names = ", ".join(p.name for p in whole) or "none"
-            raise UserError(f"pretrained={pretrained!r}: expected one GGUF file there, found {names}; name the file")
-        path = whole[0]
-    if not path.is_file():
-        raise UserError(f"pretrained={pretrained!r}: no such file; give a .gguf file, or its folder")
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise UserError(f"pretrained={pretrained!r} is not a GGUF file; convert it with llama.cpp's converter")
-    return str(path)
-
-
-def _load(path: str, **arguments: Any) -> Any:
-    try:
-        return llama_cpp.Llama(model_path=path, verbose=False, **arguments)
-    except (ValueError, RuntimeError) as error:
-        raise UserError(
-            f"llama.cpp could not load {path!r} ({first_line(error)}): the file may be truncated or of an architecture "
-            f"that {_ENGINE_VERSION} does not know, or memory is short; lower n_ctx or n_gpu_layers, and run with "
-            "verbose=True for llama.cpp's own words"
-        ) from error
-
-
-class GGUFTokenizer:
-    """The vocabulary of a GGUF file, as llama.cpp reads it; weights are not loaded.
-
-    Special tokens spelt out in a text stay text, as in llama-perplexity.
-    """
-
-    def __init__(self, source: str, llama: Any = None) -> None:
-        self.name = find_gguf(source)
-        self._llama = llama or _load(self.name, vocab_only=True)
-        vocab = llama_cpp.llama_model_get_vocab(self._llama.model)
-        bos = self._llama.token_bos()
-        self.bos_id: int | None = bos if bos >= 0 else None
-        adds = self.bos_id is not None and bool(llama_cpp.llama_vocab_get_add_bos(vocab))
-        self.prefix = [bos] if adds else []
-
-    def encode(self, text: str) -> Encoded:
-        data = text.encode()
-        ids = self._llama.tokenize(data, add_bos=False, special=False)
-        # One token at a time: llama.cpp strips a leading space from a whole text
-        sizes = {i: len(self._llama.detokenize([i])) for i in set(ids)}
-        ends = np.cumsum([sizes[i] for i in ids], dtype=np.int64)
-        exact = len(ends) > 0 and ends[-1] == len(data)
-        return Encoded(np.array(ids, dtype=np.int64), ends if exact else None)
-
-
-class ComparedTokenizer:
-    """A Transformers tokenizer whose ids are checked, text by text, against a GGUF file's own vocabulary."""
-
-    def __init__(self, tokenizer: HFTokenizer, gguf: GGUFTokenizer) -> None:
-        self.name, self.prefix, self.bos_id = tokenizer.name, tokenizer.prefix, tokenizer.bos_id
-        self._tokenizer, self._gguf = tokenizer, gguf
-
-    def encode(self, text: str) -> Encoded:
-        encoded, own = self._tokenizer.encode(text), self._gguf.encode(text)
-        a, b = encoded.ids, own.ids
-        common = min(len(a), len(b))
-        differ = np.flatnonzero(a[:common] != b[:common])
-        if len(differ) or len(a) != len(b):
-            at = int(differ[0]) if len(differ) else common
-            pieces = [
-                f"{int(ids[at])} ({self._piece(int(ids[at]))!r})" if at < len(ids) else "its end" for ids in (a, b)
-            ]
-            raise UserError(
-                f"tokenizer={self.name!r} and the vocabulary of {self._gguf.name!r} disagree on this text: token {at} "
-                f"is {pieces[0]} against {pieces[1]}; leave tokenizer= out to score the GGUF's own tokens (which other "
-                "families cannot be compared with), or convert the GGUF again from the tokenizer's model"
-            )
-        return encoded
-
-    def _piece(self, token: int) -> str:
-        return str(self._gguf._llama.detokenize([token]).decode(errors="replace"))
 
 
 class LlamaCpp(WindowScoring, TemplateLM):
@@ -163,11 +78,10 @@ class LlamaCpp(WindowScoring, TemplateLM):
             if isinstance(arguments.get(name), str):
                 arguments[name] = _ggml_type(name, arguments[name])
         if not (max_length or n_ctx):
-            trained = int(llama_cpp.llama_model_n_ctx_train(_load(self.path, vocab_only=True).model))
-            n_ctx = min(trained, _DEFAULT_CONTEXT) if trained > 0 else _DEFAULT_CONTEXT
+            n_ctx = min(trained_context(self.path) or _DEFAULT_CONTEXT, _DEFAULT_CONTEXT)
         self._max_length = int(max_length or n_ctx or 0)
         try:
-            self.llama = _load(self.path, n_ctx=self._max_length, **arguments)
+            self.llama = load_llama(self.path, n_ctx=self._max_length, **arguments)
         except TypeError as error:
             raise UserError(f"llamacpp: {first_line(error)}; see llama_cpp.Llama for the arguments") from error
         self._gguf = GGUFTokenizer(self.path, self.llama)
@@ -372,7 +286,7 @@ class LlamaCpp(WindowScoring, TemplateLM):
             self.path,
             label=self.label,
             engine="llama.cpp",
-            engine_version=_ENGINE_VERSION,
+            engine_version=ENGINE_VERSION,
             kernel="ggml GPU backend" if self._offloaded else "ggml CPU backend",
             dtype=None,
             device="gpu" if self._offloaded else "cpu",

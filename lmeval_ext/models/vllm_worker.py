@@ -34,11 +34,13 @@ class WorkerReport:
 
 
 def _kernels(model: Any) -> set[str]:
+    from vllm.model_executor.layers.linear import LinearBase
+
     names: set[str] = set()
     for module in model.modules():
         method = getattr(module, "quant_method", None)
-        if method is None:
-            continue
+        if method is None or not (isinstance(module, LinearBase) or "MoE" in type(module).__name__):
+            continue  # attention and embeddings have methods too, but no weights of a quantized layer
         holders = [h for h in (getattr(module, "scheme", None), method) if h is not None]
         found = {_name(v) for h in holders for v in vars(h).values() if _is_kernel(v)}
         unquantized = type(method).__name__.startswith("Unquantized")
