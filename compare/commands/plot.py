@@ -1,0 +1,61 @@
+"""``compare plot``: the models in one picture, size across, metric upwards."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from compare.commands.common import add_selection, load_comparison, say
+from compare.errors import NOTHING_USABLE, CompareError
+
+HELP = "draw the models of result files: size across, metric upwards, one line a family"
+_SUFFIXES = (".png", ".svg", ".pdf")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_selection(parser)
+    parser.add_argument("--title", help="heading of the picture (default: the metric against the axis)")
+    parser.add_argument("--dark", action="store_true", help="light on dark")
+    parser.add_argument("--log-y", action="store_true", help="logarithmic metric axis")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="write FILE.png, .svg or .pdf instead of opening a window"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    output: Path | None = arguments.output
+    if output is not None and output.suffix.lower() not in _SUFFIXES:
+        raise CompareError(f"-o {output}: expected a name that ends in .png, .svg or .pdf")
+    if output is None and not _has_display():
+        raise CompareError("no display for a window here; name a file: -o plot.png (or .svg, .pdf)")
+    comparison = load_comparison(arguments)
+    from compare.plot import series
+
+    drawing = series.arrange(comparison, arguments.log_y)
+    for message in drawing.left_out:
+        say(message)
+    if not drawing.points and not drawing.references:
+        raise CompareError("nothing to draw: no result has both the metric and a place on the x axis", NOTHING_USABLE)
+    from compare.plot import figure
+
+    settings = figure.Settings(title=arguments.title, dark=arguments.dark, log_y=arguments.log_y)
+    if output is None:
+        figure.show(comparison, drawing, settings, say)
+        return 0
+    from compare.files import write_atomically
+
+    write_atomically(output, figure.render(comparison, drawing, settings, output.suffix[1:].lower(), say))
+    drawn = f"{len(drawing.points)} points, {len(drawing.references)} reference lines"
+    say(f"wrote {output} ({drawn})")
+    return 0
+
+
+def _has_display() -> bool:
+    """Whether a window can be expected to open. Toolkits are tried later, by matplotlib."""
+    if os.environ.get("MPLBACKEND", "").lower() in ("agg", "svg", "pdf", "ps", "cairo", "template"):
+        return False
+    if sys.platform in ("win32", "darwin"):
+        return True
+    return bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))

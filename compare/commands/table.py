@@ -1,0 +1,53 @@
+"""``compare table``: the models, one a row, for the terminal, Markdown, CSV or JSON."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from compare.commands.common import add_selection, load_comparison, say
+from compare.comparison import SORTS
+from compare.errors import CompareError
+
+HELP = "list the models of result files with their size and metric"
+_FORMATS = ("terminal", "md", "csv", "json")
+_BY_SUFFIX = {".md": "md", ".csv": "csv", ".json": "json", ".txt": "terminal"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_selection(parser)
+    parser.add_argument("--format", choices=_FORMATS, help="default: by the suffix of -o, or terminal")
+    parser.add_argument(
+        "--sort", choices=SORTS, default="family", help="family, then x (default); x; metric, best first; label"
+    )
+    parser.add_argument("--title", help="heading of the terminal and Markdown table")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write to FILE instead of the terminal")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    chosen = arguments.format or _format_of(arguments.output)
+    comparison = load_comparison(arguments, arguments.sort)
+    from compare import tables
+
+    if arguments.output is None:
+        if chosen == "terminal":
+            tables.print_terminal(comparison, arguments.title)
+        else:
+            sys.stdout.write(tables.RENDERERS[chosen](comparison, arguments.title))
+        return 0
+    from compare.files import write_atomically
+
+    text = tables.RENDERERS[chosen](comparison, arguments.title)
+    write_atomically(arguments.output, text.encode("utf-8", "backslashreplace"))
+    say(f"wrote {arguments.output} ({len(comparison.points)} models)")
+    return 0
+
+
+def _format_of(output: Path | None) -> str:
+    if output is None:
+        return "terminal"
+    known = _BY_SUFFIX.get(output.suffix.lower())
+    if known is None:
+        raise CompareError(f"-o {output}: no format by this suffix; give --format md, csv, json or terminal")
+    return known

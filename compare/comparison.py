@@ -1,0 +1,205 @@
+"""From records to what is shown: one metric, one axis, and who may be compared with whom.
+
+Two numbers are comparable only if they are over the same tokens under the same protocol (`Protocol.fingerprint`).
+The largest such group is the comparison; the other points are kept apart: listed, drawn, never joined or ranked.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from compare.catalogue import distinct_labels, newest
+from compare.errors import NOTHING_USABLE, CompareError
+from compare.families import FAMILIES
+from compare.metric_choice import MetricChoice, choose_metric
+from compare.records import Protocol, Record
+from compare.text import and_more
+
+GIB = 1024**3
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What stands on x, and where it comes from."""
+
+    key: str
+    name: str
+    short: str
+    value: Callable[[Record], float | None]
+
+
+def _gib(record: Record) -> float | None:
+    weight_bytes = record.quantization.weight_bytes
+    return None if weight_bytes is None else weight_bytes / GIB
+
+
+AXES: dict[str, Axis] = {
+    axis.key: axis
+    for axis in (
+        Axis("bpw", "Bits per weight (decoder layers)", "bits per weight", lambda r: r.quantization.layer_bpw),
+        Axis("vram", "VRAM of decoder and head weights (GB = 1024³ bytes)", "VRAM", lambda r: r.quantization.vram_gb),
+        Axis("file_bpw", "Bits per weight (all tensors)", "bits per weight", lambda r: r.quantization.file_bpw),
+        Axis("size", "Size of all weights (GB = 1024³ bytes)", "size", _gib),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked to see."""
+
+    metric: str | None = None
+    axis: str = "bpw"
+    mask: str | None = None
+    max_x: float | None = None
+    max_y: float | None = None
+    allow_mixed: bool = False
+    sort: str = "family"
+
+
+@dataclass(frozen=True)
+class Point:
+    """A record on the chosen metric and axis. `group` 0 is the comparison; others stand apart."""
+
+    record: Record
+    x: float | None
+    y: float | None
+    stderr: float | None
+    group: int = 0
+
+    @property
+    def comparable(self) -> bool:
+        return self.group == 0
+
+    @property
+    def join_key(self) -> tuple[object, ...]:
+        """Points of equal key lie on one line: same tokens, family, and arithmetic."""
+        return (self.group, self.record.quantization.family, self.record.quantization.arithmetic)
+
+
+@dataclass
+class Comparison:
+    """What is shown; `notices` says everything that was left out, replaced or kept apart."""
+
+    metric: MetricChoice
+    axis: Axis
+    points: list[Point]
+    notices: list[str] = field(default_factory=list)
+
+    @cached_property
+    def reference(self) -> Point | None:
+        """The full-precision point that the others are measured against, if there is one."""
+        candidates = [p for p in self.points if p.comparable and p.record.is_reference and p.y is not None]
+        return min(candidates, key=lambda p: (not p.record.quantization.known, p.record.label), default=None)
+
+    @property
+    def protocol(self) -> Protocol:
+        """What the comparable points were scored on."""
+        comparable = [p for p in self.points if p.comparable] or self.points
+        return comparable[0].record.protocol
+
+
+def build_comparison(records: list[Record], options: Options) -> Comparison:
+    """Settle re-runs, apply the options, group what compares.
+
+    Raises CompareError when the metric is unknown or ambiguous, or nothing is left to show.
+    """
+    records, notices = newest(records)
+    records = distinct_labels(records)
+    records = _masked(records, options.mask, notices)
+    metric = choose_metric(records, options.metric)
+    axis = AXES[options.axis]
+    points = []
+    for record in records:
+        if record.task == metric.task and metric.key in record.metrics:
+            figure = record.metric(metric.key)
+            points.append(Point(record, axis.value(record), figure.value, figure.stderr))
+    points = _within_limits(points, options, notices)
+    if not points:
+        raise CompareError("nothing left to show: --max-x or --max-y leaves out every point", NOTHING_USABLE)
+    points = _grouped(points, options.allow_mixed, notices)
+    points.sort(key=_sort_key(options.sort, metric))
+    return Comparison(metric, axis, points, notices)
+
+
+def _masked(records: list[Record], mask: str | None, notices: list[str]) -> list[Record]:
+    wanted = [part.strip().casefold() for part in (mask or "").split(";") if part.strip()]
+    if not wanted:
+        return records
+    kept = [record for record in records if any(part in record.label.casefold() for part in wanted)]
+    if not kept:
+        labels = and_more(sorted({record.label for record in records}))
+        raise CompareError(f"--mask {mask}: no label contains any of these; labels: {labels}", NOTHING_USABLE)
+    if len(kept) < len(records):
+        notices.append(f"--mask keeps {len(kept)} of {len(records)} results")
+    return kept
+
+
+def _within_limits(points: list[Point], options: Options, notices: list[str]) -> list[Point]:
+    kept = []
+    for point in points:
+        beyond = _beyond("x", point.x, options.max_x) or _beyond("y", point.y, options.max_y)
+        if beyond and not (point.record.is_reference and beyond.startswith("x")):
+            notices.append(f"left out: {point.record.label}: {beyond}")
+        else:
+            kept.append(point)
+    return kept
+
+
+def _beyond(name: str, value: float | None, limit: float | None) -> str:
+    if limit is None or value is None or value <= limit:
+        return ""
+    return f"{name} = {value:.6g} is above --max-{name} {limit:g}"
+
+
+def _grouped(points: list[Point], allow_mixed: bool, notices: list[str]) -> list[Point]:
+    sizes = Counter(p.record.protocol.fingerprint for p in points)
+    with_reference = {p.record.protocol.fingerprint for p in points if p.record.is_reference}
+    order = sorted(sizes, key=lambda f: (-sizes[f], f not in with_reference, f))
+    if len(order) == 1:
+        return points
+    for number, fingerprint in enumerate(order):
+        members = [p.record for p in points if p.record.protocol.fingerprint == fingerprint]
+        settings = members[0].protocol.describe() or ", ".join(fingerprint)
+        tokens = members[0].protocol.tokens_sha256
+        which = f"{settings}{f', tokens {tokens[:8]}' if tokens else ''}"
+        names = and_more([record.label for record in members], limit=8 if number == 0 else 50)
+        if allow_mixed:
+            notices.append(f"warning: mixed as asked (--allow-mixed): {which}: {names}")
+        elif number == 0:
+            notices.append(f"warning: not all results are over the same tokens; compared: {which}: {names}")
+        else:
+            notices.append(f"warning: kept apart, not comparable (--allow-mixed overrides): {which}: {names}")
+    if allow_mixed:
+        return points
+    return [replace(p, group=order.index(p.record.protocol.fingerprint)) for p in points]
+
+
+def family_order(name: str) -> tuple[int, str]:
+    """Full precision first, then the order of the family table, then unknown ones by name."""
+    names = list(FAMILIES)
+    return (-1 if name == names[-1] else names.index(name) if name in names else len(names), name)
+
+
+SORTS = ("family", "x", "metric", "label")
+
+
+def _sort_key(sort: str, metric: MetricChoice) -> Callable[[Point], tuple[object, ...]]:
+    def missing_last(value: float | None, sign: int = 1) -> tuple[bool, float]:
+        return (value is None, 0.0 if value is None else sign * value)
+
+    def key(point: Point) -> tuple[object, ...]:
+        by_x = missing_last(point.x)
+        by_metric = missing_last(point.y, -1 if metric.higher_is_better else 1)
+        first: dict[str, tuple[object, ...]] = {
+            "family": (*family_order(point.record.quantization.family), by_x),
+            "x": by_x,
+            "metric": by_metric,
+            "label": (point.record.label.casefold(),),
+        }
+        return (point.group, *first[sort], by_x, by_metric, point.record.label, str(point.record.file))
+
+    return key

@@ -1,0 +1,91 @@
+"""The quantization families as data: names, colours, markers.
+
+EXL2, EXL3, GGUF, VPTQ and QTIP wear the colours of ExLlamaV3's plots, so that a reader of those is at home;
+the rest, but for NVFP4, are shades of grey told apart by marker. Within the colours, lightness differs as well as
+hue, and every family has a marker of its own: nothing rests on telling red from green.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+FULL_PRECISION = "full precision"
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one family is drawn: colours on a white and on a dark ground, a matplotlib marker."""
+
+    name: str
+    light: str
+    dark: str
+    marker: str
+
+
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        Family("EXL3", "#5a1fa8", "#a56bff", "o"),
+        Family("EXL2", "#3a9d33", "#9be36f", "s"),
+        Family("GGUF", "#9e0f26", "#f0465c", "^"),
+        Family("VPTQ", "#2f7df0", "#7db9ff", "D"),
+        Family("QTIP", "#0d9a9a", "#43d1cb", "P"),
+        Family("NVFP4", "#f09a00", "#ffab2e", "*"),
+        Family("AWQ", "#33383f", "#d9dee5", "v"),
+        Family("GPTQ", "#5b626c", "#b9c0ca", "X"),
+        Family("bitsandbytes", "#777f8a", "#98a1ad", "<"),
+        Family("AQLM", "#454b54", "#c8cfd8", ">"),
+        Family("FP8", "#16181c", "#f1f4f8", "h"),
+        Family("INT", "#4e555f", "#cdd3dc", "p"),
+        Family("MXFP4", "#69717c", "#a8b1bd", "d"),
+        Family(FULL_PRECISION, "#1f2328", "#e6eaf0", "H"),
+    )
+}
+
+_OTHER_MARKERS = ("8", ".", "1", "2", "3", "4", "+", "x")
+_BY_LOWER_NAME = {name.lower(): family for name, family in FAMILIES.items()}
+
+
+def family_style(name: str, unknown_index: int = 0) -> Family:
+    """The row of `name` (any case); a family that has none gets grey-black and a marker by its index."""
+    known = _BY_LOWER_NAME.get(name.lower())
+    marker = _OTHER_MARKERS[unknown_index % len(_OTHER_MARKERS)]
+    return known or Family(name, "#33383f", "#d9dee5", marker)
+
+
+def canonical_family(name: str) -> str:
+    """``"exl3"`` to ``"EXL3"``; an unknown name stays as it is."""
+    known = _BY_LOWER_NAME.get(name.lower())
+    return known.name if known else name
+
+
+# What the numbers that met the weights were: a line through points that differ in it would compare two things.
+WEIGHT_ONLY = "weight-only"
+ACTIVATIONS = "activations quantized"
+
+# First match wins; a scheme that no row names quantizes weights alone, as GGUF, EXL2/3, GPTQ and AWQ do.
+_SCHEME_MEANING: tuple[tuple[str, str], ...] = (
+    (r"a16|weight.?only", WEIGHT_ONLY),
+    (r"w\d+a\d+|^nvfp4$|^mxfp4a\d|fp8.?(dynamic|static)|^fp8$", ACTIVATIONS),
+)
+_SAYS_WEIGHT_ONLY = re.compile(r"(?<!not )weight[- ]only", re.IGNORECASE)
+# vLLM's Marlin kernels multiply 16-bit activations whatever the checkpoint asks for.
+_WEIGHT_ONLY_KERNELS = re.compile(r"marlin", re.IGNORECASE)
+
+
+def scheme_arithmetic(scheme: str) -> str:
+    """What a checkpoint's scheme asks for: `WEIGHT_ONLY` or `ACTIVATIONS`."""
+    for pattern, meaning in _SCHEME_MEANING:
+        if re.search(pattern, scheme, re.IGNORECASE):
+            return meaning
+    return WEIGHT_ONLY
+
+
+def arithmetic_run(scheme: str, kernel: str | None, notes: tuple[str, ...]) -> str:
+    """What was really computed: a note "weight-only", or a kernel that knows nothing else, overrides the scheme."""
+    if any(_SAYS_WEIGHT_ONLY.search(note) for note in notes):
+        return WEIGHT_ONLY
+    if kernel is not None and _WEIGHT_ONLY_KERNELS.search(kernel):
+        return WEIGHT_ONLY
+    return scheme_arithmetic(scheme)

@@ -1,0 +1,1 @@
+"""The picture: style, figure, and labels that keep out of each other's way."""

@@ -1,0 +1,114 @@
+"""Inside the axes: reference lines with their bands, lines, error bars, markers, ticks."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from compare.comparison import Comparison
+from compare.plot import style
+from compare.plot.header import marker_size
+from compare.plot.series import Drawing, Series
+from compare.plot.words import y_label
+
+_CROWD = 200  # points; beyond, lines and bars step back so that the markers can be seen
+
+
+def draw_data(ax: Any, comparison: Comparison, drawing: Drawing, theme: style.Theme, log_y: bool) -> None:
+    """Everything but the labels."""
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    ax.grid(True, zorder=0)
+    ax.set_axisbelow(True)
+    ax.tick_params(length=0, labelsize=style.TICK, pad=5)
+    ax.set_xlabel(comparison.axis.name, fontsize=style.AXIS, labelpad=8)
+    ax.set_ylabel(y_label(comparison), fontsize=style.AXIS, labelpad=8)
+    _references(ax, drawing, theme)
+    for series in drawing.series:
+        _series(ax, drawing, series, theme)
+    _limits(ax, drawing, log_y)
+    if not drawing.points:
+        ax.set_xticks([])
+        ax.set_xlabel("no result with a place on this axis", fontsize=style.AXIS, color=theme.soft)
+
+
+def _references(ax: Any, drawing: Drawing, theme: style.Theme) -> None:
+    for point in drawing.references:
+        assert point.y is not None
+        colour = drawing.colours.get(id(point), theme.ink)
+        ax.axhline(point.y, color=colour, linewidth=1.4, linestyle=(0, (5, 3.5)), zorder=2)
+    if drawing.references and drawing.references[0].stderr:
+        first = drawing.references[0]
+        assert first.y is not None
+        assert first.stderr is not None
+        ax.axhspan(first.y - first.stderr, first.y + first.stderr, color=theme.soft, alpha=0.13, linewidth=0, zorder=1)
+
+
+def _series(ax: Any, drawing: Drawing, series: Series, theme: style.Theme) -> None:
+    colours = [drawing.colour(point, series, theme.dark) for point in series.points]
+    own = series.style.dark if theme.dark else series.style.light
+    xs, ys = [point.x for point in series.points], [point.y for point in series.points]
+    crowd = len(drawing.points) > _CROWD
+    if series.joined:
+        line = colours[0] if len(set(colours)) == 1 else own
+        ax.plot(xs, ys, color=line, linewidth=0.6 if crowd else 2.2, alpha=0.9, zorder=3, solid_joinstyle="round")
+    by_colour: dict[str, list[int]] = defaultdict(list)
+    for index, colour in enumerate(colours):
+        by_colour[colour].append(index)
+    hollow = not series.points[0].comparable
+    edge = 1.6 if hollow else 0.0 if crowd else 0.9
+    for colour, chosen in by_colour.items():
+        barred = [i for i in chosen if series.points[i].stderr]
+        if barred:
+            ax.errorbar(
+                [xs[i] for i in barred],
+                [ys[i] for i in barred],
+                yerr=[series.points[i].stderr for i in barred],
+                fmt="none",
+                ecolor=colour,
+                elinewidth=1.6,
+                alpha=0.2 if crowd else 0.55,
+                zorder=3.5,
+            )
+        ax.plot(
+            [xs[i] for i in chosen],
+            [ys[i] for i in chosen],
+            linestyle="none",
+            marker=series.style.marker,
+            markersize=marker_size(series.style.marker, len(drawing.points)),
+            markerfacecolor=theme.ground if hollow else colour,
+            markeredgecolor=colour if hollow else theme.ground,
+            markeredgewidth=edge,
+            zorder=4,
+        )
+
+
+def _limits(ax: Any, drawing: Drawing, log_y: bool) -> None:
+    """Room around every point, bar and line; a point or two do not make the scale collapse."""
+    shown = drawing.points + drawing.references
+    ys = [(point.y or 0.0, point.stderr or 0.0) for point in shown]
+    low, high = min(y - e for y, e in ys), max(y + e for y, e in ys)
+    if log_y:
+        low = max(low, min(y for y, _ in ys) / 2)
+        ax.set_yscale("log")
+        factor = (high / low) ** 0.09 if high > low else 1.2
+        ax.set_ylim(low / factor, high * factor)
+        _log_ticks(ax, high / low)
+    else:
+        room = (high - low) * 0.09 or abs(high) * 0.05 or 1.0
+        ax.set_ylim(low - room, high + room)
+    xs = [point.x for point in drawing.points if point.x is not None] or [0.0]
+    span = max(xs) - min(xs)
+    room = span * 0.07 or abs(xs[0]) * 0.2 or 1.0
+    ax.set_xlim(min(xs) - room, max(xs) + room)
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=9, steps=[1, 2, 2.5, 5, 10]))
+
+
+def _log_ticks(ax: Any, ratio: float) -> None:
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
+    many = ratio < 5
+    ax.yaxis.set_major_locator(MaxNLocator(nbins=8) if many else LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))
+    ax.yaxis.set_major_formatter(plain)
+    ax.yaxis.set_minor_locator(NullLocator())

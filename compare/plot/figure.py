@@ -1,0 +1,97 @@
+"""The picture itself. `render` gives the bytes of a file, `show` opens a window.
+
+The same input gives the same bytes: no dates, a fixed hash salt, the font that matplotlib ships.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from compare.comparison import Comparison
+from compare.errors import CompareError
+from compare.plot import style
+from compare.plot.axes import draw_data
+from compare.plot.header import draw_texts
+from compare.plot.labelling import draw_labels
+from compare.plot.series import Drawing
+from compare.plot.words import alternative_text, title_of
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the picture should look."""
+
+    title: str | None = None
+    dark: bool = False
+    log_y: bool = False
+
+    @property
+    def theme(self) -> style.Theme:
+        return style.DARK if self.dark else style.LIGHT
+
+
+def render(comparison: Comparison, drawing: Drawing, settings: Settings, kind: str, say: Say) -> bytes:
+    """The picture as the bytes of a ``png``, ``svg`` or ``pdf`` file."""
+    with _style(settings.theme):
+        figure = Figure(figsize=(style.WIDTH, style.HEIGHT), dpi=style.DPI)
+        FigureCanvasAgg(figure)
+        _draw(figure, comparison, drawing, settings, say)
+        stream = io.BytesIO()
+        figure.savefig(stream, format=kind, dpi=style.DPI, metadata=_metadata(comparison, drawing, settings, kind))
+    return stream.getvalue()
+
+
+def show(comparison: Comparison, drawing: Drawing, settings: Settings, say: Say) -> None:
+    """Open a window and wait for it. CompareError where matplotlib finds no toolkit for windows."""
+    from matplotlib import pyplot
+    from matplotlib.backends import BackendFilter, backend_registry
+
+    with _style(settings.theme):
+        try:
+            figure = pyplot.figure(figsize=(style.WIDTH, style.HEIGHT), dpi=style.DPI / 2)
+        except Exception as error:  # each toolkit fails in its own way when the display is not there
+            raise CompareError("no window could be opened; name a file: -o plot.png (or .svg, .pdf)") from error
+        if pyplot.get_backend().lower() not in backend_registry.list_builtin(BackendFilter.INTERACTIVE):
+            raise CompareError("no toolkit for windows (PyQt, tkinter …) here; name a file: -o plot.png")
+        _draw(figure, comparison, drawing, settings, say)
+        pyplot.show()
+
+
+def _draw(figure: Figure, comparison: Comparison, drawing: Drawing, settings: Settings, say: Say) -> None:
+    layout = draw_texts(figure, comparison, drawing, settings.title, settings.theme)
+    ax = figure.add_axes(layout.axes_box)
+    draw_data(ax, comparison, drawing, settings.theme, settings.log_y)
+    layout.make_room_for_ticks(figure, ax)
+    unlabelled = draw_labels(ax, comparison, drawing, settings.theme, layout.legend_shown)
+    if unlabelled:
+        say(f"{unlabelled} points are drawn without a label, there is no room for more; --mask narrows the choice")
+
+
+@contextmanager
+def _style(theme: style.Theme) -> Iterator[None]:
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # drawn as a box, which says enough
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(style.rc(theme))
+        yield
+
+
+def _metadata(comparison: Comparison, drawing: Drawing, settings: Settings, kind: str) -> dict[str, Any]:
+    title = title_of(comparison, settings.title)
+    description = alternative_text(comparison, drawing)
+    if kind == "pdf":
+        return {"Title": title, "Subject": description, "Creator": "compare", "CreationDate": None, "ModDate": None}
+    if kind == "svg":
+        return {"Title": title, "Description": description, "Creator": "compare", "Date": None}
+    return {"Title": title, "Description": description, "Software": "compare"}

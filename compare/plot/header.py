@@ -1,0 +1,129 @@
+"""Everything around the axes: title, subtitle, legend above; caption below; and the room the axes get."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from compare.comparison import Comparison, family_order
+from compare.plot import style
+from compare.plot.series import Drawing, Series
+from compare.plot.words import caption, subtitle, title_of
+from compare.text import shorten
+
+_MARGIN = 0.028
+MARKER_SIZES = {"*": 13.0, "P": 10.5, "X": 9.5, "o": 8.5, "^": 9.5, "D": 7.5, "s": 7.8}
+
+
+def marker_size(marker: str, count: int = 1) -> float:
+    """Points across, so that markers of different shape look equally large; smaller in a crowd of `count`."""
+    return MARKER_SIZES.get(marker, 9.0) * max(0.35, min(1.0, (80 / count) ** 0.5))
+
+
+@dataclass
+class Layout:
+    """Where the axes lie, in fractions of the figure: left, bottom, width, height."""
+
+    axes_box: tuple[float, float, float, float]
+    legend_shown: bool
+
+    def make_room_for_ticks(self, figure: Figure, ax: Any) -> None:
+        """Move the left edge so that the widest tick label fits, whatever the numbers."""
+        renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
+        figure.draw_without_rendering()
+        taken = ax.get_window_extent(renderer).x0 - ax.yaxis.get_tightbbox(renderer).x0
+        left, bottom, width, height = self.axes_box
+        needed = taken / figure.bbox.width + _MARGIN
+        ax.set_position((needed, bottom, left + width - needed, height))
+        figure.draw_without_rendering()
+
+
+def draw_texts(
+    figure: Figure, comparison: Comparison, drawing: Drawing, title: str | None, theme: style.Theme
+) -> Layout:
+    """Title, subtitle, legend and caption from the edges inwards; what is left is for the axes."""
+    inch = 1 / style.HEIGHT
+    top = 1 - 0.22 * inch
+    top -= _line(figure, top, title_of(comparison, title), style.TITLE, theme.ink, weight="bold") + 0.07 * inch
+    top -= _line(figure, top, subtitle(comparison), style.SUBTITLE, theme.soft) + 0.10 * inch
+    legend = _legend(figure, top, drawing, theme)
+    if legend is not None:
+        figure.draw_without_rendering()
+        top = figure.transFigure.inverted().transform(legend.get_window_extent())[0][1]
+    bottom = 0.16 * inch
+    for text in reversed(caption(comparison, drawing)):
+        bottom += _line(figure, bottom, text, style.CAPTION, theme.soft, va="bottom") + 0.045 * inch
+    bottom += 0.66 * inch
+    top -= 0.14 * inch
+    return Layout((0.09, bottom, 1 - 0.09 - _MARGIN, max(top - bottom, 0.2)), legend is not None)
+
+
+def _line(figure: Figure, y: float, text: str, size: float, colour: str, va: str = "top", **more: Any) -> float:
+    """One line of text across the figure; made smaller, then cut at its end, until it fits. Its height."""
+    artist = figure.text(_MARGIN, y, text, fontsize=size, color=colour, va=va, ha="left", **more)
+    room = (1 - 2 * _MARGIN) * figure.bbox.width
+
+    def width() -> float:
+        return float(artist.get_window_extent().width)
+
+    smaller = size
+    while width() > room and smaller > size * 0.72:
+        smaller -= 0.5
+        artist.set_fontsize(smaller)
+    while width() > room and len(text) > 8:
+        text = text[: max(7, min(len(text) - 2, int(len(text) * room / width()) - 1))].rstrip() + "…"
+        artist.set_text(text)
+    return size * 1.25 / 72 / style.HEIGHT
+
+
+def _legend(figure: Figure, top: float, drawing: Drawing, theme: style.Theme) -> Any:
+    """A row of families under the subtitle; None where one family makes it idle."""
+    families: dict[str, Series] = {}
+    for series in sorted(drawing.series, key=lambda s: family_order(s.name)):
+        shown = families.setdefault(series.name, series)
+        if not shown.joined and series.joined:
+            families[series.name] = series
+    if len(families) < 2:
+        return None
+    entries = [(_handle(series, drawing, theme), shorten(name, 24)) for name, series in families.items()]
+    columns = len(entries)
+    while True:
+        in_rows = [entry for column in range(columns) for entry in entries[column::columns]]
+        legend = figure.legend(
+            handles=[handle for handle, _ in in_rows],
+            labels=[name for _, name in in_rows],
+            loc="upper left",
+            bbox_to_anchor=(_MARGIN, top),
+            ncols=columns,
+            frameon=False,
+            fontsize=style.TICK,
+            handlelength=1.9,
+            handletextpad=0.5,
+            columnspacing=1.5,
+            borderaxespad=0,
+            borderpad=0,
+        )
+        if columns == 1 or legend.get_window_extent().x1 < (1 - _MARGIN) * figure.bbox.width:
+            return legend
+        legend.remove()
+        columns -= 1
+
+
+def _handle(series: Series, drawing: Drawing, theme: style.Theme) -> Line2D:
+    points = series.points
+    tagged = {drawing.colour(point, series, theme.dark) for point in points}
+    colour = tagged.pop() if len(tagged) == 1 else series.style.dark if theme.dark else series.style.light
+    return Line2D(
+        [],
+        [],
+        color=colour,
+        linewidth=2.2,
+        linestyle="-" if series.joined else "none",
+        marker=series.style.marker,
+        markersize=marker_size(series.style.marker),
+        markeredgecolor=theme.ground,
+        markeredgewidth=0.8,
+    )

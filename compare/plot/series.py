@@ -1,0 +1,105 @@
+"""What is drawn: lines of points that may be joined, single points, reference lines, and what cannot be drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from compare.comparison import Comparison, Point
+from compare.families import Family, family_style
+from compare.text import is_colour
+
+
+@dataclass
+class Series:
+    """Points of one join key, in order of x; drawn with a line if they are `joined`."""
+
+    style: Family
+    points: list[Point]
+    joined: bool
+
+    @property
+    def name(self) -> str:
+        return self.style.name
+
+
+@dataclass
+class Drawing:
+    """`references` are horizontal lines. Everything in `left_out` is said to the user."""
+
+    series: list[Series] = field(default_factory=list)
+    references: list[Point] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    colours: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def points(self) -> list[Point]:
+        return [point for series in self.series for point in series.points]
+
+    def colour(self, point: Point, series: Series, dark: bool) -> str:
+        """The label's own colour tag, or the family's colour."""
+        return self.colours.get(id(point)) or (series.style.dark if dark else series.style.light)
+
+
+def arrange(comparison: Comparison, log_y: bool) -> Drawing:
+    """Sort the points of a comparison into lines, references and what has no place in a plot."""
+    drawing = Drawing()
+    placed: list[Point] = []
+    for point in comparison.points:
+        reason = _unplottable(point, comparison, log_y)
+        if reason:
+            drawing.left_out.append(f"not drawn: {point.record.label}: {reason}")
+        elif point.record.is_reference and point.comparable:
+            drawing.references.append(point)
+            assumed = [note for note in point.record.quantization.notes if note.startswith("assumed")]
+            drawing.left_out.extend(f"note: {point.record.label}: {note}" for note in assumed)
+        else:
+            placed.append(point)
+    with_x = [point for point in drawing.references if point.x is not None]
+    if not placed and with_x:  # full precision only: they are the comparison, not its yardstick
+        placed, drawing.references = with_x, [point for point in drawing.references if point.x is None]
+    for point in placed + drawing.references:
+        if point.record.colour is not None:
+            if is_colour(point.record.colour):
+                drawing.colours[id(point)] = point.record.colour
+            else:
+                drawing.left_out.append(
+                    f"warning: {point.record.label}: unknown colour [{point.record.colour}], the family's is used"
+                )
+    drawing.series = _series(placed)
+    return drawing
+
+
+def _unplottable(point: Point, comparison: Comparison, log_y: bool) -> str:
+    if point.y is None:
+        return f"{comparison.metric.name.lower()} is not a finite number in {point.record.file}"
+    if log_y and point.y <= 0:
+        return f"{point.y:g} has no place on a logarithmic axis"
+    if point.x is not None or (point.record.is_reference and point.comparable):
+        return ""
+    if point.record.quantization.known:
+        return f"its result file does not say {comparison.axis.short} ({comparison.axis.key})"
+    return f"a stock model, {comparison.axis.short} unknown (the table lists it)"
+
+
+def _series(points: list[Point]) -> list[Series]:
+    by_key: dict[tuple[object, ...], list[Point]] = {}
+    for point in points:
+        by_key.setdefault(point.join_key, []).append(point)
+    unknown = sorted({p.record.quantization.family for p in points})
+    result = []
+    for members in by_key.values():
+        family = members[0].record.quantization.family
+        members.sort(key=_by_x)
+        apart = not members[0].comparable
+        result.append(
+            Series(
+                style=family_style(family, unknown.index(family)),
+                points=members,
+                joined=len(members) > 1 and not apart,
+            )
+        )
+    return result
+
+
+_by_x: Callable[[Point], tuple[float, float, str]] = lambda p: (p.x or 0.0, p.y or 0.0, p.record.label)  # noqa: E731

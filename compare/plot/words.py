@@ -1,0 +1,70 @@
+"""The words of the picture: title, subtitle, caption, the text for those who cannot see it."""
+
+from __future__ import annotations
+
+from compare.comparison import Comparison, Point
+from compare.plot.series import Drawing
+from compare.tables import metric_text
+from compare.text import clean
+
+WEIGHT_ONLY_MARK = " †"
+
+
+def title_of(comparison: Comparison, title: str | None) -> str:
+    return clean(title) if title else f"{comparison.metric.name} by {comparison.axis.short}"
+
+
+def subtitle(comparison: Comparison) -> str:
+    """Data set, windows × length, stride, protocol, tokens scored; the task where a text is not known."""
+    protocol = comparison.protocol
+    parts = [protocol.text or comparison.metric.task]
+    if protocol.windows and protocol.eval_len:
+        parts.append(f"{protocol.windows:,} windows × {protocol.eval_len:,} tokens")
+    if protocol.stride:
+        parts.append(f"stride {protocol.stride}")
+    if protocol.name:
+        parts.append(f"{protocol.name} protocol")
+    elif not protocol.tokens_sha256:
+        parts += protocol.harness
+    return "  ·  ".join(parts)
+
+
+def caption(comparison: Comparison, drawing: Drawing) -> list[str]:
+    """What the marks mean, only those that are there, one statement a line."""
+    lines = []
+    shown = drawing.points + drawing.references
+    if any(point.stderr for point in shown):
+        paired = "all models are scored on the same tokens, so differences are surer than the bars suggest"
+        lines.append(f"Error bars: ± 1 standard error; {paired}." if _all_paired(comparison) else
+                     "Error bars: ± 1 standard error.")  # fmt: skip
+    if any(not point.comparable for point in drawing.points):
+        lines.append("Hollow: scored on other tokens or by another protocol, not comparable with the rest.")
+    if any(point.record.quantization.runs_other_than_named for point in drawing.points):
+        lines.append("† checkpoint with quantized activations, run weight-only: not what the format gives.")
+    return lines
+
+
+def _all_paired(comparison: Comparison) -> bool:
+    return comparison.protocol.tokens_sha256 is not None and all(point.comparable for point in comparison.points)
+
+
+def y_label(comparison: Comparison) -> str:
+    better = {True: " (higher is better)", False: " (lower is better)", None: ""}[comparison.metric.higher_is_better]
+    return comparison.metric.name + better
+
+
+def point_label(point: Point, family_known: bool) -> str:
+    """The label; without the family's name in front where the legend says it already."""
+    label, family = point.record.label, point.record.quantization.family
+    if family_known and label.lower().startswith(family.lower()):
+        rest = label[len(family) :]
+        if rest[:1] in (" ", "-", "_", ":") and rest.strip(" -_:"):
+            label = rest.strip(" -_:")
+    return label
+
+
+def alternative_text(comparison: Comparison, drawing: Drawing, limit: int = 200) -> str:
+    """The picture in words, for screen readers and search: stored in the file."""
+    points = [f"{p.record.label}: {p.x:.4g}, {metric_text(p.y)}" for p in drawing.points[:limit]]
+    references = [f"{p.record.label} (reference line): {metric_text(p.y)}" for p in drawing.references[:limit]]
+    return f"{comparison.metric.name} against {comparison.axis.name}. {'; '.join(references + points)}."

@@ -1,0 +1,85 @@
+"""Labels come from strangers: whatever they hold is shown as text, never interpreted.
+
+A label may carry a colour as one bracketed word at its start or end, as in ExLlamaV3's plots:
+``"[#ff8800] My model"``, ``"My model [red]"``. `split_colour_tag` takes it off.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+# Control, format (bidirectional overrides among them), surrogate and private-use characters: a terminal, an
+# XML reader or the reader's eye could act on them. Joiners and variation selectors stay, emoji need them.
+_UNSAFE_CATEGORIES = {"Cc", "Cf", "Cs", "Co"}
+_HARMLESS_FORMAT = {"\u200c", "\u200d"}
+_TAG = re.compile(r"\[\s*(#[0-9a-fA-F]{3,8}|[A-Za-z][\w:. -]*?)\s*\]")
+
+
+def clean(text: str) -> str:
+    """One line of printable text: white space becomes one blank, unsafe characters their escape (``\\x1b``)."""
+    if text.isascii() and text.isprintable() and "  " not in text:
+        return text.strip()
+    return " ".join("".join(_visible(c) for c in text).split())
+
+
+def _visible(char: str) -> str:
+    if char.isspace() or char in _HARMLESS_FORMAT:
+        return char if char in _HARMLESS_FORMAT else " "
+    if unicodedata.category(char) not in _UNSAFE_CATEGORIES:
+        return char
+    code = ord(char)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def split_colour_tag(label: str) -> tuple[str, str | None]:
+    """``"My model [red]"`` to ``("My model", "red")``; no tag, or other brackets about, to ``(label, None)``.
+
+    With several brackets in a label only a colour that exists is taken for a tag, so that markup such as
+    ``[bold]x[/bold]`` stays what it is: text.
+    """
+    if "[" not in label:
+        return label, None
+    for match in (_TAG.match(label), *reversed(list(_TAG.finditer(label)))):
+        if match is None or (match.start() != 0 and match.end() != len(label)):
+            continue
+        if label.count("[") == 1 or is_colour(match[1]):
+            return clean(label[: match.start()] + " " + label[match.end() :]), match[1]
+    return label, None
+
+
+def is_colour(name: str) -> bool:
+    """Whether matplotlib knows this colour name or ``#hex`` value ("none" is no colour)."""
+    if name.startswith("#"):
+        return len(name) in (4, 5, 7, 9)
+    from matplotlib.colors import is_color_like
+
+    return name.lower() != "none" and is_color_like(name)
+
+
+def shorten(text: str, width: int) -> str:
+    """At most `width` characters, the middle left out: the ends of a label tell models apart."""
+    if len(text) <= width:
+        return text
+    tail = width // 3
+    return f"{text[: width - tail - 1].rstrip()}…{text[-tail:].lstrip()}"
+
+
+_MARKDOWN_SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|$~&])")
+
+
+def markdown(text: str) -> str:
+    """Text for a cell of a Markdown table."""
+    return _MARKDOWN_SPECIAL.sub(r"\\\1", text)
+
+
+def csv_cell(text: str) -> str:
+    """Text for a CSV cell: one that a spreadsheet would run as a formula gets an apostrophe in front."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+
+
+def and_more(names: list[str], limit: int = 8) -> str:
+    """``"a, b, c"``, or ``"a, b, … and 7 more"`` past `limit` names."""
+    if len(names) <= limit:
+        return ", ".join(names)
+    return f"{', '.join(names[:limit])} and {len(names) - limit} more"
