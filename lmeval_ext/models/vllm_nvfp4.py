@@ -36,6 +36,8 @@ except ImportError as error:
 
 logger = logging.getLogger(__name__)
 
+# Kernels that run a W4A4 checkpoint with 16-bit activations (vLLM 0.26–0.32).
+_WEIGHT_ONLY = {"MarlinNvFp4LinearKernel", "HummingNvFp4LinearKernel"}
 _WORKER = "lmeval_ext.models.vllm_worker.WorkerReport"
 
 
@@ -100,6 +102,11 @@ class VLLMQuantized(WindowScoring, VLLM):
         reports = self.model.collective_rpc("lmeval_ext_report")
         facts.kernel = ", ".join(sorted({k for r in reports for k in r["kernels"]})) or None
         facts.dtype = reports[0]["dtype"]
+        if facts.scheme == "nvfp4" and any(k in _WEIGHT_ONLY for r in reports for k in r["kernels"]):
+            facts.notes.append(
+                "weight-only: this kernel does not quantize activations, as the checkpoint asks for; "
+                "their error is not in the figures (emulate it with linear_backend=emulation)"
+            )
         if not self._on_cpu:
             pool = sum(r["kv_pool_bytes"] for r in reports)
             facts.kv_pool_gb = pool / GIB
