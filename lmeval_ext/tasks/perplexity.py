@@ -137,7 +137,6 @@ class PerplexityTask(Task):
         if ours and len(logprobs) != window.scored:
             raise RuntimeError(f"window {window.index}: {len(logprobs)} scores for {window.scored} targets")
         bad = int((~np.isfinite(logprobs)).sum())
-        self._nonfinite += bad
         nll = -float(answer[0])
         sums = {"token_perplexity": self._sum(window, nll, window.scored, bad)}
         if ours:
@@ -163,7 +162,12 @@ class PerplexityTask(Task):
         for metric, (statistic, _) in _STATISTICS.items():
             functions[metric] = statistic
             functions[metric + _STDERR] = self._error_of(metric)
+        functions["token_perplexity"] = self._perplexity
         return functions
+
+    def _perplexity(self, sums: Sequence[WindowSum]) -> float | None:
+        self._nonfinite = sum(s["nonfinite"] for s in sums)  # of all ranks: this one aggregates
+        return metrics.perplexity(sums)
 
     def _error_of(self, metric: str) -> Callable[[Sequence[WindowSum]], float | str]:
         def error(sums: Sequence[WindowSum]) -> float | str:
