@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,21 @@ def find_gguf(pretrained: str) -> str:
     return str(path)
 
 
-def load_llama(path: str, **arguments: Any) -> Any:
+_LOG_ERROR = 4  # GGML_LOG_LEVEL_ERROR of ggml.h
+
+
+@llama_cpp.llama_log_callback
+def _errors_only(level: int, text: bytes, _user_data: Any) -> None:
+    if level == _LOG_ERROR:
+        print(text.decode(errors="replace"), end="", file=sys.stderr)
+
+
+def load_llama(path: str, verbose: bool = False, **arguments: Any) -> Any:
     """`llama_cpp.Llama`, or a UserError that says what may be wrong."""
+    if not verbose:  # warnings of a vocabulary loaded without its model are no news
+        llama_cpp.llama_log_set(_errors_only, None)
     try:
-        return llama_cpp.Llama(model_path=path, verbose=False, **arguments)
+        return llama_cpp.Llama(model_path=path, verbose=verbose, **arguments)
     except (ValueError, RuntimeError) as error:
         raise UserError(
             f"llama.cpp could not load {path!r} ({first_line(error)}): the file may be truncated or of an architecture "
@@ -85,6 +97,12 @@ class GGUFTokenizer:
         exact = len(ends) > 0 and ends[-1] == len(data)
         return Encoded(np.array(ids, dtype=np.int64), ends if exact else None)
 
+    def chat_prefix(self) -> list[int]:
+        raise UserError(
+            f"chat_template=true: {self.name!r} brings no template that can be rendered here; name the original "
+            "model's tokenizer with tokenizer="
+        )
+
 
 class ComparedTokenizer:
     """A Transformers tokenizer whose ids are checked, text by text, against a GGUF file's own vocabulary."""
@@ -109,6 +127,9 @@ class ComparedTokenizer:
                 "families cannot be compared with), or convert the GGUF again from the tokenizer's model"
             )
         return encoded
+
+    def chat_prefix(self) -> list[int]:
+        return self._tokenizer.chat_prefix()
 
     def _piece(self, token: int) -> str:
         return str(self._gguf._llama.detokenize([token]).decode(errors="replace"))

@@ -77,11 +77,12 @@ class LlamaCpp(WindowScoring, TemplateLM):
         for name in ("type_k", "type_v"):
             if isinstance(arguments.get(name), str):
                 arguments[name] = _ggml_type(name, arguments[name])
+        self._cache_types = (arguments.get("type_k"), arguments.get("type_v"))
         if not (max_length or n_ctx):
             n_ctx = min(trained_context(self.path) or _DEFAULT_CONTEXT, _DEFAULT_CONTEXT)
         self._max_length = int(max_length or n_ctx or 0)
         try:
-            self.llama = load_llama(self.path, n_ctx=self._max_length, **arguments)
+            self.llama = load_llama(self.path, verbose=verbose, n_ctx=self._max_length, **arguments)
         except TypeError as error:
             raise UserError(f"llamacpp: {first_line(error)}; see llama_cpp.Llama for the arguments") from error
         self._gguf = GGUFTokenizer(self.path, self.llama)
@@ -284,6 +285,7 @@ class LlamaCpp(WindowScoring, TemplateLM):
     def describe(self) -> Quantization:
         facts = from_storage(
             self.path,
+            self._cache_types,
             label=self.label,
             engine="llama.cpp",
             engine_version=ENGINE_VERSION,
