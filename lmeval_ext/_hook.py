@@ -1,52 +1,61 @@
 """Makes the unmodified `lm_eval` know our models and tasks.
 
-lm-eval 0.4.13 has no plug-in discovery, so `lmeval_ext_hook.pth` imports this module at every start
-of Python. It only puts a finder on `sys.meta_path`; the finder acts when, and only when, one of two
-harness modules is imported, by running `lmeval_ext._register` after the module's own code.
+lm-eval 0.4.13 has no plug-in discovery, so the one line of `lmeval_ext_hook.pth`, which Python runs at every start,
+puts a finder on `sys.meta_path`. It is written out there, because importing anything from site-packages would cost
+more than the line itself. When one of two harness modules is imported, the finder calls `find_spec` here, which
+finds the module as always and adds one step after its own code: a function of `lmeval_ext._register`.
 `LMEVAL_EXT_DISABLE=1` switches all of it off.
 
-Keep this module tiny: nothing but `sys`, and `os` (which Python has imported by then), may be imported here.
+Where nothing is installed, `import lmeval_ext._hook; lmeval_ext._hook.install()` before `lm_eval` does the same.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 # harness module -> function of lmeval_ext._register that is called with it, once it is imported
 _ACTIONS = {"lm_eval.models": "register_models", "lm_eval.tasks.manager": "register_tasks"}
+_FINDER = "LmevalExtFinder"  # the class in the .pth line, and the one below
 
 
-class _Finder:
-    """A meta-path finder that finds nothing itself and adds one step to two modules' loading."""
+class LmevalExtFinder:
+    """What the .pth line defines."""
 
     @staticmethod
-    def find_spec(name, path=None, target=None):  # type: ignore[no-untyped-def]  # typing costs start-up time
-        action = _ACTIONS.get(name)
-        if action is None:
-            return None
-        for finder in sys.meta_path:
-            if finder is _Finder or not hasattr(finder, "find_spec"):
-                continue
-            spec = finder.find_spec(name, path, target)
-            if spec is not None:
-                if spec.loader is not None and hasattr(spec.loader, "exec_module"):
-                    _act_after(spec.loader, action)
-                return spec
+    def find_spec(name: str, path: Any = None, target: Any = None) -> Any:
+        return find_spec(name, path, target) if name in _ACTIONS else None
+
+
+def install() -> None:
+    """Put the finder where the .pth line would have put it, unless it has."""
+    if not any(getattr(finder, "__name__", "") == _FINDER for finder in sys.meta_path):
+        sys.meta_path.insert(0, LmevalExtFinder)
+
+
+def find_spec(name: str, path: Any, target: Any) -> Any:
+    """The spec that the other finders give for one of `_ACTIONS`' modules, with our step added to its loader."""
+    if os.environ.get("LMEVAL_EXT_DISABLE", "0") not in ("", "0"):
         return None
+    for finder in sys.meta_path:
+        if getattr(finder, "__name__", "") == _FINDER or not hasattr(finder, "find_spec"):
+            continue
+        spec = finder.find_spec(name, path, target)
+        if spec is not None:
+            if spec.loader is not None and hasattr(spec.loader, "exec_module"):
+                _act_after(spec.loader, _ACTIONS[name])
+            return spec
+    return None
 
 
-def _act_after(loader, action):  # type: ignore[no-untyped-def]
+def _act_after(loader: Any, action: str) -> None:
     load = loader.exec_module
 
-    def exec_module(module):  # type: ignore[no-untyped-def]
+    def exec_module(module: Any) -> None:
         load(module)
         from lmeval_ext import _register
 
         getattr(_register, action)(module)
 
     loader.exec_module = exec_module
-
-
-if os.environ.get("LMEVAL_EXT_DISABLE", "0") in ("", "0") and _Finder not in sys.meta_path:
-    sys.meta_path.insert(0, _Finder)

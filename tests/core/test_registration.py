@@ -94,11 +94,26 @@ print([m for m in ("torch", "transformers", "vllm", "llama_cpp", "matplotlib", "
     assert with_hook == without
 
 
-def test_start_of_python_imports_only_the_hook() -> None:
-    code = (
-        "import sys; print(sorted(m for m in sys.modules if m.startswith(('lmeval_ext', 'lm_eval', 'importlib.meta'))))"
-    )
-    assert ast.literal_eval(python(code)) == ["lmeval_ext", "lmeval_ext._hook"]
+def test_start_of_python_imports_nothing_of_ours() -> None:
+    code = """
+import sys
+print([m for m in sys.modules if m.startswith(("lmeval_ext", "lm_eval", "importlib.meta"))])
+print([f.__name__ for f in sys.meta_path if isinstance(f, type)].count("LmevalExtFinder"))"""
+    assert python(code).split() == ["[]", "1"]
+
+
+def test_without_an_installed_package_the_hook_can_be_put_in_by_hand() -> None:
+    code = f"""
+import sys
+sys.meta_path[:] = [f for f in sys.meta_path if getattr(f, "__name__", "") != "LmevalExtFinder"]
+sys.path.insert(0, {str(ROOT)!r})
+import lmeval_ext._hook as hook
+hook.install(); hook.install()
+print(sum(getattr(f, "__name__", "") == "LmevalExtFinder" for f in sys.meta_path))
+import lm_eval.models
+from lm_eval.api.registry import model_registry
+print("vllm_nvfp4" in model_registry)"""
+    assert python(code).split() == ["1", "True"]
 
 
 @pytest.mark.parametrize(

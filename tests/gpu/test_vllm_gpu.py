@@ -17,9 +17,10 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(scope="module", params=["NVFP4A16", "NVFP4"])
 def result(request: Any) -> tuple[str, Any]:
-    import lmeval_ext._hook  # noqa: F401  (a GPU host may have no installed package)
+    from lmeval_ext import _hook
     from tests.conftest import evaluate
 
+    _hook.install()  # a GPU host may have no installed package
     folder = Path(os.environ["SMOLLM2_DIR"]) / f"SmolLM2-135M-{request.param}"
     text = {"text_path": str(Path(os.environ["WIKITEXT2_DIR"]) / "wiki.test.raw")}
     return request.param, evaluate(
