@@ -20,10 +20,11 @@ SAMPLE = Path(__file__).parent / "tasks" / "sample.txt"
 
 @dataclass(frozen=True)
 class Corpus:
-    """Rows of text and the name under which a person knows them."""
+    """Rows of text and the name under which a person knows them; with the `lines` of a raw file they come from."""
 
     name: str
     rows: tuple[str, ...]
+    lines: tuple[str, ...] | None = None
 
     def joined(self, blank_rows: str = "keep") -> str:
         r""" "\n\n".join(rows), as the perplexity scripts of GPTQ, ExLlama and Transformers have it.
@@ -35,9 +36,18 @@ class Corpus:
             raise UserError(f"blank_rows={blank_rows!r}: expected keep or drop")
         return "\n\n".join(r for r in self.rows if blank_rows == "keep" or r.strip())
 
+    def first(self, rows: int) -> Corpus:
+        """The first `rows` rows, blank ones counted (max_text_rows of ExLlamaV3's compare_q)."""
+        return Corpus(self.name, self.rows[:rows], self.lines and self.lines[:rows])
+
     def raw(self) -> str:
-        r"""The raw file as llama.cpp's `-f` reads it: without the final line end (common/arg.cpp)."""
-        return "".join(row or BLANK_LINE for row in self.rows).removesuffix("\n")
+        r"""The raw file as llama.cpp's `-f` reads it: without the final line end (common/arg.cpp).
+
+        Rows of a data set become the lines they were in the raw file: "" is WikiText's blank line " \n", and a row
+        without a line end gets one.
+        """
+        lines = self.lines or [BLANK_LINE if not row else row.removesuffix("\n") + "\n" for row in self.rows]
+        return "".join(lines).removesuffix("\n")
 
 
 def sha256(text: str) -> str:
@@ -50,25 +60,28 @@ def read_corpus(text_path: str | Path, text_column: str = "text") -> Corpus:
 
     Raises UserError where the file is missing, is not UTF-8, or has no such column.
     """
-    path = Path(text_path).expanduser()
+    path = Path(text_path or "").expanduser()
     if not path.is_file():
         raise UserError(f"text_path={str(text_path)!r}: no such file; give a raw text file or a parquet file")
-    rows = _parquet_rows(path, text_column) if path.suffix == ".parquet" else _raw_rows(path)
+    lines = None if path.suffix == ".parquet" else _raw_lines(path)
+    rows = _parquet_rows(path, text_column) if lines is None else [_row(line) for line in lines]
     if not any(row.strip() for row in rows):
         raise UserError(f"text_path={str(text_path)!r} holds no text")
-    return Corpus(path.name, tuple(rows))
+    return Corpus(path.name, tuple(rows), None if lines is None else tuple(lines))
 
 
-def load_hub_corpus(path: str, name: str | None, split: str, text_column: str) -> Corpus:
+def load_hub_corpus(path: str, name: str | None, split: str, text_column: str, files: str | None = None) -> Corpus:
     """Rows of a data set of the hub (or of its local cache), through `datasets`.
+
+    files: pattern of the files that a generic reader (path "parquet", "json", …) shall read.
 
     Raises UserError that names `text_path` where the data set is out of reach.
     """
     import datasets
 
-    title = " ".join(part for part in (path, name, split) if part)
+    title = " ".join(part for part in (path, name, split, files) if part)
     try:
-        table: Any = datasets.load_dataset(path, name, split=split)
+        table: Any = datasets.load_dataset(path, name, split=split, data_files=files)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
@@ -77,13 +90,13 @@ def load_hub_corpus(path: str, name: str | None, split: str, text_column: str) -
         ) from error
     if text_column not in table.column_names:
         raise UserError(_no_column(f"data set {title!r}", text_column, table.column_names))
-    return Corpus(title, tuple(_row(r) for r in table[text_column]))
+    return Corpus(title, _texts(list(table[text_column]), f"data set {title!r}, column {text_column!r},"))
 
 
-def _raw_rows(path: Path) -> list[str]:
+def _raw_lines(path: Path) -> list[str]:
     try:
         with path.open(encoding="utf-8", newline="\n") as lines:  # other line ends are text, not row ends
-            return [_row(line) for line in lines]
+            return list(lines)
     except UnicodeDecodeError as error:
         raise UserError(f"text_path={str(path)!r} is not UTF-8 text ({error.reason} at byte {error.start})") from error
 
@@ -96,13 +109,23 @@ def _parquet_rows(path: Path, column: str) -> list[str]:
         names = parquet.read_schema(path).names
         if column not in names:
             raise UserError(_no_column(f"text_path={str(path)!r}", column, names))
-        return [_row(r) for r in parquet.read_table(path, columns=[column]).column(column).to_pylist()]
+        rows = parquet.read_table(path, columns=[column]).column(column).to_pylist()
+        return list(_texts(rows, f"text_path={str(path)!r}, column {column!r},"))
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"text_path={str(path)!r} is not a readable parquet file ({error})") from error
 
 
-def _row(text: str | None) -> str:
-    return text if text is not None and text.strip() else ""
+def _row(line: str) -> str:
+    """A line of a raw file as the data set has it: white space alone is the empty row."""
+    return line if line.strip() else ""
+
+
+def _texts(rows: list[Any], where: str) -> tuple[str, ...]:
+    """Rows of a table's column, as they are; a missing one is empty."""
+    wrong = next((r for r in rows if r is not None and not isinstance(r, str)), None)
+    if wrong is not None:
+        raise UserError(f"{where} holds {type(wrong).__name__} values, not text; set text_column to a column of text")
+    return tuple(r or "" for r in rows)
 
 
 def _no_column(where: str, column: str, columns: list[str]) -> str:

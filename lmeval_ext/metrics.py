@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 MIN_BLOCKS = 5
 RESAMPLES = 10_000
+_LARGEST = math.log(np.finfo(np.float64).max)
 
 
 class WindowSum(TypedDict):
@@ -32,21 +33,25 @@ def ratio(sums: Sequence[WindowSum]) -> float:
 
 
 def perplexity(sums: Sequence[WindowSum]) -> float | None:
-    """exp(Σ NLL / Σ targets); None where any log-probability was not finite: there is no such number."""
-    if any(s["nonfinite"] for s in sums):
-        return None
-    return _exp(ratio(sums))
+    """exp(Σ NLL / Σ targets); None where any log-probability was not finite, or exp overflows: no such number."""
+    mean = _finite_ratio(sums)
+    return math.exp(mean) if mean is not None and mean < _LARGEST else None
 
 
 def bits_per_byte(sums: Sequence[WindowSum]) -> float | None:
     """Σ NLL / ln 2 / Σ bytes, over tokens that are each scored once (Gao et al. 2020, The Pile, §3.1)."""
-    if any(s["nonfinite"] for s in sums):
+    mean = _finite_ratio(sums)
+    return None if mean is None else mean / math.log(2)
+
+
+def accuracy(sums: Sequence[WindowSum]) -> float | None:
+    """Σ hits / Σ targets; None where any log-probability was not finite, since its rank means nothing."""
+    return _finite_ratio(sums)
+
+
+def _finite_ratio(sums: Sequence[WindowSum]) -> float | None:
+    if any(s["nonfinite"] for s in sums) or not sum(s["count"] for s in sums):
         return None
-    return ratio(sums) / math.log(2)
-
-
-def accuracy(sums: Sequence[WindowSum]) -> float:
-    """Σ hits / Σ targets."""
     return ratio(sums)
 
 
@@ -61,7 +66,8 @@ def standard_error(
     resampled, with replacement, is *blocks* of `block_windows` = ceil(eval_len / stride) consecutive windows
     (Künsch 1989, non-overlapping blocks as in Carlstein 1986; windows that fill no block of their own join
     the last one); windows a block apart share no token. The error is the standard deviation of the statistic
-    over 10,000 resamples with a fixed seed. None below five blocks: so few say nothing about spread.
+    over 10,000 resamples with a fixed seed, times √(B / (B - 1)) for B blocks, without which it is too small by
+    that factor (Efron and Tibshirani 1993, §5.3). None below five blocks: so few say nothing about spread.
 
     It is the error of this text as a sample of such texts. Between two models on the same windows most of it
     cancels: compare those in pairs.
@@ -79,7 +85,7 @@ def standard_error(
         values = np.exp(values)
     elif statistic is bits_per_byte:
         values = values / math.log(2)
-    return float(values.std(ddof=1))
+    return float(values.std(ddof=1) * math.sqrt(len(blocks) / (len(blocks) - 1)))
 
 
 def count_blocks(windows: int, block_windows: int) -> int:
@@ -96,10 +102,3 @@ def _blocks(sums: Sequence[WindowSum], block_windows: int) -> npt.NDArray[np.flo
     result = np.zeros((max(blocks, 1), 2))
     np.add.at(result, which, table)
     return result
-
-
-def _exp(x: float) -> float:
-    try:
-        return math.exp(x)
-    except OverflowError:
-        return math.inf

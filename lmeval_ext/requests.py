@@ -1,24 +1,30 @@
 """The contract between tasks and models: a window to score, and its scores.
 
 A `WindowRequest` is an `Instance` of the harness that is also the triple `(None, context_ids,
-continuation_ids)`. Its request type names the harness' own method `_loglikelihood_tokens`, which
-`evaluate()` looks up on the model by name, so *every* token-level model of the harness scores it: stock
-models answer `(loglikelihood, is_greedy)`, ours a `WindowScores`, which begins with the same two.
+continuation_ids)`. `evaluate()` looks up a request's type on the model, as a method, by name; ours is
+`score_token_windows`, which this module adds to the harness' `LM`. It checks that the windows fit and hands
+them to `_loglikelihood_tokens`, so *every* token-level model of the harness scores them: stock models answer
+`(loglikelihood, is_greedy)`, ours a `WindowScores`, which begins with the same two.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
 
-# Underscored in lm-eval 0.4.13, but the method that TemplateLM declares abstract and every token-level
-# model implements; tests/test_requests.py fails when it goes.
-REQUEST_TYPE = "_loglikelihood_tokens"
+from lmeval_ext.errors import UserError
+
+REQUEST_TYPE = "score_token_windows"
+
+# Stock models that generate a token after every prompt, so that a window may fill all positions but one.
+# They drop the start of longer ones with no more than a log line (lm-eval 0.4.13).
+_GENERATES_ONE = ("lm_eval.models.vllm_causallms", "lm_eval.models.vllm_vlms")
 
 
 @dataclass
@@ -91,3 +97,38 @@ class WindowScores(NamedTuple):
         # The shortest decimal that is this float32: nothing is lost, and the file is half as long
         shortest = [float(str(v)) for v in values]
         return cls(total, bool(matches.all()), shortest, matches.tolist())
+
+
+def score_token_windows(model: Any, requests: list[WindowRequest]) -> Any:
+    """Method of every `LM`: the model's own token-level scoring, once the windows are known to fit.
+
+    Raises UserError where the model scores no tokens, or a window is longer than its context: stock models
+    would drop the window's start, and score other positions than the result says.
+    """
+    # Underscored in lm-eval 0.4.13, but the method that TemplateLM declares abstract and every token-level
+    # model implements; tests/core/test_tasks.py fails when it goes.
+    score = getattr(model, "_loglikelihood_tokens", None)
+    if score is None:
+        raise UserError(
+            f"the model {type(model).__name__} does not score token ids, which perplexity windows are made of; use "
+            "vllm_nvfp4, hf_quant, llamacpp, or the harness' hf or vllm"
+        )
+    limit = getattr(model, "max_length", None)
+    if isinstance(limit, int):
+        spare = any(kind.__module__ in _GENERATES_ONE for kind in type(model).__mro__)
+        check_length(requests, limit - spare, "less the one token that vLLM generates" if spare else "")
+    return score(requests)
+
+
+def check_length(windows: Sequence[WindowRequest], limit: int, why: str = "") -> None:
+    """Raises UserError where a window has more than `limit` tokens."""
+    longest = max(len(w.ids) for w in windows)
+    if longest > limit:
+        raise UserError(
+            f"eval_len={longest} is beyond this model's context of {limit} tokens{why and f' ({why})'}; lower it "
+            f"with --metadata '{{\"eval_len\": {limit}}}', or raise max_length (max_model_len in vLLM, n_ctx in "
+            "llama.cpp) if the model can take it"
+        )
+
+
+setattr(LM, REQUEST_TYPE, score_token_windows)

@@ -11,7 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from lmeval_ext.errors import UserError
+from lmeval_ext.storage.measure import gguf_file
 from lmeval_ext.windows import TokenIds
+
+# What goes before every window with chat_template=true, as in ExLlamaV3's eval/compare_q_transformers.py
+CHAT_MESSAGES = [{"role": "system", "content": ""}, {"role": "user", "content": "Say something."}]
 
 BOS_MODES = ("tokenizer", "once", "each", "none")
 
@@ -41,6 +45,8 @@ class TextTokenizer(Protocol):
     bos_id: int | None
 
     def encode(self, text: str) -> Encoded: ...
+
+    def chat_prefix(self) -> list[int]: ...
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,7 @@ class HFTokenizer:
 
         self.name = name
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(
+            self.transformers: Any = AutoTokenizer.from_pretrained(
                 name, revision=revision or "main", trust_remote_code=trust_remote_code
             )
         except Exception as error:
@@ -97,21 +103,36 @@ class HFTokenizer:
                 f"tokenizer={name!r} could not be loaded ({type(error).__name__}: {reason}); name a folder with the "
                 'tokenizer\'s files or a hub id with --metadata \'{"tokenizer": "…"}\''
             ) from error
-        self.bos_id: int | None = self._tokenizer.bos_token_id
+        self.bos_id: int | None = self.transformers.bos_token_id
         self.prefix = self._find_prefix()
 
     def encode(self, text: str) -> Encoded:
-        fast = bool(getattr(self._tokenizer, "is_fast", False))
+        fast = bool(getattr(self.transformers, "is_fast", False))
         # `verbose=False`: a text longer than the model's context is what windows are for, not a mistake
-        batch = self._tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=fast)
+        batch = self.transformers(text, add_special_tokens=False, verbose=False, return_offsets_mapping=fast)
         ids = np.array(batch["input_ids"], dtype=np.int64)
         return Encoded(ids, _byte_ends(text, batch["offset_mapping"]) if fast else None)
+
+    def chat_prefix(self) -> list[int]:
+        """The chat template's tokens up to where an answer begins, for `CHAT_MESSAGES`.
+
+        Raises UserError where the tokenizer has no template, or its template refuses the messages.
+        """
+        try:
+            text = self.transformers.apply_chat_template(CHAT_MESSAGES, add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # templates raise whatever they like
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(
+                f"chat_template=true: the tokenizer {self.name!r} renders none ({reason}); use the tokenizer of an "
+                "instruction-tuned model, or leave chat_template out"
+            ) from error
+        return list(self.transformers(text, add_special_tokens=False)["input_ids"])
 
     def _find_prefix(self) -> list[int]:
         # What stands before a text's own tokens once special tokens are allowed. A suffix (EOS) is not text.
         probe = "a"
-        plain = self._tokenizer(probe, add_special_tokens=False)["input_ids"]
-        special = self._tokenizer(probe)["input_ids"]
+        plain = self.transformers(probe, add_special_tokens=False)["input_ids"]
+        special = self.transformers(probe)["input_ids"]
         for cut in range(len(special) - len(plain) + 1):
             if special[cut : cut + len(plain)] == plain:
                 return list(special[:cut])
@@ -153,10 +174,8 @@ def load_tokenizer(settings: dict[str, Any]) -> TextTokenizer:
 
 
 def _is_gguf(source: str) -> bool:
-    path = Path(source)
-    return path.suffix == ".gguf" or (
-        path.is_dir() and not (path / "config.json").exists() and any(path.glob("*.gguf"))
-    )
+    # The same rule by which storage and the llamacpp adapter take a path for a GGUF model
+    return Path(source).exists() and gguf_file(Path(source)) is not None
 
 
 def _hf_tokenizer(source: str, settings: dict[str, Any]) -> HFTokenizer:

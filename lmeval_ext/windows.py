@@ -172,15 +172,20 @@ PROTOCOLS: dict[str, Protocol] = {
 }
 
 
-def window_ids(tokens: TokenIds, window: Window, bos_id: int | None = None) -> list[int]:
-    """The ids a model is given for `window`; with `bos_id` the first one is replaced by it (llama.cpp's way)."""
+def window_ids(tokens: TokenIds, window: Window, bos_id: int | None = None, prefix: Sequence[int] = ()) -> list[int]:
+    """The ids a model is given for `window`; with `bos_id` the first one is replaced by it (llama.cpp's way).
+
+    prefix: ids that go before the window and are never scored, such as a chat template's.
+    """
     ids: list[int] = tokens[window.start : window.end].tolist()
     if bos_id is not None:
         ids[0] = bos_id
-    return ids
+    return [*prefix, *ids]
 
 
-def fingerprint(tokens: TokenIds, windows: Sequence[Window], bos_id: int | None = None) -> str:
+def fingerprint(
+    tokens: TokenIds, windows: Sequence[Window], bos_id: int | None = None, prefix: Sequence[int] = ()
+) -> str:
     """sha256 over bounds, scored positions and ids of the windows, exactly as models are given them.
 
     Two results can be compared number by number if, and only if, this is the same.
@@ -188,7 +193,7 @@ def fingerprint(tokens: TokenIds, windows: Sequence[Window], bos_id: int | None 
     digest = hashlib.sha256()
     for w in windows:
         digest.update(np.array([w.start, w.end, w.first_target], dtype="<i8").tobytes())
-        digest.update(np.array(window_ids(tokens, w, bos_id), dtype="<i8").tobytes())
+        digest.update(np.array(window_ids(tokens, w, bos_id, prefix), dtype="<i8").tobytes())
     return digest.hexdigest()
 
 

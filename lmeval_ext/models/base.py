@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from lmeval_ext.errors import UserError
-from lmeval_ext.requests import WindowRequest, WindowScores
+from lmeval_ext.requests import WindowRequest, WindowScores, check_length
 from lmeval_ext.storage import StorageError, StorageInfo, inspect
+from lmeval_ext.storage.kv_cache import kv_cache
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +26,9 @@ class Quantization:
     """`config.quantization` of a result file: what was run, how many bits it has, what it took.
 
     Bits per weight and sizes follow `lmeval_ext.storage.StorageInfo`. peak_vram_gb: measured GiB of weights and
-    activations, without the engine's preallocated KV pool (kv_pool_gb). None: unknown; `notes` says why.
+    activations, without the engine's preallocated KV pool (kv_pool_gb). layer_parameters: logical elements of the
+    decoder's matrices, the same for every quantization of one model. kv_bytes_per_token: what a token takes in a KV
+    cache of kv_cache_dtype (`lmeval_ext.storage.kv_cache`). None: unknown; `notes` says why.
     """
 
     label: str
@@ -38,6 +41,9 @@ class Quantization:
     vram_gb: float | None = None
     file_bpw: float | None = None
     weight_bytes: int | None = None
+    layer_parameters: int | None = None
+    kv_bytes_per_token: int | None = None
+    kv_cache_dtype: str | None = None
     kernel: str | None = None
     dtype: str | None = None
     device: str | None = None
@@ -94,7 +100,12 @@ class WindowScoring:
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes into `config` of the result file; ours is under `quantization`."""
         inherited: dict[str, Any] = getattr(super(), "get_model_info", dict)()
-        facts = self.describe()
+        try:
+            facts = self.describe()
+        except Exception as error:  # the scores are there by now, and must not be lost
+            logger.exception("the model's description failed; its figures are null")
+            name = type(self).__name__
+            facts = Quantization(self.label or name, name, None, notes=[f"unknown: {first_line(error)}"])
         if self._window_seconds:
             facts.tokens_per_second = self._window_tokens / self._window_seconds
         return {**inherited, "quantization": asdict(facts)}
@@ -102,12 +113,7 @@ class WindowScoring:
 
 def check_windows(windows: Sequence[WindowRequest], limit: int, vocabulary: int) -> None:
     """Raises UserError where a window is longer than the model's context or holds an id beyond its vocabulary."""
-    longest = max(len(w.ids) for w in windows)
-    if longest > limit:
-        raise UserError(
-            f"eval_len={longest} is beyond this model's context of {limit} tokens; lower it with --metadata "
-            f"'{{\"eval_len\": {limit}}}', or raise max_length if the model can take it"
-        )
+    check_length(windows, limit)
     largest = max(max(w.ids) for w in windows)
     if largest >= vocabulary:
         raise UserError(
@@ -116,15 +122,22 @@ def check_windows(windows: Sequence[WindowRequest], limit: int, vocabulary: int)
         )
 
 
-def from_storage(path: str | None, **facts: Any) -> Quantization:
-    """A Quantization with the figures that the checkpoint's headers give; nulls and the reason where they do not."""
+def from_storage(
+    path: str | None, cache_types: tuple[str | int | None, str | int | None] = (None, None), **facts: Any
+) -> Quantization:
+    """A Quantization with the figures that the checkpoint's headers give; nulls and the reason where they do not.
+
+    cache_types: of keys and values in the engine's KV cache, as for `kv_cache`; None: the checkpoint's own.
+    """
     if path is None:
         return Quantization(**facts, notes=["bits per weight unknown: the checkpoint is not a local file or folder"])
+    cache = kv_cache(path, *cache_types)
+    facts |= {"kv_bytes_per_token": cache.bytes_per_token, "kv_cache_dtype": cache.dtype}
     try:
         info: StorageInfo = inspect(path)
     except (StorageError, OSError) as error:
         logger.warning("bits per weight unknown: %s", error)
-        return Quantization(**facts, notes=[f"bits per weight unknown: {error}"])
+        return Quantization(**facts, notes=[f"bits per weight unknown: {error}", *filter(None, [cache.note])])
     return Quantization(
         **facts,
         family=info.family,
@@ -134,8 +147,37 @@ def from_storage(path: str | None, **facts: Any) -> Quantization:
         vram_gb=info.vram_gb,
         file_bpw=info.file_bpw,
         weight_bytes=info.weight_bytes,
-        notes=list(info.notes),
+        layer_parameters=info.layer_elements or None,
+        notes=[*info.notes, *filter(None, [cache.note])],
     )
+
+
+def quantized_at_load(facts: Quantization, method: str) -> Quantization:
+    """The description of a checkpoint that the engine quantized while loading: its headers say nothing of that."""
+    facts.family = facts.scheme = method
+    facts.layer_bpw = facts.head_bpw = facts.vram_gb = facts.file_bpw = facts.weight_bytes = None
+    facts.notes.append(f"bits per weight unknown: quantized at load ({method}), not in the checkpoint")
+    return facts
+
+
+def explain_load(error: Exception, pretrained: Any, hint: str = "") -> UserError:
+    """A loading error as one line, with what the checkpoint's headers show to be wrong, if they do.
+
+    The engine's own traceback is chained to it: LMEVAL_EXT_TRACEBACK=1 shows both.
+    """
+    if isinstance(error, UserError):
+        return error
+    path = local_checkpoint(pretrained)
+    if path is not None:
+        try:
+            inspect(path)
+        except StorageError as reason:
+            return UserError(str(reason))
+        except OSError:
+            pass
+    what = f"{pretrained!r}" if isinstance(pretrained, str) else type(pretrained).__name__
+    hint = hint or "LMEVAL_EXT_TRACEBACK=1 shows where"
+    return UserError(f"pretrained={what} could not be loaded ({type(error).__name__}: {first_line(error)}); {hint}")
 
 
 def local_checkpoint(pretrained: Any, revision: str | None = None) -> str | None:
@@ -154,7 +196,7 @@ def local_checkpoint(pretrained: Any, revision: str | None = None) -> str | None
 
 def default_label(pretrained: Any) -> str:
     """The checkpoint's own name, where no `label=` is given."""
-    return Path(pretrained).name if isinstance(pretrained, str) else type(pretrained).__name__
+    return Path(pretrained).resolve().name if isinstance(pretrained, str) else type(pretrained).__name__
 
 
 def first_line(error: BaseException) -> str:

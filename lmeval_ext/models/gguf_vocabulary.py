@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import numpy as np
 
 from lmeval_ext.errors import MissingEngineError, UserError
 from lmeval_ext.models.base import first_line
+from lmeval_ext.storage.measure import gguf_file
 from lmeval_ext.tokens import Encoded, HFTokenizer
 
 try:
@@ -28,19 +31,16 @@ def find_gguf(pretrained: str) -> str:
     Raises UserError where there is none, or the choice is not clear.
     """
     path = Path(pretrained).expanduser()
-    if path.is_dir():
-        files = sorted(p for p in path.glob("*.gguf") if "mmproj" not in p.name)
-        whole = [p for p in files if "-of-" not in p.stem or "-00001-of-" in p.stem]
-        if len(whole) != 1:
-            names = ", ".join(p.name for p in whole) or "none"
-            raise UserError(f"pretrained={pretrained!r}: expected one GGUF file there, found {names}; name the file")
-        path = whole[0]
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"pretrained={pretrained!r}: no such file; give a .gguf file, or its folder")
-    with path.open("rb") as file:
+    found = gguf_file(path)
+    if found is None:
+        kind = "holds safetensors too, or no GGUF file" if path.is_dir() else "is not a GGUF file"
+        raise UserError(f"pretrained={pretrained!r} {kind}; name a .gguf file (llama.cpp's converter makes them)")
+    with found.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise UserError(f"pretrained={pretrained!r} is not a GGUF file; convert it with llama.cpp's converter")
-    return str(path)
+            raise UserError(f"pretrained={str(found)!r} is not a GGUF file; convert it with llama.cpp's converter")
+    return str(found)
 
 
 _LOG_ERROR = 4  # GGML_LOG_LEVEL_ERROR of ggml.h
@@ -66,6 +66,18 @@ def load_llama(path: str, verbose: bool = False, **arguments: Any) -> Any:
         ) from error
 
 
+def check_arguments(arguments: dict[str, Any]) -> None:
+    """Raises UserError for a name that is no argument of llama_cpp.Llama, which takes any and ignores it."""
+    known = [
+        p.name for p in inspect.signature(llama_cpp.Llama.__init__).parameters.values() if p.kind == p.KEYWORD_ONLY
+    ]
+    for name in arguments:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it knows {', '.join(known)}"
+            raise UserError(f"{name}={arguments[name]!r} is no argument of llamacpp; {hint}")
+
+
 def trained_context(path: str) -> int | None:
     """The context that the file says its model was trained for, in tokens; None where it does not say."""
     metadata = load_llama(path, vocab_only=True).metadata
@@ -87,6 +99,10 @@ class GGUFTokenizer:
         self.bos_id: int | None = bos if bos >= 0 else None
         adds = self.bos_id is not None and bool(llama_cpp.llama_vocab_get_add_bos(vocab))
         self.prefix = [bos] if adds else []
+
+    def piece(self, token: int) -> str:
+        """The text of one token."""
+        return str(self._llama.detokenize([token], special=True).decode(errors="replace"))
 
     def encode(self, text: str) -> Encoded:
         data = text.encode()
@@ -119,7 +135,7 @@ class ComparedTokenizer:
         if len(differ) or len(a) != len(b):
             at = int(differ[0]) if len(differ) else common
             pieces = [
-                f"{int(ids[at])} ({self._piece(int(ids[at]))!r})" if at < len(ids) else "its end" for ids in (a, b)
+                f"{int(ids[at])} ({self._gguf.piece(int(ids[at]))!r})" if at < len(ids) else "its end" for ids in (a, b)
             ]
             raise UserError(
                 f"tokenizer={self.name!r} and the vocabulary of {self._gguf.name!r} disagree on this text: token {at} "
@@ -130,6 +146,3 @@ class ComparedTokenizer:
 
     def chat_prefix(self) -> list[int]:
         return self._tokenizer.chat_prefix()
-
-    def _piece(self, token: int) -> str:
-        return str(self._gguf._llama.detokenize([token]).decode(errors="replace"))

@@ -7,8 +7,10 @@ compressed-tensors 0.20 on.
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from lmeval_ext.errors import MissingEngineError, UserError
@@ -17,10 +19,12 @@ from lmeval_ext.models.base import (
     Quantization,
     WindowScoring,
     default_label,
+    explain_load,
     first_line,
     from_storage,
     local_checkpoint,
     logprobs_of_targets,
+    quantized_at_load,
 )
 from lmeval_ext.requests import WindowRequest, WindowScores
 
@@ -37,6 +41,8 @@ from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
 
 class HFQuantized(WindowScoring, HFLM):
     """Transformers checkpoints: dense, compressed-tensors, AWQ, GPTQ, bitsandbytes, VPTQ, AQLM, …
@@ -52,10 +58,15 @@ class HFQuantized(WindowScoring, HFLM):
         if isinstance(pretrained, str) and not kwargs.get("gguf_file"):
             kwargs.setdefault("use_safetensors", True)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            kwargs.pop("parallelize", None)  # spreads over GPUs; HFLM would look for one
         try:
             super().__init__(pretrained=pretrained, device=device, **kwargs)
         except Exception as error:
             raise _explain(error, pretrained) from error
+        self._gguf_file = kwargs.get("gguf_file")
+        # Models that know it run the output matrix on the positions that predict a target, and on no other
+        self._keeps = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         _unify_dtype(self.model)
 
     @property
@@ -77,7 +88,8 @@ class HFQuantized(WindowScoring, HFLM):
                     progress.update(len(batch))
 
         if self.batch_size == "auto":  # halved until it fits; windows that are done are kept
-            find_executable_batch_size(run, starting_batch_size=int(self.max_batch_size or 64))()
+            most = int(self.max_batch_size or 64) if self.device.type == "cuda" else 1  # no CPU says "out of memory"
+            find_executable_batch_size(run, starting_batch_size=most)()
         else:
             run(int(self.batch_size))
         progress.close()
@@ -91,32 +103,44 @@ class HFQuantized(WindowScoring, HFLM):
         with torch.autocast(
             self.device.type, dtype=self.mixed_precision_dtype, enabled=self.mixed_precision_dtype is not None
         ):
-            # logits_to_keep: the output matrix runs on the positions that predict a target, and on no other
-            logits = self.model(input_ids=ids[:, :-1], use_cache=False, logits_to_keep=kept).logits
-        logits = logits[:, -kept:]  # a model that does not know the argument returns all
+            keep = {"logits_to_keep": kept} if self._keeps else {}
+            logits = self.model(input_ids=ids[:, :-1], use_cache=False, **keep).logits
+        logits = logits[:, -kept:]
         return [
             WindowScores.of(*logprobs_of_targets(row, targets, self.vocabulary))
             for row, targets in zip(logits, ids[:, -kept:], strict=True)
         ]
 
     def describe(self) -> Quantization:
-        method = getattr(self.config, "quantization_config", None)
-        if method is not None and not isinstance(method, dict):
-            method = method.to_dict()
+        stored, running = (_quant_method(c) for c in (self.config, self.model.config))
+        path = local_checkpoint(self.pretrained, self.revision)
         facts = from_storage(
-            local_checkpoint(self.pretrained, self.revision),
+            str(Path(path) / self._gguf_file) if path and self._gguf_file else path,
             label=self.label,
             engine="transformers",
             engine_version=transformers.__version__,
-            kernel=str(method["quant_method"]) if method else None,
+            kernel=running,
             dtype=str(self.model.dtype).removeprefix("torch."),
             device=str(self.device),
             revision=self.revision,
             scoring="logits",
         )
+        if running and running != stored and not self._gguf_file:
+            quantized_at_load(facts, running)
+        if self.peft or self.delta:
+            facts.notes.append(f"sizes are of the base model, without {self.peft or self.delta!r}")
         if self.device.type == "cuda":
-            facts.peak_vram_gb = torch.cuda.max_memory_allocated(self.device) / GIB
+            devices = range(torch.cuda.device_count())
+            facts.peak_vram_gb = sum(torch.cuda.max_memory_allocated(d) for d in devices) / GIB
         return facts
+
+
+def _quant_method(config: Any) -> str | None:
+    """The quant_method of a model's config, None for a dense model."""
+    found = getattr(config, "quantization_config", None)
+    if found is not None and not isinstance(found, dict):
+        found = found.to_dict()
+    return str(found["quant_method"]) if found else None
 
 
 def _unify_dtype(model: torch.nn.Module) -> None:
@@ -131,10 +155,10 @@ def _unify_dtype(model: torch.nn.Module) -> None:
         dtype = getattr(module, "dtype", None)
         for layer in module.modules():
             weight = getattr(layer, "weight", None)
-            if dtype is not torch.float32 or not hasattr(layer, "quantization_scheme"):
+            if not isinstance(weight, torch.nn.Parameter) or not hasattr(layer, "quantization_scheme"):
                 continue
-            if isinstance(weight, torch.nn.Parameter) and weight.dtype in (torch.bfloat16, torch.float16):
-                weight.data = weight.data.float()
+            if dtype in _FLOATS and weight.dtype in _FLOATS:
+                weight.data = weight.data.to(dtype)
 
     handle = model.register_forward_pre_hook(cast)
 
@@ -148,10 +172,8 @@ def _same_shape(windows: Sequence[WindowRequest]) -> list[list[int]]:
 
 
 def _explain(error: Exception, pretrained: Any) -> Exception:
-    """A loading error as something that the user can act on; unknown ones stay what they are."""
+    """A loading error as something that the user can act on."""
     text = str(error)
-    if isinstance(error, UserError):
-        return error
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return UserError(
             f"{pretrained}: out of GPU memory while loading; use dtype=float16, device=cpu, or parallelize=True over "
@@ -159,9 +181,11 @@ def _explain(error: Exception, pretrained: Any) -> Exception:
         )
     if isinstance(error, ImportError):
         return MissingEngineError(f"{pretrained}: {first_line(error)}; or pip install 'lmeval-ext[quant]'")
-    if isinstance(error, OSError) and isinstance(pretrained, str):
+    if "trust_remote_code" in text:
+        return explain_load(error, pretrained, "if you trust the code in that folder, add trust_remote_code=True")
+    if "model type" in text or "Unrecognized" in text:
+        return explain_load(error, pretrained, "this Transformers does not know the model")
+    if isinstance(error, OSError):
         hint = "give a checkpoint folder with config.json and safetensors weights, or a hub id that can be reached"
-        return UserError(f"pretrained={pretrained!r} could not be loaded: {first_line(error)}; {hint}")
-    if isinstance(error, ValueError) and ("model type" in text or "Unrecognized" in text):
-        return UserError(f"pretrained={pretrained!r}: {first_line(error)}; this Transformers does not know the model")
-    return error
+        return explain_load(error, pretrained, hint)
+    return explain_load(error, pretrained)

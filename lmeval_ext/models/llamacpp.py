@@ -25,10 +25,11 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from lmeval_ext.errors import UserError
-from lmeval_ext.models.base import Quantization, WindowScoring, first_line, from_storage
+from lmeval_ext.models.base import Quantization, WindowScoring, from_storage
 from lmeval_ext.models.gguf_vocabulary import (
     ENGINE_VERSION,
     GGUFTokenizer,
+    check_arguments,
     find_gguf,
     llama_cpp,
     load_llama,
@@ -65,14 +66,20 @@ class LlamaCpp(WindowScoring, TemplateLM):
         batch_size: int | str | None = 1,
         max_batch_size: int | None = None,
         device: str | None = None,
+        trust_remote_code: bool = False,
         verbose: bool = False,
         **arguments: Any,
     ) -> None:
         super().__init__()
         self.path = find_gguf(pretrained)
         self.label = label or Path(self.path).stem
+        check_arguments(arguments)
         gpu = bool(llama_cpp.llama_supports_gpu_offload()) and device != "cpu"
         arguments.setdefault("n_gpu_layers", -1 if gpu else 0)
+        if device == "cpu" and int(arguments["n_gpu_layers"]):
+            raise UserError(f"device=cpu and n_gpu_layers={arguments['n_gpu_layers']} contradict each other; drop one")
+        if max_length and n_ctx and int(max_length) != int(n_ctx):
+            raise UserError(f"max_length={max_length} and n_ctx={n_ctx} are two names of one thing; give one")
         self._offloaded = gpu and int(arguments["n_gpu_layers"]) != 0
         for name in ("type_k", "type_v"):
             if isinstance(arguments.get(name), str):
@@ -81,12 +88,9 @@ class LlamaCpp(WindowScoring, TemplateLM):
         if not (max_length or n_ctx):
             n_ctx = min(trained_context(self.path) or _DEFAULT_CONTEXT, _DEFAULT_CONTEXT)
         self._max_length = int(max_length or n_ctx or 0)
-        try:
-            self.llama = load_llama(self.path, verbose=verbose, n_ctx=self._max_length, **arguments)
-        except TypeError as error:
-            raise UserError(f"llamacpp: {first_line(error)}; see llama_cpp.Llama for the arguments") from error
+        self.llama = load_llama(self.path, verbose=verbose, n_ctx=self._max_length, **arguments)
         self._gguf = GGUFTokenizer(self.path, self.llama)
-        self._hf = HFTokenizer(tokenizer)._tokenizer if tokenizer else None
+        self._hf = HFTokenizer(tokenizer, trust_remote_code=trust_remote_code).transformers if tokenizer else None
         self.add_bos_token, self._prefix_token_id = add_bos_token, prefix_token_id
         self._max_gen_toks = max_gen_toks
         self._held: list[int] = []  # tokens whose keys and values stand in the cache, from position 0
@@ -205,7 +209,7 @@ class LlamaCpp(WindowScoring, TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         results = []
-        eos = self._piece(self.eot_token_id)
+        eos = self._gguf.piece(self.eot_token_id)
         self._held = []
         self.llama.reset()
         for context, gen_kwargs in tqdm([r.args for r in requests], disable=disable_tqdm, desc="Generating"):
@@ -235,7 +239,8 @@ class LlamaCpp(WindowScoring, TemplateLM):
         else:
             ids = list(self.llama.tokenize(string.encode(), add_bos=False, special=True))
         wanted = add_special_tokens if add_special_tokens is not None else self.add_bos_token
-        prefix = self._gguf.prefix if wanted is None else [self._gguf.bos_id] if wanted and self._gguf.bos_id else []
+        bos = [] if self._gguf.bos_id is None else [self._gguf.bos_id]
+        prefix = self._gguf.prefix if wanted is None else bos if wanted else []
         return ids if not prefix or ids[:1] == prefix else prefix + ids
 
     @property
@@ -271,14 +276,11 @@ class LlamaCpp(WindowScoring, TemplateLM):
 
         formatter = Jinja2ChatFormatter(
             template=template,
-            eos_token=self._piece(self.eot_token_id),
-            bos_token=self._piece(self._gguf.bos_id) if self._gguf.bos_id is not None else "",
+            eos_token=self._gguf.piece(self.eot_token_id),
+            bos_token=self._gguf.piece(self._gguf.bos_id) if self._gguf.bos_id is not None else "",
             add_generation_prompt=add_generation_prompt,
         )
         return str(formatter(messages=chat_history).prompt)
-
-    def _piece(self, token: int) -> str:
-        return str(self.llama.detokenize([token], special=True).decode(errors="replace"))
 
     # ------------------------------------------------------------------ the record
 

@@ -19,9 +19,11 @@ from lmeval_ext.models.base import (
     Quantization,
     WindowScoring,
     default_label,
+    explain_load,
     first_line,
     from_storage,
     local_checkpoint,
+    quantized_at_load,
 )
 from lmeval_ext.models.vllm_names import answer_for_vllm_cpu
 from lmeval_ext.requests import WindowRequest, WindowScores
@@ -101,8 +103,11 @@ class VLLMQuantized(WindowScoring, VLLM):
         return self.model.generate(tokens, sampling_params=params, use_tqdm=use_tqdm, lora_request=self.lora_request)
 
     def describe(self) -> Quantization:
+        cache = self.model_args.get("kv_cache_dtype")
+        cache = None if cache == "auto" else cache
         facts = from_storage(
             local_checkpoint(self._pretrained, self._revision),
+            (cache, cache),
             label=self.label,
             engine="vllm",
             engine_version=vllm.__version__,
@@ -111,6 +116,9 @@ class VLLMQuantized(WindowScoring, VLLM):
             revision=self._revision,
             scoring="prompt_logprobs",
         )
+        asked, stored = self.model_args.get("quantization"), getattr(self._config, "quantization_config", None)
+        if asked and not stored:
+            quantized_at_load(facts, str(asked))
         if not self._own_worker:
             facts.notes.append("kernel and memory unknown: data_parallel_size > 1 or another worker_extension_cls")
             return facts
@@ -177,20 +185,20 @@ _HINTS = (
     (("Unknown quantization method", "not supported for", "Failed to find a kernel", "Forced NVFP4 kernel"),
      "this vLLM cannot run the format on this machine; try --model hf_quant"),
     (("are not supported for now", "no module or parameter named"), "this vLLM does not know the model; try hf_quant"),
-    (("Can't load the configuration", "not a valid model identifier", "couldn't connect", "Repo id must be"),
+    (("Can't load the configuration", "not a valid model identifier", "couldn't connect", "Repo id must be",
+      "cannot find the requested files", "LocalEntryNotFound", "offline mode is enabled"),
      "give a checkpoint folder or a hub id that can be reached"),
+    (("does not recognize this architecture",), "this vLLM's Transformers does not know the model"),
     (("Engine core initialization failed",),
      "the engine's own error stands above; if it is memory, lower max_model_len or gpu_memory_utilization"),
 )  # fmt: skip
 
 
 def _explain(error: Exception, pretrained: str) -> Exception:
-    """vLLM's error with the user's next step; unknown errors stay what they are, traceback and all."""
-    if isinstance(error, UserError):
-        return error
+    """vLLM's error as one line with the user's next step."""
     text = str(error)
     for needles, hint in _HINTS:
-        if any(needle in text for needle in needles):
+        if any(needle in text for needle in needles) and not isinstance(error, UserError):
             line = next((x for x in text.splitlines() if any(n in x for n in needles)), first_line(error))
             return UserError(f"pretrained={pretrained!r}: {line.strip()}; {hint}")
-    return error
+    return explain_load(error, pretrained)

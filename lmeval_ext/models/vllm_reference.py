@@ -8,8 +8,10 @@ e2m1 × e4m3 block scale ÷ float32 global scale, blocks of 16 along the input. 
 to the compute dtype. Activations of a W4A4 checkpoint are quantized and decoded at every call, per token and
 block, under the checkpoint's input_global_scale, rounding to nearest even.
 
-Tried with vLLM 0.32 (CPU). The one private name is `init_nvfp4_linear_kernel` in the modules of `_USERS`: vLLM's
-official `register_linear_kernel` serves W4A4 alone, since weight-only schemes are hard-wired to GPU kernels.
+Tried with vLLM 0.32 (CPU). What it replaces is `init_nvfp4_linear_kernel` in the modules of `_USERS`: vLLM's official
+`register_linear_kernel` serves W4A4 alone, since weight-only schemes are hard-wired to GPU kernels. It also imports the
+kernels' base class and the emulation's functions from vLLM's insides; where any of these is gone, vLLM starts
+without the reference kernel and says so.
 """
 
 from __future__ import annotations
@@ -34,12 +36,15 @@ def register() -> None:
     if not current_platform.is_cpu():
         return
     for name in _USERS:
-        module = importlib.import_module(name)
-        original = getattr(module, _INIT, None)
-        if original is None:
-            logger.warning("%s has no %s: NVFP4 checkpoints will not load on this CPU", name, _INIT)
-        elif not getattr(original, "_lmeval_ext", False):
-            setattr(module, _INIT, _or_reference(original))
+        try:
+            module = importlib.import_module(name)
+            original = getattr(module, _INIT)
+        except (ImportError, AttributeError) as error:  # another vLLM: it must start all the same
+            logger.warning("no reference NVFP4 kernel in this vLLM (%s): such checkpoints will not load here", error)
+            continue
+        if getattr(original, "_lmeval_ext", False):
+            continue
+        setattr(module, _INIT, _or_reference(original))
 
 
 def _or_reference(original: Any) -> Any:
@@ -48,21 +53,16 @@ def _or_reference(original: Any) -> Any:
             return original(*args, **kwargs)
         except ValueError as error:  # "Failed to find a kernel…", "Forced NVFP4 kernel … is not supported"
             logger.info("no NVFP4 kernel of vLLM's own runs here (%s); using the reference kernel", error)
-            return _kernel_class()(_config_class()())
+            return reference_kernel()
 
     init._lmeval_ext = True  # type: ignore[attr-defined]
     return init
 
 
-def _config_class() -> Any:
-    from vllm.model_executor.kernels.linear.nvfp4 import NvFp4LinearLayerConfig
-
-    return NvFp4LinearLayerConfig
-
-
-def _kernel_class() -> Any:
+def reference_kernel() -> Any:
+    """An instance of the kernel, for one layer's weights."""
     import torch
-    from vllm.model_executor.kernels.linear.nvfp4.base import NvFp4LinearKernel
+    from vllm.model_executor.kernels.linear.nvfp4.base import NvFp4LinearKernel, NvFp4LinearLayerConfig
     from vllm.model_executor.layers.quantization.utils.nvfp4_emulation_utils import (
         dequantize_to_dtype,
         ref_nvfp4_quant_dequant,
@@ -103,4 +103,4 @@ def _kernel_class() -> Any:
                 x = ref_nvfp4_quant_dequant(flat, scale, block_size=16).reshape(x.shape)
             return torch.nn.functional.linear(x, layer.weight.to(x.dtype), bias)
 
-    return ReferenceNvFp4LinearKernel
+    return ReferenceNvFp4LinearKernel(NvFp4LinearLayerConfig())

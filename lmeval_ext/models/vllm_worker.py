@@ -23,7 +23,9 @@ class WorkerReport:
         import torch
 
         runner = self.model_runner
-        pool = sum(t.nbytes for t in _tensors(getattr(runner, "kv_caches", [])))
+        # hybrid models' layers are views of one buffer: each storage counts once
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(runner.kv_caches)}
+        pool = sum(storages.values())
         cuda = torch.cuda.is_available()
         return {
             "kernels": sorted(_kernels(runner.get_model() if hasattr(runner, "get_model") else runner.model)),

@@ -69,6 +69,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(tensors, config, _quantization(folder, config), notes)
 
 
+def read_config(folder: Path) -> Checkpoint:
+    """config.json of a folder and what it says of quantization, without the tensors; StorageError if unreadable."""
+    config = read_object(inside(folder, "config.json"))
+    return Checkpoint({}, config, _quantization(folder, config))
+
+
 def _quantization(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     found = config.get("quantization_config")
     for key in TEXT_CONFIGS:

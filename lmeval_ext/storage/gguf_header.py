@@ -31,10 +31,11 @@ _FIX = "Download the file again."
 
 @dataclass
 class GGUFHeader:
-    """metadata: scalar and string values by key (arrays are left out); tensors: in file order."""
+    """metadata: scalar and string values by key; arrays: the keys of arrays, not read; tensors: in file order."""
 
     path: Path
     metadata: dict[str, Any] = field(default_factory=dict)
+    arrays: set[str] = field(default_factory=set)
     tensors: list[StoredTensor] = field(default_factory=list)
 
     def integer(self, key: str) -> int | None:
@@ -114,6 +115,8 @@ class _Walker:
             if key in seen:
                 raise self.bad(f"has the metadata key {key[:80]!r} twice")
             seen.add(key)
+            if struct.unpack_from(self.order + "I", self.data, self.position)[0] == GGUFValueType.ARRAY:
+                header.arrays.add(key)
             value = self.value()
             if value is not None:
                 header.metadata[key] = value

@@ -20,7 +20,7 @@ def measure(path: Path) -> StorageInfo:
     try:
         if not path.exists():
             raise StorageError(f"{path} does not exist. Give a checkpoint folder, a .safetensors or a .gguf file.")
-        gguf = _gguf_file(path)
+        gguf = gguf_file(path)
         if gguf:
             return _measure_gguf(gguf)
         if path.is_file() and path.suffix != ".safetensors":
@@ -35,18 +35,24 @@ def measure(path: Path) -> StorageInfo:
         raise StorageError(f"{path} cannot be read: {error.strerror}. Check the path and its permissions.") from None
 
 
-def _gguf_file(path: Path) -> Path | None:
+def gguf_file(path: Path) -> Path | None:
     """The GGUF file meant by a path: the file itself, or the only model in a folder without safetensors."""
     if not path.is_dir():
-        return path if path.suffix == ".gguf" and path.is_file() else None
+        return path if path.is_file() and (path.suffix.lower() == ".gguf" or _has_magic(path)) else None
     names = sorted(file.name for file in path.iterdir())
     if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
         return None
-    ggufs = [name for name in names if name.endswith(".gguf")]
+    ggufs = [name for name in names if name.lower().endswith(".gguf") and "mmproj" not in name]
     models = [name for name in ggufs if "-of-" not in name or "-00001-of-" in name] or ggufs[:1]
     if len(models) > 1:
         raise StorageError(f"{path} holds {len(models)} GGUF models. Name one of: {', '.join(models)}.")
     return path / models[0] if models else None
+
+
+def _has_magic(path: Path) -> bool:
+    """Whether a file is GGUF by its first bytes, whatever its name (gguf.constants.GGUF_MAGIC)."""
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
 
 
 def _measure_gguf(path: Path) -> StorageInfo:

@@ -1,4 +1,5 @@
-"""The Task class behind `wiki2_strided`, `wiki2_llamacpp`, `wiki2_gptq`, `wiki2_sliding`, `sample_strided`.
+"""The Task class behind `wiki2_strided`, `wiki2_llamacpp`, `wiki2_gptq`, `wiki2_sliding`, `sample_strided`,
+`text_strided`.
 
 A document is one window; a request hands its token ids to the model; the aggregates are perplexity, top-1
 accuracy and bits per byte, each with a standard error; what they are of stands in the result's metadata.
@@ -67,7 +68,11 @@ class PerplexityTask(Task):
         rule = PROTOCOLS[self.spec.protocol]
         check_context(self.spec.eval_len, metadata)
         tokenizer = load_tokenizer(metadata)
+        self._prefix = tokenizer.chat_prefix() if settings.chat_template else []
+        check_context(self.spec.eval_len, metadata, len(self._prefix))
         source = _read(settings)
+        if settings.max_text_rows:
+            source = source.first(settings.max_text_rows)
         text = source.raw() if rule.raw_text else source.joined(settings.blank_rows)
         self.tokens = tokenize(text, tokenizer, settings.bos, rule.bos_each)
         self.windows = self.spec.windows(len(self.tokens.ids))
@@ -81,6 +86,10 @@ class PerplexityTask(Task):
             "max_rows": self.spec.max_rows,
             "warmup_tokens": self.spec.warmup_tokens,
             "blank_rows": None if rule.raw_text else settings.blank_rows,
+            "dataset": settings.dataset,
+            "max_text_rows": settings.max_text_rows,
+            "chat_template": settings.chat_template,
+            "prefix_tokens": len(self._prefix),
             "text": source.name,
             "text_sha256": corpus.sha256(text),
             "tokenizer": tokenizer.name,
@@ -118,13 +127,16 @@ class PerplexityTask(Task):
         if kwargs.get("apply_chat_template"):
             logger.warning("%s: perplexity windows take no chat template; it is left out", self.config.task)
         kwargs.update(cache_requests=False, rewrite_requests_cache=False)
-        self._scored = [self.windows[i] for i in sorted(samples)] if samples else self.windows[: limit or None]
+        if samples and not all(0 <= i < len(self.windows) for i in samples):
+            raise UserError(f"--samples: this task has windows 0 to {len(self.windows) - 1}, asked for {samples}")
+        chosen = [w for w in self.windows if w.index in samples] if samples else self.windows[: limit or None]
+        self._scored = chosen
         super().build_all_requests(limit=limit, samples=samples, **kwargs)
 
     def construct_requests(self, doc: dict[str, Any], ctx: str, **kwargs: Any) -> WindowRequest:
         window = self.windows[doc["window"]]
-        ids = window_ids(self.tokens.ids, window, self.tokens.window_bos)
-        n_context = window.first_target - window.start
+        ids = window_ids(self.tokens.ids, window, self.tokens.window_bos, self._prefix)
+        n_context = len(self._prefix) + window.first_target - window.start
         return window_request(self.doc_to_text(doc), ids, n_context, doc, kwargs["metadata"])
 
     # ------------------------------------------------------------------ scores
@@ -140,9 +152,9 @@ class PerplexityTask(Task):
         nll = -float(answer[0])
         sums = {"token_perplexity": self._sum(window, nll, window.scored, bad)}
         if ours:
-            sums["top1_accuracy"] = self._sum(window, float(sum(answer.greedy)), window.scored, 0)
+            sums["top1_accuracy"] = self._sum(window, float(sum(answer.greedy)), window.scored, bad)
         n_bytes = self._bytes(window)
-        if n_bytes:
+        if n_bytes is not None:  # 0 is fine: tokens inside one character
             sums["bits_per_byte"] = self._sum(window, nll, n_bytes, bad)
         return {name: sums[metric] for metric in sums for name in (metric, metric + _STDERR)}
 
@@ -197,7 +209,7 @@ class PerplexityTask(Task):
             windows=len(scored),
             scored_tokens=sum(w.scored for w in scored),
             distinct_tokens=sum(end - first for first, end in scored_spans(scored)),
-            tokens_sha256=fingerprint(self.tokens.ids, scored, self.tokens.window_bos),
+            tokens_sha256=fingerprint(self.tokens.ids, scored, self.tokens.window_bos, self._prefix),
             nonfinite_logprobs=self._nonfinite,
             standard_error={
                 "method": "block bootstrap over windows",
@@ -211,12 +223,19 @@ class PerplexityTask(Task):
 
 
 def _read(settings: Settings) -> corpus.Corpus:
-    if settings.text_path:
+    if settings.bundled_text and settings.text_path:
+        # one --metadata may serve several tasks; a task of this name scores this text and no other
+        logger.warning("text_path=%r is for other tasks: this one scores the bundled text", settings.text_path)
+    elif settings.text_path is not None:
         return corpus.read_corpus(settings.text_path, settings.text_column)
     if settings.bundled_text:
         if settings.bundled_text != corpus.SAMPLE.name:
             raise UserError(f"bundled_text={settings.bundled_text!r}: the package bundles {corpus.SAMPLE.name} only")
         return corpus.read_corpus(corpus.SAMPLE)
     return corpus.load_hub_corpus(
-        settings.dataset_path, settings.dataset_name, settings.dataset_split, settings.text_column
+        settings.dataset_path,
+        settings.dataset_name,
+        settings.dataset_split,
+        settings.text_column,
+        settings.dataset_files,
     )

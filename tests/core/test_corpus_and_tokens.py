@@ -11,7 +11,7 @@ from lmeval_ext.corpus import SAMPLE, Corpus, load_hub_corpus, read_corpus, sha2
 from lmeval_ext.errors import UserError
 from lmeval_ext.tokens import HFTokenizer, load_tokenizer, tokenize
 
-JOINED = "696cca6b65a171b0a358a4be6732cdfdf2dd6164a32e20fd70e3c13fc4dfae83"  # FACTS: "\n\n".join of the hub's rows
+JOINED = "696cca6b65a171b0a358a4be6732cdfdf2dd6164a32e20fd70e3c13fc4dfae83"  # "\n\n".join of the hub's rows
 
 
 def test_raw_file_and_parquet_are_the_published_rows(wikitext: Path) -> None:

@@ -41,7 +41,23 @@ def test_standard_error_agrees_with_scipy() -> None:
     ours = metrics.standard_error(sums(list(totals), [10] * 40), metrics.perplexity, 2)
     blocks = totals.reshape(20, 2).sum(axis=1) / 20
     theirs = stats.bootstrap((blocks,), lambda x, axis: np.exp(x.mean(axis=axis)), rng=2, n_resamples=20_000)
-    assert ours == pytest.approx(theirs.standard_error, rel=0.03)
+    assert ours == pytest.approx(theirs.standard_error * math.sqrt(20 / 19), rel=0.03)
+
+
+def test_standard_error_is_right_for_five_blocks() -> None:
+    """Of the mean of five normal values it is 1/√5 on average; a plain bootstrap gives √(4/5) of that."""
+    rng = np.random.default_rng(2)
+    squares = []
+    for _ in range(300):
+        totals = rng.normal(0.0, 1.0, 5)
+        error = metrics.standard_error(sums(list(totals), [1] * 5), metrics.accuracy, 1)
+        assert error is not None
+        squares.append(error**2)
+    assert np.mean(squares) == pytest.approx(1 / 5, rel=0.12)
+
+
+def test_overflow_gives_no_number() -> None:
+    assert metrics.perplexity(sums([8000.0], [10])) is None
 
 
 def test_no_error_below_five_blocks() -> None:

@@ -15,7 +15,7 @@ from lm_eval.utils import make_table
 
 from lmeval_ext.errors import UserError
 from lmeval_ext.requests import REQUEST_TYPE, WindowRequest, WindowScores
-from tests.conftest import VOCABULARY, evaluate, load_task
+from tests.conftest import evaluate, load_task
 
 SMALL = {"eval_len": 64, "stride": 32, "max_rows": 24}
 
@@ -57,8 +57,9 @@ def run_task(model: Any, task: str = "sample_strided", limit: int | None = None,
     return result["results"][task], result["configs"][task]["metadata"]
 
 
-def test_harness_still_has_the_method_that_requests_name() -> None:
-    assert hasattr(TemplateLM, REQUEST_TYPE)
+def test_harness_still_has_the_method_that_scores_tokens() -> None:
+    assert "_loglikelihood_tokens" in TemplateLM.__abstractmethods__
+    assert hasattr(TemplateLM, REQUEST_TYPE)  # ours, added to LM
 
 
 def test_metrics_and_record(tiny_llama: Path) -> None:
@@ -140,6 +141,7 @@ def test_not_finite_is_counted_and_never_averaged_away(tiny_llama: Path, planted
     assert record["nonfinite_logprobs"] == 1
     assert metrics["token_perplexity,none"] is None
     assert metrics["token_perplexity_stderr,none"] == "N/A"
+    assert metrics["top1_accuracy,none"] is None
     assert "1 log-probabilities were NaN or infinite" in caplog.text
 
 
@@ -159,7 +161,7 @@ def test_llamacpp_protocol_puts_bos_first_where_the_vocabulary_adds_it(tiny_llam
         ({"eval_len": 300_000, "stride": 512}, "too few for one window"),
         ({"eval_len": 512, "stride": 512, "max_length": 256}, "beyond the model's context"),
         ({"eval_len": 256, "stride": 256, "max_model_len": 256}, "less one generated token"),
-        ({"text_path": "/nowhere.txt"}, "no such file"),
+        ({"text_path": 5}, "expected the name of a file"),
         ({"tokenizer": None}, "no tokenizer is known"),
         ({"protocol": "other"}, "choose one of"),
         ({"blank_rows": "some"}, "blank_rows"),
@@ -194,5 +196,59 @@ def test_scores_keep_every_bit_of_float32() -> None:
     assert scores.loglikelihood == pytest.approx(float(values.astype(np.float64).sum()), rel=1e-12)
 
 
-def test_vocabulary_of_the_fixture() -> None:
-    assert VOCABULARY > 256
+def test_samples_record_what_was_scored(tiny_llama: Path) -> None:
+    task = load_task("sample_strided", tokenizer=str(tiny_llama), **SMALL)
+    task.build_all_requests(samples=[4, 1, 1])
+    record = task.dump_config()["metadata"]
+    assert [r.doc["window"] for r in task.instances] == [1, 4]
+    assert record["windows"] == 2
+    assert record["scored_tokens"] == 2 * 63
+    with pytest.raises(UserError, match="windows 0 to 23"):
+        task.build_all_requests(samples=[24])
+
+
+def test_windows_inside_one_character_count(tiny_llama: Path, tmp_path: Path) -> None:
+    """Targets that span no byte of their own still cost bits: with stride 1 many windows are such."""
+    text = tmp_path / "japanese.txt"
+    text.write_text("東京は日本の首都である。\n" * 3)
+    settings = {"text_path": str(text), "tokenizer": str(tiny_llama), "eval_len": 8, "stride": 1, "max_rows": 0}
+    metrics, record = run_task(Uniform(), "wiki2_sliding", **settings)
+    joined = "\n\n".join(line + "\n" for line in text.read_text().splitlines())
+    n_bytes = len(joined.encode()) - 3  # the first token stands for the first character
+    assert metrics["bits_per_byte,none"] == pytest.approx(2 * record["scored_tokens"] / n_bytes)
+
+
+def test_raw_text_of_a_file_is_the_file(tiny_llama: Path, tmp_path: Path) -> None:
+    """llama-perplexity sees the file as it is: blank lines stay as they are, the last line end goes."""
+    from lmeval_ext.corpus import Corpus, read_corpus
+
+    text = tmp_path / "own.txt"
+    text.write_text("First.\n\n  \nSecond.\n")
+    assert read_corpus(text).raw() == "First.\n\n  \nSecond."
+    assert Corpus("rows", ("a doc", "", "b doc")).raw() == "a doc\n \nb doc"
+
+
+@pytest.mark.parametrize(("spare", "length", "fits"), [(0, 64, True), (0, 63, False)])
+def test_stock_models_are_not_given_windows_beyond_their_context(
+    tiny_llama: Path, spare: int, length: int, fits: bool
+) -> None:
+    model = Stock()
+    model.max_length = length - spare
+    if fits:
+        run_task(model, limit=1, tokenizer=str(tiny_llama), **SMALL)
+    else:
+        with pytest.raises(UserError, match="eval_len=64 is beyond this model's context of 63"):
+            run_task(model, limit=1, tokenizer=str(tiny_llama), **SMALL)
+
+
+def test_stock_vllm_needs_one_position_more(tiny_llama: Path) -> None:
+    vllm_like = type("VLLM", (Stock,), {"__module__": "lm_eval.models.vllm_causallms", "max_length": 64})
+    with pytest.raises(UserError, match=r"context of 63 tokens \(less the one token"):
+        run_task(vllm_like(), limit=1, tokenizer=str(tiny_llama), **SMALL)
+
+
+def test_models_without_token_scores_are_refused(tiny_llama: Path) -> None:
+    from lm_eval.models.dummy import DummyLM
+
+    with pytest.raises(UserError, match="DummyLM does not score token ids"):
+        run_task(DummyLM(), limit=1, tokenizer=str(tiny_llama), **SMALL)

@@ -129,7 +129,7 @@ def test_ids_and_lengths_that_do_not_fit(name: str, tiny_llama: Path, tiny_gguf:
         model._loglikelihood_tokens([window_request("w", [5] * 257, 1, {}, (None, None, None))])
 
 
-def test_padded_vocabulary_takes_no_part(tmp_path: Path, tiny_llama: Path) -> None:
+def test_padded_vocabulary_takes_no_part() -> None:
     """Columns of the output matrix beyond the config's vocabulary are an engine's padding."""
     from lmeval_ext.models.base import logprobs_of_targets
 
@@ -139,6 +139,72 @@ def test_padded_vocabulary_takes_no_part(tmp_path: Path, tiny_llama: Path) -> No
     logits[:, 6:] = 1e4
     logprobs, _ = logprobs_of_targets(logits, targets, vocabulary=6, chunk=3)
     np.testing.assert_allclose(logprobs, expected.numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["hf_quant", "vllm_nvfp4"])
+@pytest.mark.parametrize(
+    ("breakage", "words"),
+    [
+        ("truncated", "truncated"),
+        ("no tokenizer", "could not be loaded"),
+        ("config", "config.json"),
+        ("model_type", "could not be loaded|does not know"),
+    ],
+)
+def test_broken_checkpoints_are_one_line(
+    name: str, breakage: str, words: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    for file in tiny_llama.iterdir():
+        if breakage != "no tokenizer" or not file.name.startswith("tokenizer"):
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    config, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
+    if breakage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:60_000])
+    elif breakage == "config":
+        config.write_text("{not json")
+    elif breakage == "model_type":
+        config.write_text(config.read_text().replace('"llama"', '"no-such-model"').replace("LlamaFor", "NoSuchFor"))
+    with pytest.raises(UserError, match=words) as caught:
+        get_model(name)(pretrained=str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_arguments_are_named(tiny_llama: Path, tiny_gguf: Path) -> None:
+    with pytest.raises(UserError, match="n_thread=1 is no argument of llamacpp; did you mean n_threads"):
+        get_model("llamacpp")(pretrained=str(tiny_gguf), n_thread=1)
+    with pytest.raises(UserError, match="bfloat61"):
+        get_model("hf_quant")(pretrained=str(tiny_llama), dtype="bfloat61")
+    with pytest.raises(UserError, match="two names of one thing"):
+        get_model("llamacpp")(pretrained=str(tiny_gguf), n_ctx=64, max_length=128)
+
+
+def test_models_that_do_not_know_logits_to_keep(tiny_llama: Path) -> None:
+    model = get_model("hf_quant")(pretrained=str(tiny_llama), dtype="float32")
+    forward = model.model.forward
+
+    def plain(input_ids: Any, use_cache: bool = False) -> Any:
+        return forward(input_ids=input_ids, use_cache=use_cache)
+
+    model.model.forward, model._keeps = plain, False
+    requests = windows(2)
+    np.testing.assert_allclose(answers(model, requests)[0], by_hand(tiny_llama, requests)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_quantizing_at_load_is_not_full_precision(tiny_llama: Path) -> None:
+    """What Transformers sets on the running model's config, not on the checkpoint's, for load_in_4bit."""
+    model = get_model("hf_quant")(pretrained=str(tiny_llama), dtype="float32")
+    model.model.config.quantization_config = {"quant_method": "bitsandbytes"}
+    facts = model.get_model_info()["quantization"]
+    assert (facts["family"], facts["layer_bpw"], facts["weight_bytes"]) == ("bitsandbytes", None, None)
+    assert any("quantized at load" in note for note in facts["notes"])
+
+
+def test_a_failing_description_loses_no_scores(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = get_model("hf_quant")(pretrained=str(tiny_llama), dtype="float32")
+    monkeypatch.setattr(type(model), "describe", lambda self: 1 / 0)
+    facts = model.get_model_info()["quantization"]
+    assert facts["label"] == model.label
+    assert "division by zero" in facts["notes"][0]
 
 
 @pytest.mark.parametrize(
@@ -162,7 +228,7 @@ def test_files_that_are_not_gguf(tmp_path: Path, tiny_gguf: Path) -> None:
         get_model("llamacpp")(pretrained=str(other))
     with pytest.raises(UserError, match=r"llama\.cpp could not load"):
         get_model("llamacpp")(pretrained=str(truncated))
-    with pytest.raises(UserError, match=r"expected one GGUF file there, found other\.gguf, truncated\.gguf"):
+    with pytest.raises(UserError, match=r"holds 2 GGUF models. Name one of: other\.gguf, truncated\.gguf"):
         get_model("llamacpp")(pretrained=str(tmp_path))
 
 
@@ -196,21 +262,42 @@ def test_gguf_vocabulary_is_the_tokenizers(tiny_gguf: Path, tiny_llama: Path) ->
     assert (differences == 0).mean() > 0.98
 
 
-def test_reference_kernel_is_compressed_tensors_arithmetic(tmp_path: Path) -> None:
-    """One W4A4 layer in float32: our kernel's output equals the format's own library, value for value."""
+def test_reference_kernel_is_compressed_tensors_arithmetic() -> None:
+    """A W4A4 layer in our kernel, in float32, against the format's own library: weight × fake-quantized input."""
+    from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8
     from compressed_tensors.quantization import preset_name_to_scheme
     from compressed_tensors.quantization.lifecycle.forward import fake_quantize
     from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
-    from vllm.model_executor.layers.quantization.utils.nvfp4_emulation_utils import ref_nvfp4_quant_dequant
+
+    from lmeval_ext.models.vllm_reference import reference_kernel
+
+    generator = torch.Generator().manual_seed(0)
+    values = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.5, -6.0])
+    codes = values[torch.randint(0, len(values), (32, 128), generator=generator)]
+    scales = (torch.rand(32, 8, generator=generator) * 400 + 1).to(torch.float8_e4m3fn)
+    weight_divisor = torch.tensor(1234.5)
+    weight = (codes.view(32, 8, 16) * (scales.float() / weight_divisor)[..., None]).view(32, 128)
 
     arguments = preset_name_to_scheme("NVFP4", ["Linear"]).input_activations
-    x = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 1, 64)[:, None]
+    x = torch.randn(64, 128, generator=generator) * torch.logspace(-2, 1, 64)[:, None]
     divisor = torch.tensor([448 * 6 / float(x.abs().max())])
     scale, zero = compute_dynamic_scales_and_zp(x, arguments, torch.nn.Linear(128, 8), global_scale=divisor)
-    theirs = fake_quantize(x=x, scale=scale, zero_point=zero, args=arguments, global_scale=divisor)
-    ours = ref_nvfp4_quant_dequant(x, divisor, block_size=16)
-    different = (ours - theirs).abs() > 1e-6 * x.abs().amax()
-    assert different.float().mean() < 1e-3  # ties that float32 rounding decides
+    quantized = fake_quantize(x=x, scale=scale, zero_point=zero, args=arguments, global_scale=divisor)
+
+    layer = torch.nn.Module()
+    layer.weight = torch.nn.Parameter(pack_fp4_to_uint8(codes), requires_grad=False)
+    layer.weight_scale = torch.nn.Parameter(scales, requires_grad=False)
+    layer.weight_global_scale = torch.nn.Parameter(1 / weight_divisor, requires_grad=False)  # vLLM's loader inverts it
+    kernel = reference_kernel()
+    kernel.process_weights_after_loading(layer)
+    torch.testing.assert_close(layer.weight.data, weight)
+    torch.testing.assert_close(kernel.apply_weights(layer, x), x @ weight.T)  # weight-only: no input scale
+
+    layer.input_global_scale_inv = divisor[0]
+    ours, theirs = kernel.apply_weights(layer, x), quantized @ weight.T
+    rows = ((ours - theirs).abs() > 1e-4 * theirs.abs().amax()).any(dim=1)
+    assert rows.float().mean() < 0.1  # rows with a tie that float32 rounding decides
+    assert (x @ weight.T - theirs).abs().max() > 0.02 * theirs.abs().max()  # quantizing activations does something
 
 
 def test_make_llama_is_deterministic(tmp_path: Path) -> None:

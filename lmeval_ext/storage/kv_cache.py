@@ -1,0 +1,226 @@
+"""Bytes that one token takes in the KV cache, from config.json or GGUF metadata alone.
+
+Every layer keeps one key and one value vector for each KV head and token:
+
+    layers × KV heads × (key length × bytes + value length × bytes)
+
+which is vLLM's `FullAttentionSpec.page_size_bytes` for a block of one token (vllm/v1/kv_cache_interface.py) and
+llama.cpp's `n_embd_k_gqa`, `n_embd_v_gqa` a layer (src/llama-kv-cache.cpp). It holds for models in which every layer
+attends to all tokens. The tables below name those that are known to; sliding windows, latent attention (MLA),
+recurrent layers, shared caches and every model that is not in the tables give None and the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from lmeval_ext.storage.checkpoint import Checkpoint, read_config
+from lmeval_ext.storage.info import StorageError
+
+# `model_type` of transformers. Each row: whether KV heads that are not named are as many as attention heads, and
+# whether a head that is not named has hidden_size / num_attention_heads elements (transformers 5.19,
+# models/*/configuration_*.py). Where a class has a default of its own, config.json must name the figure.
+_HEADS, _DIMENSION = "kv heads", "head_dim"
+FULL_ATTENTION: dict[str, frozenset[str]] = {
+    "llama": frozenset({_HEADS, _DIMENSION}),
+    "arcee": frozenset({_HEADS, _DIMENSION}),
+    "cohere": frozenset({_HEADS, _DIMENSION}),
+    "granite": frozenset({_HEADS, _DIMENSION}),
+    "granitemoe": frozenset({_HEADS, _DIMENSION}),
+    "olmo": frozenset({_HEADS, _DIMENSION}),
+    "olmo2": frozenset({_HEADS, _DIMENSION}),
+    "olmoe": frozenset({_HEADS, _DIMENSION}),
+    "phi": frozenset({_HEADS, _DIMENSION}),
+    "phi3": frozenset({_HEADS, _DIMENSION}),
+    "mistral": frozenset({_DIMENSION}),
+    "mixtral": frozenset({_DIMENSION}),
+    "qwen2": frozenset({_DIMENSION}),
+    "qwen2_moe": frozenset({_DIMENSION}),
+    "qwen3": frozenset(),
+    "qwen3_moe": frozenset(),
+    "smollm3": frozenset({_DIMENSION}),
+    "stablelm": frozenset({_DIMENSION}),
+    "starcoder2": frozenset({_DIMENSION}),
+    "gemma": frozenset(),
+    "glm": frozenset(),
+    "glm4": frozenset(),
+    "seed_oss": frozenset(),
+}
+# A window is used unless config.json says null (mistral) or use_sliding_window is true (the others).
+_WINDOWED_BY_DEFAULT = {"mistral"}
+_ASKS_FOR_WINDOW = {"qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3"}
+_OTHER_CACHES = ("kv_lora_rank", "num_kv_shared_layers", "full_attention_interval", "attn_layer_period", "ssm_cfg",
+                 "linear_num_value_heads", "hybrid_override_pattern", "mamba_d_state")  # fmt: skip
+
+# `general.architecture` of GGUF files whose layers all attend to all tokens (llama.cpp, src/llama-arch.cpp).
+GGUF_FULL_ATTENTION = frozenset({
+    "llama", "arcee", "command-r", "gemma", "glm4", "granite", "granitemoe", "internlm2", "olmo", "olmo2", "olmoe",
+    "phi2", "phi3", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "seed_oss", "smollm3", "stablelm", "starcoder2",
+})  # fmt: skip
+_GGUF_OTHER_CACHES = ("attention.kv_lora_rank", "attention.key_length_mla", "attention.shared_kv_layers",
+                      "full_attention_interval", "ssm.state_size")  # fmt: skip
+
+# Bytes an element. vLLM's fp8 caches have one scale a layer, which is nothing a token.
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "half": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
+LLAMA_CPP_DEFAULT = "F16"  # include/llama.h, llama_context_default_params: type_k, type_v
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """bytes_per_token and dtype ("bfloat16", "Q8_0", "Q8_0/F16" for keys/values), or None and `note` says why."""
+
+    bytes_per_token: int | None = None
+    dtype: str | None = None
+    note: str | None = None
+
+
+class _Unknown(Exception):
+    """Why the figure cannot be known."""
+
+
+def kv_cache(path: str | Path, key_dtype: str | int | None = None, value_dtype: str | int | None = None) -> KVCache:
+    """The KV cache of a checkpoint folder, .safetensors or .gguf file.
+
+    key_dtype, value_dtype: what the engine was told to keep keys and values in: a torch name, vLLM's fp8 names, or a
+    ggml type by name or number. None: the checkpoint's own 16-bit type, F16 for GGUF as in llama.cpp.
+    """
+    from lmeval_ext.storage.measure import gguf_file
+
+    try:
+        gguf = gguf_file(Path(path))
+        shape, usual = _of_gguf(gguf) if gguf else _of_config(Path(path), asked=None not in (key_dtype, value_dtype))
+        key = usual if key_dtype is None else key_dtype
+        value = usual if value_dtype is None else value_dtype
+        layers, heads, key_length, value_length = shape
+        each = key_length * _bytes(key) + value_length * _bytes(value)
+    except _Unknown as reason:
+        return KVCache(note=f"kv_bytes_per_token unknown: {reason}")
+    except (StorageError, OSError) as error:
+        return KVCache(note=f"kv_bytes_per_token unknown: {error}")
+    total = layers * heads * each
+    if total.denominator != 1:
+        return KVCache(note=f"kv_bytes_per_token unknown: heads of {key_length} are no whole blocks of {key}")
+    names = [_name(key), _name(value)]
+    return KVCache(int(total), names[0] if names[0] == names[1] else "/".join(names))
+
+
+def _bytes(dtype: str | int) -> Fraction:
+    if isinstance(dtype, str) and dtype in _BYTES:
+        return Fraction(_BYTES[dtype])
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    try:
+        block, size = GGML_QUANT_SIZES[GGMLQuantizationType[_name(dtype)]]
+    except KeyError:
+        raise _Unknown(f"the size of the cache type {dtype!r} is not known") from None
+    return Fraction(size, block)
+
+
+def _name(dtype: str | int) -> str:
+    if isinstance(dtype, str):
+        return dtype if dtype in _BYTES else dtype.upper()
+    from gguf.constants import GGMLQuantizationType
+
+    try:
+        return GGMLQuantizationType(dtype).name
+    except ValueError:
+        return str(dtype)
+
+
+Shape = tuple[int, int, int, int]  # layers, KV heads, key length, value length
+
+
+def _of_config(path: Path, asked: bool) -> tuple[Shape, str]:
+    folder = path if path.is_dir() else path.parent
+    if not (folder / "config.json").exists():
+        raise _Unknown("no config.json")
+    checkpoint = read_config(folder)
+    config, model_type = checkpoint.text_config, str(checkpoint.text_config.get("model_type"))
+    derived = FULL_ATTENTION.get(model_type)
+    if derived is None:
+        raise _Unknown(f"whether every layer of {model_type!r} models attends to all tokens is not in our table")
+    _check_attention(config, model_type)
+    attention_heads = _whole(config, "num_attention_heads")
+    heads = _whole(config, "num_key_value_heads", attention_heads if _HEADS in derived else None)
+    hidden = config.get("hidden_size")
+    usual = hidden // attention_heads if _DIMENSION in derived and isinstance(hidden, int) else None
+    dimension = _whole(config, "head_dim", usual)
+    shape = (_whole(config, "num_hidden_layers"), heads, dimension, dimension)
+    if asked:
+        return shape, ""
+    if _quantized_cache(checkpoint):
+        raise _Unknown("the checkpoint asks for a quantized KV cache; name the type that the engine uses")
+    said = next((c[k] for c in (config, checkpoint.config) for k in ("dtype", "torch_dtype") if c.get(k)), None)
+    if not isinstance(said, str):
+        raise _Unknown("config.json names no dtype")
+    return shape, said.removeprefix("torch.")
+
+
+def _check_attention(config: Mapping[str, Any], model_type: str) -> None:
+    for key in _OTHER_CACHES:
+        if config.get(key):
+            raise _Unknown(f"{key} in config.json: not every layer keeps plain keys and values")
+    kinds = config.get("layer_types")
+    if isinstance(kinds, list) and set(map(str, kinds)) != {"full_attention"}:
+        raise _Unknown(f"layer_types in config.json: {', '.join(sorted(set(map(str, kinds)))) or 'none'}")
+    window = config.get("sliding_window")
+    absent = "sliding_window" not in config and model_type in _WINDOWED_BY_DEFAULT
+    if absent or (window is not None and _window_is_used(config, model_type, window)):
+        raise _Unknown("sliding-window attention: the cache stops growing at the window, engines differ in how")
+
+
+def _window_is_used(config: Mapping[str, Any], model_type: str, window: Any) -> bool:
+    if not config.get("use_sliding_window", model_type not in _ASKS_FOR_WINDOW):
+        return False
+    context = config.get("max_position_embeddings")
+    return not (isinstance(window, int) and isinstance(context, int) and window >= context)
+
+
+def _quantized_cache(checkpoint: Checkpoint) -> bool:
+    """compressed-tensors' `kv_cache_scheme`, ModelOpt's `kv_cache_quant_algo`."""
+    nested = checkpoint.quantization.get("quantization")
+    places = [checkpoint.quantization, nested if isinstance(nested, dict) else {}]
+    return any(place.get(key) for place in places for key in ("kv_cache_scheme", "kv_cache_quant_algo"))
+
+
+def _whole(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = config.get(key)
+    value = default if value is None else value
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        raise _Unknown(f"config.json does not say {key}")
+    return value
+
+
+def _of_gguf(path: Path) -> tuple[Shape, str]:
+    from lmeval_ext.storage.gguf_header import read_gguf
+
+    header = read_gguf(path)
+    kind = header.metadata.get("general.architecture")
+    if kind not in GGUF_FULL_ATTENTION:
+        raise _Unknown(f"whether every layer of {kind!r} models attends to all tokens is not in our table")
+    for key in _GGUF_OTHER_CACHES:
+        if header.metadata.get(f"{kind}.{key}"):
+            raise _Unknown(f"{kind}.{key} in the GGUF: not every layer keeps plain keys and values")
+    window, context = header.integer(f"{kind}.attention.sliding_window"), header.integer(f"{kind}.context_length")
+    if window and not (context and window >= context):
+        raise _Unknown("sliding-window attention: the cache stops growing at the window, engines differ in how")
+
+    def figure(key: str, default: int | None = None) -> int:
+        name = f"{kind}.{key}"
+        value = header.integer(name)
+        if value is None and name not in header.arrays:
+            value = default
+        if value is None or value <= 0:
+            raise _Unknown(f"{name} differs between layers" if name in header.arrays else f"the GGUF lacks {name}")
+        return value
+
+    layers = figure("block_count") - (header.integer(f"{kind}.nextn_predict_layers") or 0)
+    attention_heads = figure("attention.head_count")
+    usual = figure("embedding_length") // attention_heads
+    heads = figure("attention.head_count_kv", attention_heads)
+    shape = (layers, heads, figure("attention.key_length", usual), figure("attention.value_length", usual))
+    return shape, LLAMA_CPP_DEFAULT
