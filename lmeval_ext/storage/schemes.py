@@ -44,8 +44,9 @@ def _group_scheme(weights: Config, inputs: Any) -> str:
     if weights.get("type") == "float":
         if bits == 4:
             base = "mxfp4" if size == 32 else "nvfp4"
-            suffix = "a16" if not acts else "" if acts.get("num_bits") == 4 else f"a{acts.get('num_bits')}"
-            return base + suffix
+            activations = acts.get("num_bits") if acts else 16
+            # "mxfp4" alone is gpt-oss' weight-only format; "nvfp4" alone has 4-bit activations, as the preset's name
+            return base if (base, activations) == ("nvfp4", 4) else f"{base}a{activations}"
         if bits == 8:
             base = "mxfp8" if size == 32 else "fp8"
             if not acts:
@@ -98,7 +99,8 @@ def _fp8(config: Config) -> str:
 
 MODELOPT_ALGORITHMS = {
     "NVFP4": "nvfp4", "NVFP4_AWQ": "nvfp4-awq", "W4A16_NVFP4": "nvfp4a16", "NVFP4_SVDQUANT": "nvfp4-svdquant",
-    "W4A8_NVFP4_FP8": "nvfp4a8", "FP8": "fp8", "FP8_PER_CHANNEL_PER_TOKEN": "fp8-dynamic", "FP8_PB_WO": "fp8-block",
+    "W4A8_NVFP4_FP8": "nvfp4a8", "FP8": "fp8", "FP8_PER_CHANNEL_PER_TOKEN": "fp8-dynamic", "FP8_PB_WO": "fp8a16-block",
+    "MXFP4": "mxfp4a4",
 }  # fmt: skip
 
 

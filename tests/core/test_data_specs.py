@@ -13,7 +13,8 @@ from lmeval_ext.tasks.data_sets import DATA_SETS
 from lmeval_ext.tasks.settings import Settings
 from tests.conftest import load_task
 
-TEMPLATE = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<s>a:{% endif %}"
+_TURN = "<s>{{ m.role }}: {{ m.content }}\n"
+TEMPLATE = "{% for m in messages %}" + _TURN + "{% endfor %}{% if add_generation_prompt %}<s>a:{% endif %}"
 
 
 @pytest.fixture(scope="module")

@@ -80,7 +80,7 @@ CASES: list[tuple[str, int | None, str, str, Bits]] = [
     ("NVFP4A16", None, "NVFP4", "nvfp4a16", lambda o, i: o * i * 4 + o * i // 16 * 8 + 32),
     ("NVFP4", None, "NVFP4", "nvfp4", lambda o, i: o * i * 4 + o * i // 16 * 8 + 64),
     ("MXFP4A16", None, "MXFP4", "mxfp4a16", lambda o, i: o * i * 4 + o * i // 32 * 8),
-    ("MXFP4", None, "MXFP4", "mxfp4", lambda o, i: o * i * 4 + o * i // 32 * 8),
+    ("MXFP4", None, "MXFP4", "mxfp4a4", lambda o, i: o * i * 4 + o * i // 32 * 8),
     ("W4A16", 32, "INT", "w4a16-g32", lambda o, i: packed_int4(o, i, 32, False)),
     ("W4A16_ASYM", 32, "INT", "w4a16-g32-asym", lambda o, i: packed_int4(o, i, 32, True)),
     ("channel8", None, "INT", "w8a16", lambda o, i: o * i * 8 + 16 * o + 2 * 64),

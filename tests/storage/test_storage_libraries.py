@@ -54,7 +54,7 @@ CASES: list[tuple[str, str, str, Callable[[int, int], int]]] = [
     ("bnb-int8", "bitsandbytes", "int8", lambda o, i: o * i * 8 + o * 32 + 8),
     ("modelopt-nvfp4", "NVFP4", "nvfp4", lambda o, i: o * i * 4 + o * i // 16 * 8 + 2 * 32),
     ("modelopt-fp8", "FP8", "fp8", lambda o, i: o * i * 8 + 2 * 32),
-    ("modelopt-mxfp4", "MXFP4", "mxfp4", lambda o, i: o * i * 4 + o * i // 32 * 8),
+    ("modelopt-mxfp4", "MXFP4", "mxfp4a4", lambda o, i: o * i * 4 + o * i // 32 * 8),
     ("modelopt-int4-awq", "INT", "w4a16-awq", lambda o, i: o * i * 4 + o * i // 128 * 32),
     ("modelopt-w4a8-awq", "INT", "w4a8-awq", lambda o, i: o * i * 4 + o * i // 128 * 32 + 2 * 32),
     ("awq", "AWQ", "awq-w4-g32", lambda o, i: o * i * 4 + i // GROUP * o * (4 + 16)),
