@@ -14,7 +14,7 @@ import pytest
 from lm_eval.api.registry import get_model
 
 from lmeval_ext.errors import UserError
-from lmeval_ext.requests import window_request
+from lmeval_ext.requests import REQUEST_TYPE, window_request
 from tests.conftest import load_task
 
 pytestmark = pytest.mark.engine
@@ -91,3 +91,24 @@ except metadata.PackageNotFoundError:
     print(True)"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True", "True"]
+
+
+def test_stock_vllm_gives_the_same_sums(model: Any, smollm2: Path) -> None:
+    """The harness' own class takes one sum a window from prompt_logprobs=1, and batches: bfloat16 rounds differently."""
+    bound = 1e-4 if model.model_args["dtype"] == "float32" else 5e-3
+    from lm_eval.models.vllm_causallms import VLLM
+
+    windows = requests_of(smollm2)[:2]
+    ours = getattr(model, REQUEST_TYPE)(windows)
+    stock = VLLM.score_token_windows(_as_stock(model), windows)
+    for (theirs, _all_greedy), scores in zip(stock, ours, strict=True):
+        assert theirs == pytest.approx(scores.loglikelihood, rel=bound)
+
+
+def _as_stock(model: Any) -> Any:
+    """The same loaded engine behind the stock class, so that it need not be loaded twice."""
+    from lm_eval.models.vllm_causallms import VLLM
+
+    stock = VLLM.__new__(VLLM)
+    stock.__dict__.update(model.__dict__)
+    return stock
