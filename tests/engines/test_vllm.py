@@ -94,7 +94,7 @@ except metadata.PackageNotFoundError:
 
 
 def test_stock_vllm_gives_the_same_sums(model: Any, smollm2: Path) -> None:
-    """The harness' own class takes one sum a window from prompt_logprobs=1, and batches: bfloat16 rounds differently."""
+    """The harness' own class takes one sum a window from prompt_logprobs=1 and batches: bfloat16 rounds."""
     bound = 1e-4 if model.model_args["dtype"] == "float32" else 5e-3
     from lm_eval.models.vllm_causallms import VLLM
 
