@@ -11,48 +11,27 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from compare import choice
+from compare.axis import Axis, axis_of
 from compare.catalogue import distinct_labels, newest
 from compare.errors import NOTHING_USABLE, CompareError
 from compare.families import FAMILIES
+from compare.identity import size_clusters, size_text
+from compare.memory import Budget
 from compare.metric_choice import MetricChoice, choose_metric
 from compare.records import Protocol, Record
 from compare.text import and_more
 
-GIB = 1024**3
-
-
-@dataclass(frozen=True)
-class Axis:
-    """What stands on x, and where it comes from."""
-
-    key: str
-    name: str
-    short: str
-    value: Callable[[Record], float | None]
-
-
-def _gib(record: Record) -> float | None:
-    weight_bytes = record.quantization.weight_bytes
-    return None if weight_bytes is None else weight_bytes / GIB
-
-
-AXES: dict[str, Axis] = {
-    axis.key: axis
-    for axis in (
-        Axis("bpw", "Bits per weight (decoder layers)", "bits per weight", lambda r: r.quantization.layer_bpw),
-        Axis("vram", "VRAM of decoder and head weights (GB = 1024³ bytes)", "VRAM", lambda r: r.quantization.vram_gb),
-        Axis("file_bpw", "Bits per weight (all tensors)", "bits per weight", lambda r: r.quantization.file_bpw),
-        Axis("size", "Size of all weights (GB = 1024³ bytes)", "size", _gib),
-    )
-}
-
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asked to see."""
+    """What the user asked to see. `context` in tokens; `budget` in units of 1024³ bytes, with a context only."""
 
     metric: str | None = None
     axis: str = "bpw"
+    pareto: bool = False
+    budget: float | None = None
+    context: int | None = None
     mask: str | None = None
     max_x: float | None = None
     max_y: float | None = None
@@ -62,13 +41,17 @@ class Options:
 
 @dataclass(frozen=True)
 class Point:
-    """A record on the chosen metric and axis. `group` 0 is the comparison; others stand apart."""
+    """A record on the chosen metric and axis. `group` 0 is the comparison; others stand apart.
+
+    `size` numbers the models of different size (`compare.identity`), 0 for the most frequent, None for unknown.
+    """
 
     record: Record
     x: float | None
     y: float | None
     stderr: float | None
     group: int = 0
+    size: int | None = 0
 
     @property
     def comparable(self) -> bool:
@@ -76,8 +59,8 @@ class Point:
 
     @property
     def join_key(self) -> tuple[object, ...]:
-        """Points of equal key lie on one line: same tokens, family, and arithmetic."""
-        return (self.group, self.record.quantization.family, self.record.quantization.arithmetic)
+        """Points of equal key lie on one line: same tokens, model size, family, and arithmetic."""
+        return (self.group, self.size, self.record.quantization.family, self.record.quantization.arithmetic)
 
 
 @dataclass
@@ -88,12 +71,36 @@ class Comparison:
     axis: Axis
     points: list[Point]
     notices: list[str] = field(default_factory=list)
+    options: Options = field(default_factory=Options)
 
     @cached_property
-    def reference(self) -> Point | None:
-        """The full-precision point that the others are measured against, if there is one."""
+    def references(self) -> dict[int | None, Point]:
+        """The full-precision point of each model size, that the others of that size are measured against."""
         candidates = [p for p in self.points if p.comparable and p.record.is_reference and p.y is not None]
-        return min(candidates, key=lambda p: (not p.record.quantization.known, p.record.label), default=None)
+        candidates.sort(key=lambda p: (not p.record.quantization.known, p.record.label))
+        return {p.size: p for p in reversed(candidates)}
+
+    @property
+    def reference(self) -> Point | None:
+        """The reference of the model size that most points have, if there is one."""
+        return self.references.get(0)
+
+    @cached_property
+    def frontiers(self) -> list[list[Point]]:
+        """Pareto frontiers in order of x, if they were asked for."""
+        return choice.frontiers(self) if self.options.pareto else []
+
+    @cached_property
+    def on_frontier(self) -> frozenset[int]:
+        """`id` of each point of the frontiers."""
+        return frozenset(id(point) for points in self.frontiers for point in points)
+
+    @cached_property
+    def verdict(self) -> choice.Verdict | None:
+        """Which models fit the budget, if there is one."""
+        if self.options.budget is None or self.options.context is None:
+            return None
+        return choice.judge(self, Budget(self.options.budget, self.options.context))
 
     @property
     def protocol(self) -> Protocol:
@@ -111,7 +118,11 @@ def build_comparison(records: list[Record], options: Options) -> Comparison:
     records = distinct_labels(records)
     records = _masked(records, options.mask, notices)
     metric = choose_metric(records, options.metric)
-    axis = AXES[options.axis]
+    if metric.higher_is_better is None and (options.pareto or options.budget is not None):
+        raise CompareError(
+            f"these files do not say whether a higher {metric.short} is better; --pareto and --budget have to know"
+        )
+    axis = axis_of(options.axis, options.context)
     points = []
     for record in records:
         if record.task == metric.task and metric.key in record.metrics:
@@ -121,8 +132,9 @@ def build_comparison(records: list[Record], options: Options) -> Comparison:
     if not points:
         raise CompareError("nothing left to show: --max-x or --max-y leaves out every point", NOTHING_USABLE)
     points = _grouped(points, options.allow_mixed, notices)
+    points = _sized(points, notices)
     points.sort(key=_sort_key(options.sort, metric))
-    return Comparison(metric, axis, points, notices)
+    return Comparison(metric, axis, points, notices, options)
 
 
 def _masked(records: list[Record], mask: str | None, notices: list[str]) -> list[Record]:
@@ -176,6 +188,18 @@ def _grouped(points: list[Point], allow_mixed: bool, notices: list[str]) -> list
     if allow_mixed:
         return points
     return [replace(p, group=order.index(p.record.protocol.fingerprint)) for p in points]
+
+
+def _sized(points: list[Point], notices: list[str]) -> list[Point]:
+    numbers = size_clusters([point.record for point in points])
+    points = [replace(point, size=number) for point, number in zip(points, numbers, strict=True)]
+    sizes = sorted({p.size for p in points if p.comparable}, key=lambda size: (size is None, size or 0))
+    if len(sizes) > 1:
+        notices.append("warning: models of different size: no line joins them, each has the reference of its own size")
+        for size in sizes:
+            records = [p.record for p in points if p.comparable and p.size == size]
+            notices.append(f"warning: {size_text(records)}: {and_more([r.label for r in records])}")
+    return points
 
 
 def family_order(name: str) -> tuple[int, str]:

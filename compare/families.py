@@ -43,6 +43,9 @@ FAMILIES: dict[str, Family] = {
     )
 }
 
+# Points that another point beats in both size and metric, whatever their family.
+DOMINATED = Family("dominated", "#b4bac3", "#555d69", "o")
+
 _OTHER_MARKERS = ("8", ".", "1", "2", "3", "4", "+", "x")
 _BY_LOWER_NAME = {name.lower(): family for name, family in FAMILIES.items()}
 
@@ -67,7 +70,8 @@ ACTIVATIONS = "activations quantized"
 # First match wins; a scheme that no row names quantizes weights alone, as GGUF, EXL2/3, GPTQ and AWQ do.
 _SCHEME_MEANING: tuple[tuple[str, str], ...] = (
     (r"a16|weight.?only", WEIGHT_ONLY),
-    (r"w\d+a\d+|^nvfp4$|^mxfp4a\d|fp8.?(dynamic|static)|^fp8$", ACTIVATIONS),
+    # of FP8, "fp8-block" too; "int8" is bitsandbytes' LLM.int8(); "mxfp4" alone is gpt-oss' weight-only format
+    (r"w\d+a(fp)?\d+|nvfp4|mxfp4a[48]|mxfp8|fp8|^int8$", ACTIVATIONS),
 )
 _SAYS_WEIGHT_ONLY = re.compile(r"(?<!not )weight[- ]only", re.IGNORECASE)
 # vLLM's Marlin kernels multiply 16-bit activations whatever the checkpoint asks for.

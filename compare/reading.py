@@ -16,6 +16,8 @@ from typing import Any
 
 from compare.discover import Problem, find_result_files
 from compare.families import canonical_family
+from compare.presentation import Relabelling
+from compare.provenance import Run
 from compare.records import Metric, Protocol, Quantization, Record
 from compare.stock import stock_quantization
 from compare.text import clean, split_colour_tag
@@ -37,9 +39,10 @@ def read_results(paths: Iterable[Path]) -> Reading:
     """Every record below `paths`; files that hold none are in `problems`, with the reason."""
     files, problems = find_result_files(paths)
     reading = Reading(problems=problems)
+    relabelled = Relabelling()
     for file in files:
         try:
-            reading.records.extend(read_file(file))
+            reading.records.extend(relabelled(file, read_file(file)))
         except ValueError as error:
             reading.problems.append(Problem(file, str(error)))
         except OSError as error:
@@ -103,6 +106,7 @@ def _record(path: Path, content: dict[str, Any], task: str, figures: dict[str, A
         protocol=_protocol(content, task),
         model=model,
         checkpoint=checkpoint,
+        run=Run.of(content, task),
         date=_number(content.get("date")) or modified,
         file=path,
     )
@@ -134,7 +138,6 @@ def _quantization(config: dict[str, Any], arguments: dict[str, str], checkpoint:
     if said is None:
         return stock_quantization(config, arguments, checkpoint)
     notes = said.get("notes")
-    weight_bytes = _number(said.get("weight_bytes"))
     return Quantization(
         known=True,
         family=canonical_family(_text(said.get("family")) or "unknown"),
@@ -143,7 +146,10 @@ def _quantization(config: dict[str, Any], arguments: dict[str, str], checkpoint:
         head_bpw=_positive(said.get("head_bpw")),
         vram_gb=_positive(said.get("vram_gb")),
         file_bpw=_positive(said.get("file_bpw")),
-        weight_bytes=None if weight_bytes is None or weight_bytes <= 0 else int(weight_bytes),
+        weight_bytes=_count(said.get("weight_bytes")),
+        layer_parameters=_count(said.get("layer_parameters")),
+        kv_bytes_per_token=_count(said.get("kv_bytes_per_token")),
+        kv_cache_dtype=_text(said.get("kv_cache_dtype")),
         engine=_text(said.get("engine")),
         engine_version=_text(said.get("engine_version")),
         kernel=_text(said.get("kernel")) or None,
@@ -225,6 +231,11 @@ def _number(value: object) -> float | None:
 def _positive(value: object) -> float | None:
     number = _number(value)
     return number if number is not None and number > 0 else None
+
+
+def _count(value: object) -> int | None:
+    number = _positive(value)
+    return None if number is None else int(number)
 
 
 def _whole(value: object) -> int | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from compare.families import FULL_PRECISION, arithmetic_run, scheme_arithmetic
+from compare.provenance import Run
 
 PERPLEXITY = "token_perplexity"
 
@@ -28,7 +29,8 @@ class Quantization:
     """``config.quantization`` as our adapters write it; `known` is False for a stock model.
 
     Bits per weight: `layer_bpw` decoder matrices, `head_bpw` output matrix, `file_bpw` all tensors of the file.
-    `vram_gb` is (layer + head bits) / 8 / 1024³; `weight_bytes` counts every tensor.
+    `vram_gb` is (layer + head bits) / 8 / 1024³; `weight_bytes` counts every tensor; `layer_parameters` the weights of
+    the decoder's matrices; `kv_bytes_per_token` one token in a KV cache of `kv_cache_dtype`.
     """
 
     known: bool = False
@@ -39,6 +41,9 @@ class Quantization:
     vram_gb: float | None = None
     file_bpw: float | None = None
     weight_bytes: int | None = None
+    layer_parameters: int | None = None
+    kv_bytes_per_token: int | None = None
+    kv_cache_dtype: str = ""
     engine: str = ""
     engine_version: str = ""
     kernel: str | None = None
@@ -105,8 +110,10 @@ class Record:
     colour: str | None = None
     model: str = ""
     checkpoint: str = ""
+    run: Run = field(default_factory=Run, hash=False)
     date: float = 0.0
     file: Path = Path()
+    reference: bool = False  # a spec says that others are to be measured against it
 
     @property
     def identity(self) -> tuple[str, ...]:
@@ -119,7 +126,7 @@ class Record:
 
     @property
     def is_reference(self) -> bool:
-        return self.quantization.family == FULL_PRECISION
+        return self.reference or self.quantization.family == FULL_PRECISION
 
     def metric(self, key: str) -> Metric:
         return self.metrics.get(key) or Metric(None)

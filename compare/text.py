@@ -23,6 +23,13 @@ def clean(text: str) -> str:
     return " ".join("".join(_visible(c) for c in text).split())
 
 
+def show_controls(text: str) -> str:
+    """The text with unsafe characters as escapes; line ends and other white space stay."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(c if c in "\n\t" else " " if c.isspace() else _visible(c) for c in text)
+
+
 def _visible(char: str) -> str:
     if char.isspace() or char in _HARMLESS_FORMAT:
         return char if char in _HARMLESS_FORMAT else " "

@@ -5,10 +5,15 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from compare.comparison import AXES, Comparison, Options, build_comparison
+from compare.axis import AXES, MEMORY
+from compare.comparison import Comparison, Options, build_comparison
 from compare.errors import NOTHING_USABLE, CompareError
+from compare.records import Record
 from compare.text import clean
 
 
@@ -25,10 +30,10 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--x",
-        choices=list(AXES),
-        default="bpw",
+        choices=[*AXES, MEMORY],
         help="bpw: bits per weight of the decoder layers (default); vram: decoder and head weights in GB; "
-        "file_bpw: bits per weight over all tensors; size: all weights in GB",
+        "file_bpw: bits per weight over all tensors; size: all weights in GB; memory: all weights and the KV cache of "
+        "--context tokens in GB (default with --budget); GB are 1024³ bytes",
     )
     parser.add_argument(
         "--mask",
@@ -45,6 +50,39 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_choice(parser: argparse.ArgumentParser) -> None:
+    """Arguments that point at the models worth a look."""
+    parser.add_argument(
+        "--pareto",
+        action="store_true",
+        help="mark the models that no other beats in both size and metric, and grey out the rest",
+    )
+    parser.add_argument(
+        "--budget",
+        type=_amount,
+        metavar="GB",
+        help="memory limit; names the best model whose weights (embeddings too) and KV cache fit. 8 means 8 × 1024³ "
+        "bytes, what an 8 GB card has. Activations and the engine's buffers come on top. Needs --context",
+    )
+    parser.add_argument(
+        "--context", type=_tokens, metavar="TOKENS", help="tokens in the KV cache, for --budget and --x memory"
+    )
+
+
+def _amount(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError
+    return value
+
+
+def _tokens(text: str) -> int:
+    value = int(text)
+    if value <= 0:
+        raise ValueError
+    return value
+
+
 def _limit(text: str) -> float:
     value = float(text)
     if math.isnan(value):
@@ -54,28 +92,52 @@ def _limit(text: str) -> float:
 
 def load_comparison(arguments: argparse.Namespace, sort: str = "family") -> Comparison:
     """Read the files, build the comparison, and say on stderr what was skipped, replaced or left out."""
+    comparison = compare_records(arguments, load_records(arguments), sort=sort)
+    for notice in comparison.notices:
+        say(notice)
+    if comparison.verdict is not None:
+        for line in comparison.verdict.lines(comparison):
+            say(line)
+    return comparison
+
+
+def load_records(arguments: argparse.Namespace, note: Callable[[str], None] | None = None) -> list[Record]:
+    """The records in the paths given; what was skipped is said on stderr, or to `note`."""
+    note = note or say
+    _check_memory(arguments)
     from compare.reading import read_results
 
     reading = read_results(arguments.paths)
     for problem in reading.problems:
-        say(f"skipped: {problem.path}: {problem.reason}")
+        note(f"skipped: {problem.path}: {problem.reason}")
     if not reading.records:
         raise CompareError("no usable result file (results_*.json) in the paths given", NOTHING_USABLE)
-    comparison = build_comparison(
-        reading.records,
-        Options(
-            metric=arguments.metric,
-            axis=arguments.x,
-            mask=arguments.mask,
-            max_x=arguments.max_x,
-            max_y=arguments.max_y,
-            allow_mixed=arguments.allow_mixed,
-            sort=sort,
-        ),
+    return reading.records
+
+
+def compare_records(arguments: argparse.Namespace, records: list[Record], **changes: Any) -> Comparison:
+    """The comparison that the arguments ask for; `changes` are fields of `Options` that go before."""
+    budget = arguments.budget
+    options = Options(
+        metric=arguments.metric,
+        axis=arguments.x or (MEMORY if budget is not None else "bpw"),
+        pareto=arguments.pareto,
+        budget=budget,
+        context=arguments.context,
+        mask=arguments.mask,
+        max_x=arguments.max_x,
+        max_y=arguments.max_y,
+        allow_mixed=arguments.allow_mixed,
     )
-    for notice in comparison.notices:
-        say(notice)
-    return comparison
+    return build_comparison(records, replace(options, **changes))
+
+
+def _check_memory(arguments: argparse.Namespace) -> None:
+    if arguments.context is None and (arguments.budget is not None or arguments.x == MEMORY):
+        asked = "--budget" if arguments.budget is not None else "--x memory"
+        raise CompareError(f"{asked} needs --context TOKENS, what the KV cache shall hold, e.g. --context 8192")
+    if arguments.context is not None and arguments.budget is None and arguments.x != MEMORY:
+        raise CompareError("--context is for --budget GB or --x memory; add one of them")
 
 
 def say(message: str) -> None:

@@ -7,29 +7,34 @@ import os
 import sys
 from pathlib import Path
 
-from compare.commands.common import add_selection, load_comparison, say
+from compare.commands.common import add_choice, add_selection, load_comparison, say
 from compare.errors import NOTHING_USABLE, CompareError
 
 HELP = "draw the models of result files: size across, metric upwards, one line a family"
-_SUFFIXES = (".png", ".svg", ".pdf")
+_SUFFIXES = (".png", ".svg", ".pdf", ".html")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_selection(parser)
+    add_choice(parser)
     parser.add_argument("--title", help="heading of the picture (default: the metric against the axis)")
     parser.add_argument("--dark", action="store_true", help="light on dark")
     parser.add_argument("--log-y", action="store_true", help="logarithmic metric axis")
     parser.add_argument(
-        "-o", "--output", type=Path, metavar="FILE", help="write FILE.png, .svg or .pdf instead of opening a window"
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="write FILE.png, .svg, .pdf, or .html (self-contained; hover tells more) instead of opening a window",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
     output: Path | None = arguments.output
     if output is not None and output.suffix.lower() not in _SUFFIXES:
-        raise CompareError(f"-o {output}: expected a name that ends in .png, .svg or .pdf")
+        raise CompareError(f"-o {output}: expected a name that ends in .png, .svg, .pdf or .html")
     if output is None and not _has_display():
-        raise CompareError("no display for a window here; name a file: -o plot.png (or .svg, .pdf)")
+        raise CompareError("no display for a window here; name a file: -o plot.png (or .svg, .pdf, .html)")
     comparison = load_comparison(arguments)
     from compare.plot import series
 
@@ -46,7 +51,14 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     from compare.files import write_atomically
 
-    write_atomically(output, figure.render(comparison, drawing, settings, output.suffix[1:].lower(), say))
+    kind = output.suffix[1:].lower()
+    if kind == "html":
+        from compare.report.build import plot_page
+
+        content = plot_page(comparison, drawing, settings, say)
+    else:
+        content = figure.render(comparison, drawing, settings, kind, say)
+    write_atomically(output, content)
     drawn = f"{len(drawing.points)} points, {len(drawing.references)} reference lines"
     say(f"wrote {output} ({drawn})")
     return 0

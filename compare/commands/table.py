@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from compare.commands.common import add_selection, load_comparison, say
+from compare.commands.common import add_choice, add_selection, load_comparison, say
 from compare.comparison import SORTS
 from compare.errors import CompareError
 
@@ -17,6 +17,7 @@ _BY_SUFFIX = {".md": "md", ".csv": "csv", ".json": "json", ".txt": "terminal"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_selection(parser)
+    add_choice(parser)
     parser.add_argument("--format", choices=_FORMATS, help="default: by the suffix of -o, or terminal")
     parser.add_argument(
         "--sort", choices=SORTS, default="family", help="family, then x (default); x; metric, best first; label"
@@ -28,17 +29,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     chosen = arguments.format or _format_of(arguments.output)
     comparison = load_comparison(arguments, arguments.sort)
-    from compare import tables
+    from compare.table import formats, terminal
 
+    renderers = {
+        "terminal": terminal.render_terminal,
+        "md": formats.render_markdown,
+        "csv": formats.render_csv,
+        "json": formats.render_json,
+    }
     if arguments.output is None:
         if chosen == "terminal":
-            tables.print_terminal(comparison, arguments.title)
+            terminal.print_terminal(comparison, arguments.title)
         else:
-            sys.stdout.write(tables.RENDERERS[chosen](comparison, arguments.title))
+            sys.stdout.write(renderers[chosen](comparison, arguments.title))
         return 0
     from compare.files import write_atomically
 
-    text = tables.RENDERERS[chosen](comparison, arguments.title)
+    text = renderers[chosen](comparison, arguments.title)
     write_atomically(arguments.output, text.encode("utf-8", "backslashreplace"))
     say(f"wrote {arguments.output} ({len(comparison.points)} models)")
     return 0

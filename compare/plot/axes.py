@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from compare.comparison import Comparison
+from compare.families import DOMINATED
 from compare.plot import style
 from compare.plot.header import marker_size
 from compare.plot.series import Drawing, Series
@@ -29,6 +30,8 @@ def draw_data(ax: Any, comparison: Comparison, drawing: Drawing, theme: style.Th
     for series in drawing.series:
         _series(ax, drawing, series, theme)
     _limits(ax, drawing, log_y)
+    _frontiers(ax, drawing, theme)
+    _choice(ax, drawing, theme)
     if not drawing.points:
         ax.set_xticks([])
         ax.set_xlabel("no result with a place on this axis", fontsize=style.AXIS, color=theme.soft)
@@ -52,8 +55,10 @@ def _series(ax: Any, drawing: Drawing, series: Series, theme: style.Theme) -> No
     xs, ys = [point.x for point in series.points], [point.y for point in series.points]
     crowd = len(drawing.points) > _CROWD
     if series.joined:
-        line = colours[0] if len(set(colours)) == 1 else own
-        ax.plot(xs, ys, color=line, linewidth=0.6 if crowd else 2.2, alpha=0.9, zorder=3, solid_joinstyle="round")
+        line = colours[0] if len(set(colours)) == 1 and not drawing.frontiers else own
+        width, alpha = (1.2, 0.3) if drawing.frontiers else (2.2, 0.9)
+        ax.plot(xs, ys, color=line, linewidth=min(width, 0.6 if crowd else width), alpha=alpha, zorder=3,
+                solid_joinstyle="round")  # fmt: skip
     by_colour: dict[str, list[int]] = defaultdict(list)
     for index, colour in enumerate(colours):
         by_colour[colour].append(index)
@@ -81,8 +86,30 @@ def _series(ax: Any, drawing: Drawing, series: Series, theme: style.Theme) -> No
             markerfacecolor=theme.ground if hollow else colour,
             markeredgecolor=colour if hollow else theme.ground,
             markeredgewidth=edge,
-            zorder=4,
+            zorder=3.8 if colour in (DOMINATED.light, DOMINATED.dark) else 4,
         )
+
+
+def _frontiers(ax: Any, drawing: Drawing, theme: style.Theme) -> None:
+    """Steps: what the best metric is that a size allows."""
+    right = ax.get_xlim()[1]
+    for points in drawing.frontiers:
+        xs, ys = [p.x for p in points], [p.y for p in points]
+        ax.step([*xs, right], [*ys, ys[-1]], where="post", color=theme.ink, linewidth=5.5, alpha=0.13, zorder=2.4,
+                solid_capstyle="butt", scalex=False, scaley=False)  # fmt: skip
+
+
+def _choice(ax: Any, drawing: Drawing, theme: style.Theme) -> None:
+    """The memory limit, what lies beyond it shaded, and a ring about the best model within."""
+    limit, right = drawing.limit, ax.get_xlim()[1]
+    if limit is not None and limit < right:
+        ax.axvspan(limit, right, color=theme.soft, alpha=0.10, linewidth=0, zorder=0.5)
+        ax.axvline(limit, color=theme.ink, linewidth=1.3, zorder=2)
+    best = drawing.best
+    if best is not None and any(best is point for point in drawing.points):
+        size = marker_size("o", len(drawing.points)) + 9
+        ax.plot([best.x], [best.y], linestyle="none", marker="o", markersize=size, markerfacecolor="none",
+                markeredgecolor=theme.ink, markeredgewidth=1.6, zorder=5)  # fmt: skip
 
 
 def _limits(ax: Any, drawing: Drawing, log_y: bool) -> None:
@@ -101,6 +128,9 @@ def _limits(ax: Any, drawing: Drawing, log_y: bool) -> None:
         ax.set_ylim(low - room, high + room)
     xs = [point.x for point in drawing.points if point.x is not None] or [0.0]
     span = max(xs) - min(xs)
+    if drawing.limit is not None and drawing.limit < max(xs) + 0.8 * span:
+        xs.append(drawing.limit)
+        span = max(xs) - min(xs)
     room = span * 0.07 or abs(xs[0]) * 0.2 or 1.0
     ax.set_xlim(min(xs) - room, max(xs) + room)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=9, steps=[1, 2, 2.5, 5, 10]))

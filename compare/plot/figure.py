@@ -16,11 +16,11 @@ import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from compare.comparison import Comparison
+from compare.comparison import Comparison, Point
 from compare.errors import CompareError
 from compare.plot import style
 from compare.plot.axes import draw_data
-from compare.plot.header import draw_texts
+from compare.plot.header import draw_texts, marker_size
 from compare.plot.labelling import draw_labels
 from compare.plot.series import Drawing
 from compare.plot.words import alternative_text, title_of
@@ -50,6 +50,45 @@ def render(comparison: Comparison, drawing: Drawing, settings: Settings, kind: s
         stream = io.BytesIO()
         figure.savefig(stream, format=kind, dpi=style.DPI, metadata=_metadata(comparison, drawing, settings, kind))
     return stream.getvalue()
+
+
+@dataclass(frozen=True)
+class Spot:
+    """Where a point lies, in fractions of the picture from its upper left corner; `radius` of its marker likewise, of
+    the picture's width. A reference line has the ends of its line instead: `x` and `x_end`."""
+
+    point: Point
+    x: float
+    y: float
+    radius: float
+    x_end: float | None = None
+
+
+def render_svg(comparison: Comparison, drawing: Drawing, settings: Settings, say: Say) -> tuple[bytes, list[Spot]]:
+    """The picture as SVG, and where its points are."""
+    with _style(settings.theme):
+        figure = Figure(figsize=(style.WIDTH, style.HEIGHT), dpi=style.DPI)
+        FigureCanvasAgg(figure)
+        _draw(figure, comparison, drawing, settings, say)
+        spots = _spots(figure, drawing)
+        stream = io.BytesIO()
+        figure.savefig(stream, format="svg", dpi=style.DPI, metadata=_metadata(comparison, drawing, settings, "svg"))
+    return stream.getvalue(), spots
+
+
+def _spots(figure: Figure, drawing: Drawing) -> list[Spot]:
+    ax: Any = figure.axes[0]
+    width, height = figure.bbox.size
+    radius = marker_size("o", len(drawing.points)) / 2 / 72 / style.WIDTH
+    spots = []
+    for point in drawing.points:
+        x, y = ax.transData.transform((point.x, point.y))
+        spots.append(Spot(point, x / width, 1 - y / height, radius))
+    extent = ax.get_window_extent()
+    for point in drawing.references:
+        y = ax.transData.transform((ax.get_xlim()[0], point.y))[1]
+        spots.append(Spot(point, extent.x0 / width, 1 - y / height, radius, extent.x1 / width))
+    return spots
 
 
 def show(comparison: Comparison, drawing: Drawing, settings: Settings, say: Say) -> None:

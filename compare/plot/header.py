@@ -20,7 +20,7 @@ MARKER_SIZES = {"*": 13.0, "P": 10.5, "X": 9.5, "o": 8.5, "^": 9.5, "D": 7.5, "s
 
 def marker_size(marker: str, count: int = 1) -> float:
     """Points across, so that markers of different shape look equally large; smaller in a crowd of `count`."""
-    return MARKER_SIZES.get(marker, 9.0) * max(0.35, min(1.0, (80 / count) ** 0.5))
+    return MARKER_SIZES.get(marker, 9.0) * max(0.35, min(1.0, (80 / max(count, 1)) ** 0.5))
 
 
 @dataclass
@@ -114,7 +114,7 @@ def _legend(figure: Figure, top: float, drawing: Drawing, theme: style.Theme) ->
 
 def _handle(series: Series, drawing: Drawing, theme: style.Theme) -> Line2D:
     points = series.points
-    tagged = {drawing.colour(point, series, theme.dark) for point in points}
+    tagged = {drawing.colour(point, series, theme.dark) for point in points if id(point) not in drawing.dominated}
     colour = tagged.pop() if len(tagged) == 1 else series.style.dark if theme.dark else series.style.light
     return Line2D(
         [],

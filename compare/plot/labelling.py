@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.patheffects import withStroke
 
+from compare.choice import frontier
 from compare.comparison import Comparison, Point
 from compare.plot import style
 from compare.plot.header import marker_size
@@ -25,14 +26,16 @@ def draw_labels(ax: Any, comparison: Comparison, drawing: Drawing, theme: style.
     """Draw them; returns how many points stay without a label."""
     scale = ax.figure.dpi / 72
     obstacles = _obstacles(ax, drawing, 6.5 * scale)
+    _limit_label(ax, drawing, theme, obstacles)
     _reference_labels(ax, drawing, theme, obstacles)
     chosen = {id(point) for point in _labelled(comparison, drawing)}
     texts, anchors, colours = [], [], []
     for series in drawing.series:
         for point in series.points:
             if id(point) in chosen:
-                colour = _readable(drawing.colour(point, series, theme.dark), theme)
+                colour = readable(drawing.colour(point, series, theme.dark), theme)
                 texts.append(_text(ax, point, colour, theme, legend_shown))
+                texts[-1].set_fontweight("bold" if point is drawing.best else "normal")
                 anchors.append(tuple(ax.transData.transform((point.x, point.y))))
                 colours.append(colour)
     placed = place(ax, texts, np.array(anchors), obstacles, pad=1.2 * scale)
@@ -56,6 +59,9 @@ def _obstacles(ax: Any, drawing: Drawing, radius: float) -> Obstacles:
     for point in drawing.references:
         y = ax.transData.transform((0, point.y))[1]
         segments.append((extent.x0, y, extent.x1, y))
+    if drawing.limit is not None:
+        x = ax.transData.transform((drawing.limit, 0))[0]
+        segments.append((x, extent.y0, x, extent.y1))
     return Obstacles(np.array(points).reshape(-1, 2), radius, segments)
 
 
@@ -64,13 +70,9 @@ def _labelled(comparison: Comparison, drawing: Drawing) -> list[Point]:
     points = drawing.points
     if len(points) <= MAX_LABELS:
         return points
-    sign = -1.0 if comparison.metric.higher_is_better else 1.0
-    frontier: list[Point] = []
-    for point in sorted((p for p in points if p.comparable), key=lambda p: (p.x or 0.0, sign * (p.y or 0.0))):
-        if not frontier or sign * (point.y or 0.0) < sign * (frontier[-1].y or 0.0):
-            frontier.append(point)
-    step = max(1, -(-len(frontier) // IN_A_CROWD))
-    return frontier[::step]
+    best = frontier(points, bool(comparison.metric.higher_is_better))
+    step = max(1, -(-len(best) // IN_A_CROWD))
+    return best[::step]
 
 
 def _text(ax: Any, point: Point, colour: str, theme: style.Theme, legend_shown: bool) -> Any:
@@ -98,7 +100,7 @@ def _error_bar(ax: Any, point: Point) -> list[Segment]:
     return [(x0, y0, x1, y1)]
 
 
-def _readable(colour: str, theme: style.Theme) -> str:
+def readable(colour: str, theme: style.Theme) -> str:
     """The colour, moved towards the ink, for text and thin lines."""
     mixed = [0.72 * c + 0.28 * ink for c, ink in zip(to_rgb(colour), to_rgb(theme.ink), strict=True)]
     return str(to_hex(mixed))
@@ -117,12 +119,51 @@ def _leader(ax: Any, box: Box, anchor: tuple[float, float], colour: str, scale: 
     ax.plot([x0, x1], [y0, y1], color=colour, linewidth=0.8, alpha=0.55, zorder=2.5, scalex=False, scaley=False)
 
 
+def _limit_label(ax: Any, drawing: Drawing, theme: style.Theme, obstacles: Obstacles) -> None:
+    """``limit 8 GB`` at the top or the bottom of its line, on the side where less is in the way."""
+    if drawing.limit is None or drawing.limit >= ax.get_xlim()[1]:
+        return
+    tried = [
+        ax.annotate(
+            f"limit {drawing.limit:g} GB",
+            (drawing.limit, end),
+            xycoords=ax.get_xaxis_transform(),  # x in data, y from 0 to 1: right at any resolution
+            xytext=(-5 if align == "right" else 5, -3 if end else 4),
+            textcoords="offset points",
+            fontsize=style.LABEL,
+            color=theme.ink,
+            ha=align,
+            va="top" if end else "bottom",
+            zorder=6,
+        )
+        for end in (1, 0)
+        for align in ("right", "left")
+    ]
+    _keep_cheapest(ax, tried, obstacles)
+
+
+def _keep_cheapest(ax: Any, tried: list[Any], obstacles: Obstacles) -> None:
+    """Of texts that say the same, the one that covers least and does not leave the axes, becomes an obstacle."""
+    extent = ax.get_window_extent()
+
+    def cost(text: Any) -> int:
+        box = text.get_window_extent()
+        outside = box.x0 < extent.x0 or box.x1 > extent.x1 or box.y0 < extent.y0 or box.y1 > extent.y1
+        return covered((box.x0, box.y0, box.x1, box.y1), obstacles) + 9 * outside
+
+    kept = min(tried, key=cost)  # the first of equals
+    for text in tried:
+        if text is not kept:
+            text.remove()
+    box = kept.get_window_extent()
+    obstacles.boxes.append((box.x0, box.y0, box.x1, box.y1))
+
+
 def _reference_labels(ax: Any, drawing: Drawing, theme: style.Theme, obstacles: Obstacles) -> None:
     """On each dashed line, at the end and side where least is in the way; lines close together share one label.
 
     Their boxes are added to `obstacles`.
     """
-    extent = ax.get_window_extent()
     height = style.LABEL * 1.5 * ax.figure.dpi / 72
     groups: list[list[tuple[float, Point]]] = []
     for y, point in sorted(
@@ -136,31 +177,22 @@ def _reference_labels(ax: Any, drawing: Drawing, theme: style.Theme, obstacles: 
         words = [f"{shorten(p.record.label, _MAX_LENGTH)}  {p.y:.5g}" for _, p in group[:3]]
         if len(group) > 3:
             words.append(f"and {len(group) - 3} more")
-        best = None
-        for x, align in ((extent.x0, "left"), (extent.x1, "right")):
-            for y, side in ((group[-1][0], "bottom"), (group[0][0], "top")):
-                text = ax.annotate(
-                    "   ".join(words),
-                    (x, y),
-                    xycoords="figure pixels",
-                    xytext=(6 if align == "left" else -6, 4 if side == "bottom" else -5),
-                    textcoords="offset points",
-                    fontsize=style.LABEL,
-                    fontweight="bold",
-                    color=theme.ink,
-                    ha=align,
-                    va=side,
-                    zorder=6,
-                    path_effects=[withStroke(linewidth=2.6, foreground=theme.ground)],
-                )
-                box = text.get_window_extent()
-                cost = covered((box.x0, box.y0, box.x1, box.y1), obstacles) + 9 * (box.y0 < extent.y0)
-                if best is None or cost < best[0]:
-                    if best is not None:
-                        best[1].remove()
-                    best = (cost, text)
-                else:
-                    text.remove()
-        assert best is not None
-        box = best[1].get_window_extent()
-        obstacles.boxes.append((box.x0, box.y0, box.x1, box.y1))
+        tried = [
+            ax.annotate(
+                "   ".join(words),
+                (end, point.y),
+                xycoords=ax.get_yaxis_transform(),  # x from 0 to 1, y in data: right at any resolution
+                xytext=(-6 if end else 6, 4 if side == "bottom" else -5),
+                textcoords="offset points",
+                fontsize=style.LABEL,
+                fontweight="bold",
+                color=theme.ink,
+                ha="right" if end else "left",
+                va=side,
+                zorder=6,
+                path_effects=[withStroke(linewidth=2.6, foreground=theme.ground)],
+            )
+            for end in (0, 1)
+            for point, side in ((group[-1][1], "bottom"), (group[0][1], "top"))
+        ]
+        _keep_cheapest(ax, tried, obstacles)

@@ -127,10 +127,10 @@ class _Layout:
         candidates = self._candidates(i)
         costs = self._costs(i, candidates)
         best = int(np.argmin(costs))
-        if best == 0 or costs[best] > costs[0] - 1e-6:
-            return False
-        self.centres[i] = candidates[best]
-        return True
+        if costs[best] > costs[0] - 1e-6:
+            best = 0
+        self.centres[i] = candidates[best]  # the place where it stands too may have been moved inside the axes
+        return best != 0
 
     def _candidates(self, i: int) -> np.ndarray:
         """Where it stands, then rings around its point: the box's edge, not its middle, keeps the ring's distance."""
@@ -168,7 +168,7 @@ class _Layout:
         cost += _ON_LINE * _segments_hit_boxes(self.segments, boxes).sum(axis=0)
         own = np.linalg.norm(points - self.anchors[i], axis=1) < 1e-6
         near = _distance_to_segments(points[~own], leader) < self.obstacles.radius * 0.8
-        cost += _CUTS_LABEL * near.sum(axis=1)
+        cost += _COVERS_POINT * near.sum(axis=1)
         cost += _CUTS_LABEL * _segments_hit_boxes(leader, labels).sum(axis=1)
         if others.any():
             theirs = np.hstack([self.anchors[others], self.centres[others]])

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from compare.axis import MEMORY
 from compare.comparison import Comparison, Point
-from compare.families import Family, family_style
+from compare.families import DOMINATED, Family, family_style
+from compare.memory import why_unknown
 from compare.text import is_colour
 
 
@@ -25,19 +27,28 @@ class Series:
 
 @dataclass
 class Drawing:
-    """`references` are horizontal lines. Everything in `left_out` is said to the user."""
+    """`references` are horizontal lines. Everything in `left_out` is said to the user.
+
+    `dominated` points are grey, `frontiers` the others in order of x; `best` is the choice within the budget.
+    """
 
     series: list[Series] = field(default_factory=list)
     references: list[Point] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     colours: dict[int, str] = field(default_factory=dict)
+    dominated: frozenset[int] = frozenset()
+    frontiers: list[list[Point]] = field(default_factory=list)
+    best: Point | None = None
+    limit: float | None = None  # the budget, where it is a place on x
 
     @property
     def points(self) -> list[Point]:
         return [point for series in self.series for point in series.points]
 
     def colour(self, point: Point, series: Series, dark: bool) -> str:
-        """The label's own colour tag, or the family's colour."""
+        """The label's own colour tag, or the family's colour; grey for a dominated point."""
+        if id(point) in self.dominated:
+            return DOMINATED.dark if dark else DOMINATED.light
         return self.colours.get(id(point)) or (series.style.dark if dark else series.style.light)
 
 
@@ -67,6 +78,13 @@ def arrange(comparison: Comparison, log_y: bool) -> Drawing:
                     f"warning: {point.record.label}: unknown colour [{point.record.colour}], the family's is used"
                 )
     drawing.series = _series(placed)
+    shown = {id(point) for point in placed}
+    drawing.frontiers = [kept for points in comparison.frontiers if (kept := [p for p in points if id(p) in shown])]
+    if comparison.options.pareto:
+        drawing.dominated = frozenset(id(p) for p in placed if p.comparable and id(p) not in comparison.on_frontier)
+    if comparison.verdict is not None:
+        drawing.best = comparison.verdict.best
+        drawing.limit = comparison.verdict.budget.gib if comparison.axis.key == MEMORY else None
     return drawing
 
 
@@ -77,6 +95,8 @@ def _unplottable(point: Point, comparison: Comparison, log_y: bool) -> str:
         return f"{point.y:g} has no place on a logarithmic axis"
     if point.x is not None or (point.record.is_reference and point.comparable):
         return ""
+    if comparison.axis.key == MEMORY:
+        return why_unknown(point.record.quantization)
     if point.record.quantization.known:
         return f"its result file does not say {comparison.axis.short} ({comparison.axis.key})"
     return f"a stock model, {comparison.axis.short} unknown (the table lists it)"

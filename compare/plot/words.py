@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from compare.choice import Verdict
 from compare.comparison import Comparison, Point
 from compare.plot.series import Drawing
-from compare.tables import metric_text
-from compare.text import clean
+from compare.table.columns import metric_text
+from compare.text import and_more, clean
 
 WEIGHT_ONLY_MARK = " †"
 
@@ -39,8 +40,24 @@ def caption(comparison: Comparison, drawing: Drawing) -> list[str]:
                      "Error bars: ± 1 standard error.")  # fmt: skip
     if any(not point.comparable for point in drawing.points):
         lines.append("Hollow: scored on other tokens or by another protocol, not comparable with the rest.")
+    if comparison.options.pareto:
+        lines.append(
+            "Steps: the Pareto frontier. Grey: another model is no larger and no worse, and better in one of the two."
+        )
+    if comparison.verdict is not None:
+        lines += _verdict(comparison, comparison.verdict)
     if any(point.record.quantization.runs_other_than_named for point in drawing.points):
         lines.append("† checkpoint with quantized activations, run weight-only: not what the format gives.")
+    return lines
+
+
+def _verdict(comparison: Comparison, verdict: Verdict) -> list[str]:
+    headline = verdict.headline(comparison)
+    lines = [f"{headline[0].upper()}{headline[1:]}."]
+    if verdict.best is not None:
+        lines.append(f"It needs {verdict.need()}; activations and the engine's buffers come on top.")
+    if verdict.unknown:
+        lines.append(f"Unknown whether they fit: {and_more([p.record.label for p in verdict.unknown])}.")
     return lines
 
 

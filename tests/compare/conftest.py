@@ -33,6 +33,9 @@ def quantization(label: str, family: str, scheme: str, bpw: float | None, **chan
         "vram_gb": bits / 8 / 1024**3 if sized else None,
         "file_bpw": (bits + 16 * embedding) / (decoder + head + embedding) if sized else None,
         "weight_bytes": int((bits + 16 * embedding) / 8) if sized else None,
+        "layer_parameters": decoder if sized else None,
+        "kv_bytes_per_token": 131_072 if sized else None,  # 32 layers, 8 KV heads of 128, two bytes
+        "kv_cache_dtype": "bfloat16" if sized else None,
         "engine": "vllm",
         "engine_version": "0.32.0",
         "kernel": None,

@@ -135,21 +135,23 @@ def test_hostile_labels_are_drawn_as_text(folder, compare, tmp_path, suffix):
 
 
 @pytest.mark.parametrize("count", [3, 15, 40])
-def test_labels_cover_neither_each_other_nor_points(folder, count):
-    """Real geometry, from matplotlib's own text extents: no two labels meet, no marker's centre lies under one."""
+@pytest.mark.parametrize("options", [{}, {"pareto": True, "axis": "memory", "budget": 5.0, "context": 8192}])
+def test_labels_cover_neither_each_other_nor_points(folder, count, options):
+    """Real geometry, from matplotlib's own text extents: no two labels meet, no marker lies under one, and no leader
+    line runs through a marker that is not its own. A marker is 8.5 points across, 24 pixels."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     from compare.plot import figure as pictures
 
-    rng = np.random.default_rng(7)
+    rng = np.random.default_rng(1)
     families = list(FAMILIES)[:8]
     for number in range(count):
-        bpw = 2 + 5 * number / count + rng.uniform(0, 0.4)
+        bpw = rng.uniform(2, 8)
         folder.add(f"model {number} g{64 << number % 3}", families[number % 8], f"s{number}", bpw,
                    8 + 9 * np.exp(1.7 - bpw) * rng.uniform(0.8, 1.2), 0.1)  # fmt: skip
     folder.add("BF16", "full precision", "bfloat16", 16.0, 8.0, 0.1)
-    comparison, drawing = drawing_of(folder)
+    comparison, drawing = drawing_of(folder, **options)
     settings = pictures.Settings()
     with pictures._style(settings.theme):
         picture = Figure(figsize=(10, 6.4), dpi=200)
@@ -158,14 +160,40 @@ def test_labels_cover_neither_each_other_nor_points(folder, count):
         ax = picture.axes[0]
         boxes = {t.get_text(): t.get_window_extent() for t in ax.texts}
         bounds = ax.get_window_extent()
-    assert len(boxes) == count + 1
+        leaders = [ax.transData.transform(line.get_xydata()) for line in ax.lines if line.get_zorder() == 2.5]
+    assert len(boxes) == count + (2 if options else 1)
     meeting = [(a, b) for a, b in itertools.combinations(boxes, 2) if boxes[a].overlaps(boxes[b])]
     assert meeting == []
     centres = ax.transData.transform([(p.x, p.y) for p in drawing.points])
-    assert [(name, tuple(c)) for name, box in boxes.items() for c in centres if box.contains(*c)] == []
-    assert all(
-        bounds.x0 <= b.x0 and b.x1 <= bounds.x1 and bounds.y0 <= b.y0 and b.y1 <= bounds.y1 for b in boxes.values()
-    )
+    touching = [(name, tuple(c)) for name, box in boxes.items() for c in centres if distance(box, c) < 10]
+    assert touching == []
+    crossed = [(i, tuple(c)) for i, (a, b) in enumerate(leaders) for c in centres if through(a, b, c, radius=8.0)]
+    assert crossed == []
+    inside = {n for n, b in boxes.items() if bounds.x0 <= b.x0 and b.x1 <= bounds.x1 and bounds.y0 <= b.y0 <= b.y1}
+    inside -= {name for name, box in boxes.items() if box.y1 > bounds.y1}
+    assert inside == set(boxes)
+
+
+def test_a_leader_goes_around_points():
+    """Two places as far from a label's point, up and to the right of it; another point stands in the way to one."""
+    from compare.plot.labels import Obstacles, _Layout
+
+    anchor, size, bounds = np.array([[500.0, 500.0]]), np.array([[40.0, 20.0]]), (0.0, 0.0, 1000.0, 1000.0)
+    in_the_way = np.array([[500.0, 500.0], [560.0, 560.0]])
+    layout = _Layout(anchor.copy(), size, anchor, Obstacles(in_the_way, 18.0), bounds)
+    behind, aside = layout._costs(0, np.array([[640.0, 630.0], [360.0, 630.0]]))
+    assert behind - aside > 300
+
+
+def distance(box, point):
+    """From a point to a box in pixels, 0 inside."""
+    return np.hypot(max(box.x0 - point[0], 0, point[0] - box.x1), max(box.y0 - point[1], 0, point[1] - box.y1))
+
+
+def through(a, b, centre, radius):
+    """Whether the segment from a to b, in pixels, comes within `radius` of a centre other than the one it starts at."""
+    along = np.clip(np.dot(centre - a, b - a) / max(np.dot(b - a, b - a), 1e-9), 0, 1)
+    return np.linalg.norm(a + along * (b - a) - centre) < radius and np.linalg.norm(a - centre) > 20
 
 
 def test_many_points_are_labelled_in_part_and_that_is_said(folder, compare, tmp_path):

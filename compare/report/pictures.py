@@ -1,0 +1,157 @@
+"""A picture inside a page: matplotlib's SVG, its colours made variables of the page, with places to point at."""
+
+from __future__ import annotations
+
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from typing import Any
+
+from compare.comparison import Comparison, Point
+from compare.families import DOMINATED, FAMILIES
+from compare.memory import GIB
+from compare.plot import style
+from compare.plot.figure import Say, Settings, Spot, render_svg
+from compare.plot.labelling import readable
+from compare.plot.series import Drawing
+from compare.plot.words import alternative_text
+from compare.table.columns import metric_text, relative_text
+
+_SVG, _XLINK = "http://www.w3.org/2000/svg", "{http://www.w3.org/1999/xlink}href"
+_COLOUR = re.compile(r"#[0-9a-f]{6}(?![0-9a-zA-Z])")
+_REFERENCE = re.compile(r"url\(#([^)]*)\)")
+_KEYBOARD = 200  # points; beyond, the Tab key does not stop at each
+
+
+def picture(comparison: Comparison, drawing: Drawing, settings: Settings, number: int, say: Say) -> str:
+    """``<figure>`` with picture `number` of a page and what its points say, for page.js.
+
+    The SVG's names get the picture's number, so that several share a page; comments and metadata are left out.
+    """
+    svg, spots = render_svg(comparison, drawing, settings, say)
+    root = ElementTree.fromstring(svg)
+    for metadata in root.findall(f"{{{_SVG}}}metadata"):
+        root.remove(metadata)
+    colours = palette(drawing) if settings.theme is style.LIGHT else {}
+    for element in root.iter():
+        element.tag = element.tag.removeprefix(f"{{{_SVG}}}")
+        _adapt(element, f"p{number}-", colours)
+    for name in ("width", "height", "version"):
+        root.attrib.pop(name, None)
+    root.attrib |= {"xmlns": _SVG, "role": "group", "aria-label": alternative_text(comparison, drawing, limit=20)}
+    _, _, width, height = (float(part) for part in root.attrib["viewBox"].split())
+    root.append(_spots(spots, width, height))
+    facts = [dict(_facts(comparison, spot.point)) for spot in spots]
+    data = for_script({"points": facts})
+    return (
+        f'<figure class="plot">{ElementTree.tostring(root, encoding="unicode")}'
+        f'<script type="application/json">{data}</script></figure>'
+    )
+
+
+def for_script(data: Any) -> str:
+    """JSON that may stand between script tags: ``<``, ``>`` and ``&`` as escapes, all else ASCII."""
+    text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _adapt(element: ElementTree.Element, prefix: str, colours: dict[str, str]) -> None:
+    """Names made unique, `xlink:href` made `href`, colours made variables."""
+    for key, value in list(element.attrib.items()):
+        if key == "id":
+            element.set(key, prefix + value)
+        elif key == _XLINK:
+            del element.attrib[key]
+            element.set("href", f"#{prefix}{value[1:]}")
+        elif "url(#" in value:
+            element.set(key, _REFERENCE.sub(rf"url(#{prefix}\1)", value))
+        if key in ("style", "fill", "stroke"):
+            said = element.attrib[key]
+            element.set(key, _COLOUR.sub(lambda m: colour_variable(m[0]) if m[0] in colours else m[0], said))
+
+
+def colour_variable(light: str) -> str:
+    """The page's variable of a colour, by its name in the light theme."""
+    return f"var(--c{light[1:]})"
+
+
+def palette(drawing: Drawing | None = None) -> dict[str, str]:
+    """Colour on white to colour on dark: the themes', the families', and those of `drawing` made fit for text."""
+    pairs = {getattr(style.LIGHT, name): getattr(style.DARK, name) for name in ("ground", "ink", "soft", "grid")}
+    styles = [*FAMILIES.values(), DOMINATED]
+    styles += [series.style for series in drawing.series] if drawing is not None else []
+    both = [(family.light, family.dark) for family in styles]
+    for light, dark in both:
+        pairs.setdefault(light, dark)
+    tags = [(tag, tag) for tag in _tags(drawing)]
+    for light, dark in both + tags:
+        pairs.setdefault(readable(light, style.LIGHT), readable(dark, style.DARK))
+    return pairs
+
+
+def _tags(drawing: Drawing | None) -> Iterator[str]:
+    """Colours that labels asked for, as ``#rrggbb``: the same in both themes."""
+    from matplotlib.colors import to_hex
+
+    for colour in dict.fromkeys(drawing.colours.values()) if drawing is not None else ():
+        yield str(to_hex(colour))
+
+
+def _spots(spots: list[Spot], width: float, height: float) -> ElementTree.Element:
+    group = ElementTree.Element("g", {"class": "spots"})
+    stops = len(spots) <= _KEYBOARD
+    for index, spot in enumerate(spots):
+        x, y = f"{spot.x * width:.2f}", f"{spot.y * height:.2f}"
+        if spot.x_end is None:
+            place = {"cx": x, "cy": y, "r": f"{max(spot.radius * width + 2, 4):.2f}"}
+            element = ElementTree.SubElement(group, "circle", place)
+        else:
+            place = {"x1": x, "y1": y, "x2": f"{spot.x_end * width:.2f}", "y2": y}
+            element = ElementTree.Element("line", place)
+            group.insert(0, element)  # below the points
+        element.attrib |= {"data-i": str(index), "class": "spot"}
+        if stops:
+            element.attrib |= {"tabindex": "0", "role": "img", "aria-label": _sentence(spot.point)}
+        # A browser that runs no script shows this by itself.
+        ElementTree.SubElement(element, "title").text = _sentence(spot.point)
+    return group
+
+
+def _sentence(point: Point) -> str:
+    return f"{point.record.label}: {metric_text(point.y, point.stderr)}"
+
+
+def _facts(comparison: Comparison, point: Point) -> Iterator[tuple[str, str]]:
+    """What the pointer shows of a point: name and text, in order; ``""`` is the heading."""
+    q, record = point.record.quantization, point.record
+    yield "", record.label
+    yield comparison.metric.name, metric_text(point.y, point.stderr)
+    if change := relative_text(comparison, point):
+        yield "vs. reference", change
+    yield "Family", " ".join(filter(None, (q.family, q.scheme)))
+    figures = (("Bits per weight", q.layer_bpw, ".3f", ""), ("Head", q.head_bpw, ".2f", " bits per weight"),
+               ("VRAM", q.vram_gb, ".3f", " GB (decoder and head)"))  # fmt: skip
+    for name, value, digits, unit in figures:
+        if value is not None:
+            yield name, f"{value:{digits}}{unit}"
+    if q.weight_bytes is not None:
+        yield "All weights", f"{q.weight_bytes / GIB:.3f} GB"
+    if comparison.verdict is not None:
+        yield from _memory(comparison, point)
+    yield "Engine", " ".join(filter(None, (q.engine, q.engine_version, q.kernel or "")))
+    if not point.comparable:
+        yield "Not comparable", record.protocol.describe() or "other tokens"
+    if q.runs_other_than_named:
+        yield "Note", "quantized activations by its checkpoint, run weight-only"
+
+
+def _memory(comparison: Comparison, point: Point) -> Iterator[tuple[str, str]]:
+    from compare.memory import fit, memory_bytes
+
+    verdict = comparison.verdict
+    assert verdict is not None
+    needed = memory_bytes(point.record.quantization, verdict.budget.context)
+    said = fit(point.record.quantization, verdict.budget).value
+    size = "" if needed is None else f"{needed / GIB:.3f} GB, "
+    yield f"With {verdict.budget.context:,} tokens", f"{size}{said}{', best' * (point is verdict.best)}"

@@ -1,0 +1,161 @@
+"""The columns that a reader needs, as text: terminal, Markdown, report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from compare.axis import MEMORY
+from compare.comparison import Comparison, Point
+from compare.memory import GIB, fit, memory_bytes
+from compare.records import Quantization
+from compare.table.rows import relative
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column for readers: its heading, its text for a point, and whether a table without any such text needs it.
+
+    number: the figure behind the text, where there is one; sorting goes by it.
+    """
+
+    heading: str
+    text: Callable[[Comparison, Point], str]
+    number: Callable[[Comparison, Point], float | None] | None = None
+    always: bool = False
+
+    @property
+    def right(self) -> bool:
+        """Whether the column is aligned to the right, as figures are."""
+        return self.number is not None
+
+
+def _figure(value: float | None, digits: str) -> str:
+    return "–" if value is None else format(value, digits)
+
+
+def metric_text(value: float | None, stderr: float | None = None) -> str:
+    """``25.0648 ± 0.87``: four decimals (four digits where they would vanish), the error to two digits."""
+    if value is None:
+        return "–"
+    text = f"{value:.4f}" if abs(value) >= 0.1 or value == 0 else f"{value:.4g}"
+    return text if stderr is None else f"{text} ± {_two_digits(stderr)}"
+
+
+def _two_digits(value: float) -> str:
+    if value < 1e-4:
+        return f"{value:.2g}"
+    return f"{value:.{max(0, 1 - math.floor(math.log10(value)))}f}"
+
+
+def relative_text(comparison: Comparison, point: Point) -> str:
+    change = relative(comparison, point)
+    if change is None:
+        return ""
+    return f"{change:+.2%}" if abs(change) < 10 else f"×{change + 1:.4g}"
+
+
+def _kernel_text(_: Comparison, point: Point) -> str:
+    q = point.record.quantization
+    told = f"{q.kernel or ''} (weight-only)" if q.runs_other_than_named else q.kernel or ""
+    return told.strip()
+
+
+def _bits(digits: str, value: Callable[[Quantization], float | None]) -> dict[str, Any]:
+    """Text and number of a figure of the quantization block."""
+    return {
+        "text": lambda c, p: _figure(value(p.record.quantization), digits),
+        "number": lambda c, p: value(p.record.quantization),
+    }
+
+
+COLUMNS: tuple[Column, ...] = (
+    Column("Model", lambda c, p: p.record.label, always=True),
+    Column("Family", lambda c, p: p.record.quantization.family, always=True),
+    Column("Scheme", lambda c, p: p.record.quantization.scheme),
+    Column("bpw", **_bits(".3f", lambda q: q.layer_bpw), always=True),
+    Column("Head bpw", **_bits(".2f", lambda q: q.head_bpw), always=True),
+    Column("VRAM GB", **_bits(".3f", lambda q: q.vram_gb), always=True),
+    Column("", lambda c, p: _axis_text(c, p), lambda c, p: _axis_number(c, p)),
+    Column("Fits", lambda c, p: _fit_text(c, p)),
+    Column("Metric", lambda c, p: metric_text(p.y, p.stderr), lambda c, p: p.y, always=True),
+    Column("vs. ref.", relative_text, relative),
+    Column("Pareto", lambda c, p: "●" if id(p) in c.on_frontier else ""),
+    Column("Engine", lambda c, p: p.record.quantization.engine),
+    Column("Kernel", _kernel_text),
+)
+
+
+_AXIS_HEADINGS = {"file_bpw": "File bpw", "size": "Size GB", MEMORY: "Memory GB"}
+
+
+def _axis_text(comparison: Comparison, point: Point) -> str:
+    """The axis asked for, where the other columns do not show it; with a budget, the memory it is compared with."""
+    shown = comparison.verdict is not None or comparison.axis.key in _AXIS_HEADINGS
+    return _figure(_axis_number(comparison, point), ".3f") if shown else ""
+
+
+def _axis_number(comparison: Comparison, point: Point) -> float | None:
+    if comparison.verdict is not None:
+        needed = memory_bytes(point.record.quantization, comparison.verdict.budget.context)
+        return None if needed is None else needed / GIB
+    return point.x
+
+
+def _fit_text(comparison: Comparison, point: Point) -> str:
+    verdict = comparison.verdict
+    if verdict is None or not point.comparable:
+        return ""
+    said = fit(point.record.quantization, verdict.budget).value
+    return f"{said}, best" if point is verdict.best else said
+
+
+def _heading(column: Column, comparison: Comparison) -> str:
+    names = {
+        "Metric": comparison.metric.name,
+        "": "Memory GB" if comparison.verdict is not None else _AXIS_HEADINGS.get(comparison.axis.key, ""),
+    }
+    return names.get(column.heading, column.heading)
+
+
+@dataclass(frozen=True)
+class Section:
+    """Rows that compare with one another, as texts, and what they were scored on."""
+
+    caption: str
+    headings: list[str]
+    right: list[bool]
+    rows: list[list[str]]
+    columns: list[Column]
+    points: list[Point]
+
+
+def sections(comparison: Comparison) -> Iterator[Section]:
+    """The comparison first, then each group that stands apart."""
+    groups = sorted({point.group for point in comparison.points})
+    for group in groups:
+        points = [point for point in comparison.points if point.group == group]
+        texts = [[column.text(comparison, point) for column in COLUMNS] for point in points]
+        used = [c.always or any(line[i] for line in texts) for i, c in enumerate(COLUMNS)]
+        columns = [column for column, keep in zip(COLUMNS, used, strict=True) if keep]
+        yield Section(
+            caption=_caption(comparison, points[0]),
+            headings=[_heading(column, comparison) for column in columns],
+            right=[column.right for column in columns],
+            rows=[[cell for cell, keep in zip(line, used, strict=True) if keep] for line in texts],
+            columns=columns,
+            points=points,
+        )
+
+
+def _caption(comparison: Comparison, point: Point) -> str:
+    protocol = point.record.protocol
+    parts = [comparison.metric.task, protocol.text, protocol.describe()]
+    if protocol.scored_tokens:
+        parts.append(f"{protocol.scored_tokens:,} tokens scored")
+    if point.comparable and comparison.reference is not None:
+        parts.append(f"ref. = {comparison.reference.record.label}")
+    about = ", ".join(part for part in parts if part)
+    return about if point.comparable else f"Not comparable with the above: {about}"

@@ -1,0 +1,65 @@
+"""The table for the terminal, by rich; thousands of rows in plain columns."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from typing import IO
+
+from compare.comparison import Comparison
+from compare.table.columns import Section, sections
+from compare.text import shorten
+
+_MAX_LABEL = 72
+_MANY_ROWS = 500
+
+
+def print_terminal(comparison: Comparison, title: str | None = None, stream: IO[str] | None = None) -> None:
+    """Write the terminal table to `stream` (standard output), as wide as the terminal or, elsewhere, as needed."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    stream = stream or sys.stdout
+    narrow = stream.isatty() or "COLUMNS" in os.environ
+    console = Console(file=stream, highlight=False, markup=False, emoji=False, width=None if narrow else 240)
+    if title:
+        console.print(Text(title, style="bold"))
+    for section in sections(comparison):
+        console.print(Text(section.caption, style="dim" if section.caption.startswith("Not") else ""))
+        if len(section.rows) > _MANY_ROWS:
+            stream.write(_plain(section))
+            continue
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+        for heading, right in zip(section.headings, section.right, strict=True):
+            essential = heading in ("Model", comparison.metric.name)
+            table.add_column(Text(heading), justify="right" if right else "left", no_wrap=right, overflow="fold",
+                             min_width=14 if essential and not right else None)  # fmt: skip
+        for cells in section.rows:
+            table.add_row(*(Text(shorten(cell, _MAX_LABEL)) for cell in cells))
+        console.print(table)
+        console.print()
+
+
+def _plain(section: Section) -> str:
+    """Columns of blanks, no styling: rich takes a millisecond a row, which thousands of rows feel."""
+    from rich.cells import cell_len
+
+    lines = [section.headings, *([shorten(cell, _MAX_LABEL) for cell in cells] for cells in section.rows)]
+    widths = [max(cell_len(line[i]) for line in lines) for i in range(len(section.headings))]
+    text = []
+    for line in lines:
+        cells = []
+        for cell, width, right in zip(line, widths, section.right, strict=True):
+            blanks = " " * (width - cell_len(cell))
+            cells.append(blanks + cell if right else cell + blanks)
+        text.append("   ".join(cells).rstrip() + "\n")
+    return "".join([*text, "\n"])
+
+
+def render_terminal(comparison: Comparison, title: str | None = None) -> str:
+    stream = io.StringIO()
+    print_terminal(comparison, title, stream)
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"

@@ -1,0 +1,84 @@
+"""Stands in for the harness' command line: the same arguments, no engine, no start-up time.
+
+Files beside a model's config.json say how its run goes; none of them takes part in the model's fingerprint:
+`boom` (printed, then exit 1), `exit` (its number), `hang` (never ends), `silent` (ends well, writes nothing),
+`fill` (writes until the disk is full), `half` (writes half a result file). Every run is a line in $STUB_CALLS.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+ARGUMENTS = sys.argv[1:]
+
+
+def option(name: str) -> str:
+    return ARGUMENTS[ARGUMENTS.index(name) + 1]
+
+
+def main() -> int:
+    assert ARGUMENTS[0] == "run"
+    args = json.loads(option("--model_args"))
+    output = Path(option("--output_path"))
+    model = Path(args["pretrained"])
+    with Path(os.environ["STUB_CALLS"]).open("a") as calls:
+        calls.write(f"{json.dumps({'model': model.name, 'gpus': os.environ.get('CUDA_VISIBLE_DEVICES')})}\n")
+    print("Loading weights:  50%|#####     | 1/2 [00:00<00:00, 9.0it/s]", file=sys.stderr)
+    print("Scoring windows (x):  25%|##5       | 5/20 [00:02<00:06,  2.50window/s]", file=sys.stderr, flush=True)
+    if (model / "hang").exists():
+        with Path(os.environ["STUB_FIFO"]).open("w") as alive:  # its reader sees the end when this process is gone
+            alive.write(f"{os.getpid()}\n")
+            alive.flush()
+            while True:
+                signal.pause()
+    if (model / "boom").exists():
+        print((model / "boom").read_text())
+        return 1
+    if (model / "exit").exists():
+        code = int((model / "exit").read_text())
+        os.kill(os.getpid(), -code) if code < 0 else os._exit(code)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if (model / "fill").exists():
+        with output.with_name("big").open("wb", buffering=0) as big:
+            while True:
+                big.write(bytes(65536))
+    if (model / "silent").exists():
+        print("Could not save results aggregated: [Errno 28] No space left on device")
+        return 0
+    text = json.dumps(result(args))
+    output.with_name("results_2026-01-01.json").write_text(text[:100] if (model / "half").exists() else text)
+    return 0
+
+
+def result(args: dict[str, object]) -> dict[str, object]:
+    bits = float((Path(str(args["pretrained"])) / "bits").read_text())
+    tasks = option("--tasks").split(",")
+    return {
+        "results": {
+            t: {"alias": t, "token_perplexity,none": 30 / bits, "token_perplexity_stderr,none": 0.25} for t in tasks
+        },
+        "configs": {t: {"metadata": {"protocol": "exllama", "tokens_sha256": "ab", "eval_len": 64}} for t in tasks},
+        "config": {
+            "model": option("--model"),
+            "model_args": args,
+            "quantization": {
+                "label": args.get("label", "none"),
+                "family": "NVFP4",
+                "scheme": "nvfp4a16",
+                "engine": "vllm",
+                "layer_bpw": bits,
+                "head_bpw": 16.0,
+                "vram_gb": bits / 4,
+                "tokens_per_second": 1234.5,
+            },
+        },
+        "date": 1.7e9,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
