@@ -1,0 +1,88 @@
+"""``compare run``: evaluate the models of spec files, what is missing only, and draw the plot."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+HELP = "evaluate the models of spec files, each in its own process, and draw the plot"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "The short flags are those of ExLlamaV3's compare_q.py; docs/compare_run.md leads from there to here. "
+        "Exit codes: 0 all models have a result, 1 wrong usage, 2 no result at all, 3 some models failed."
+    )
+    spec = parser.add_argument_group("what to run")
+    spec.add_argument(
+        "-d", "--data", "--dataspec", dest="data", type=Path, metavar="FILE", help="data spec, JSON or YAML"
+    )
+    spec.add_argument(
+        "-m", "--models", "--modelspec", dest="models", nargs="+", required=True, metavar="FILE",
+        help="model specs, JSON or YAML; names and globs",
+    )  # fmt: skip
+    spec.add_argument("-mask", "--mask", metavar='"A;B"', help="only models whose label contains one of these strings")
+    spec.add_argument(
+        "--tasks", type=lambda text: text.split(","), metavar="A,B", help="harness tasks, instead of the specs'"
+    )
+    spec.add_argument("--limit", type=_limit, metavar="N", help="first N windows or samples of each task (a test run)")
+    plot = parser.add_argument_group("the plot")
+    plot.add_argument("-p", "--plot", action="store_true", help="draw the plot in a window (or see -pf)")
+    plot.add_argument("-pf", "--plot-file", "--plot_file", type=Path, metavar="FILE", help="write the plot to FILE")
+    plot.add_argument("-v", "--vram", action="store_true", help="VRAM of decoder and head on the x axis")
+    plot.add_argument("-t", "--title", help="heading of the plot")
+    plot.add_argument("-mx", "--max-x", "--max_x", type=float, metavar="X", help="leave out points beyond X")
+    plot.add_argument("-my", "--max-y", "--max_y", type=float, metavar="Y", help="leave out points beyond Y")
+    plot.add_argument("-dark", "--dark", action="store_true", help="light on dark")
+    plot.add_argument("-kld", "--kld", action="store_true", help="KL divergence upwards (not available yet)")
+    plot.add_argument("-lf", "--logits-file", "--logits_file", metavar="FILE", help="its reference (not available yet)")
+    how = parser.add_argument_group("how to run")
+    how.add_argument(
+        "--results", type=Path, default=Path("results"), metavar="DIR", help="where results are kept (default: results)"
+    )
+    how.add_argument(
+        "-cc", "--clear-cache", "--clear_cache", action="store_true", help="forget the selected models' results first"
+    )
+    how.add_argument("--dry-run", action="store_true", help="say what would be run, and with which commands")
+    how.add_argument(
+        "--jobs", type=_count, default=1, metavar="N", help="so many models at a time, one GPU each (default: 1)"
+    )
+    how.add_argument(
+        "--continue-on-error",
+        action="store_true",
+        help="leave out invalid entries instead of refusing the run, and exit with 0 if any model has a result",
+    )
+    how.add_argument(
+        "--launcher", choices=("local", "ray"), default="local", help="where the processes run (default: local)"
+    )
+    how.add_argument(
+        "--ray-address", metavar="ADDRESS", help="the Ray cluster (default: RAY_ADDRESS, or one on this machine)"
+    )
+    how.add_argument(
+        "--gpu-gb", type=float, metavar="GB", help="memory of the cluster's GPUs, to tell how many a model needs"
+    )
+    how.add_argument(
+        "--harness",
+        metavar="COMMAND",
+        help="command that is the harness' CLI (default: python -m lm_eval, this Python's)",
+    )
+
+
+def _limit(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError("expected a number above 0")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("expected a whole number of at least 1")
+    return value
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from compare.run.main import run_command  # pydantic and all that follows: not for `compare --help`
+
+    return run_command(arguments)

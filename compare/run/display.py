@@ -1,0 +1,133 @@
+"""What the terminal shows of a run: one line a model that has ended, and on a terminal the live state below them."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from compare.presentation import Presentation
+from compare.reading import read_file
+from compare.records import PERPLEXITY, Record
+from compare.run.pool import Outcome, Task
+from compare.run.progress import duration
+from compare.text import clean, shorten
+
+
+class Display:
+    """Tells how a run goes. On a terminal a live panel shows the queue; elsewhere every step is a line.
+
+    total: tasks of this command, those included that are done already.
+    """
+
+    def __init__(self, total: int, terminal: bool | None = None) -> None:
+        self.total, self.done, self.failed = total, 0, 0
+        self._seconds: list[float] = []
+        self._began = time.monotonic()
+        self._live = None
+        if sys.stdout.isatty() if terminal is None else terminal:
+            from rich.console import Console
+            from rich.live import Live
+
+            self._live = Live(console=Console(highlight=False), refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> Display:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    # ------------------------------------------------------------------ what has ended
+
+    def kept(self, task: Task, result: Path) -> None:
+        """A result of an earlier run that serves."""
+        self.done += 1
+        self._say_result(task, result, "kept")
+
+    def unavailable(self, label: str, reason: str, source: str) -> None:
+        self.failed += 1
+        self._print(f"{label}: not run: {reason} ({source})")
+
+    def started(self, task: Task) -> None:
+        if self._live is None:
+            self._print(f"Loading: {task.job.checkpoint} ({task.label})")
+
+    def finished(self, outcome: Outcome) -> None:
+        if outcome.result is not None:
+            self.done += 1
+            self._seconds.append(outcome.seconds)
+            self._say_result(outcome.task, outcome.result, duration(outcome.seconds))
+            return
+        self.failed += 1
+        self._print(f"{outcome.task.label}: failed after {duration(outcome.seconds)}: {shorten(outcome.reason, 300)}")
+        for line in outcome.lines:
+            self._print(f"    | {shorten(line, 200)}")
+        if outcome.hint:
+            self._print(f"    hint: {outcome.hint}")
+        if outcome.log is not None:
+            self._print(f"    log: {outcome.log}")
+
+    def _say_result(self, task: Task, result: Path, remark: str) -> None:
+        for job in task.jobs:
+            self._print(f"{job.label}: {describe(result, job.shown)} ({remark})")
+
+    # ------------------------------------------------------------------ what is going on
+
+    def running(self, states: Sequence[tuple[Task, str]], waiting: Sequence[Task]) -> None:
+        if self._live is None:
+            return
+        from rich.console import Group
+        from rich.text import Text
+
+        lines = [Text(f"  {clean(task.label)}: {words}", style="cyan") for task, words in states]
+        self._live.update(Group(*lines, Text(self._queue(len(states), waiting), style="dim")))
+
+    def _queue(self, running: int, waiting: Sequence[Task]) -> str:
+        words = [f"{self.done} of {self.total} done"]
+        if self.failed:
+            words.append(f"{self.failed} failed")
+        if waiting:
+            names = ", ".join(clean(task.label) for task in waiting[:3])
+            words.append(f"{len(waiting)} waiting ({names}{', …' if len(waiting) > 3 else ''})")
+        if self._seconds and running:
+            mean = sum(self._seconds) / len(self._seconds)
+            words.append(f"about {duration(mean * (len(waiting) + running) / running)} to go")
+        words.append(f"{duration(time.monotonic() - self._began)} so far")
+        return ", ".join(words)
+
+    def _print(self, text: str) -> None:
+        line = clean(text) if not text.startswith("    ") else "    " + clean(text)
+        if self._live is None:
+            print(line, flush=True)
+        else:
+            self._live.console.print(line, markup=False, soft_wrap=True)
+
+
+def describe(result: Path, shown: Presentation) -> str:
+    """``"4.50 bpw (decoder), 16.00 bpw (head), perplexity 31.706900 ± 0.430, 1,234 tokens/s"``."""
+    records = [shown.apply(record) for record in read_file(result)]
+    q = records[0].quantization
+    words = [
+        f"{bits:.2f} bpw ({part})"
+        for bits, part in ((q.layer_bpw, "decoder"), (q.head_bpw, "head"))
+        if bits is not None
+    ] or ["bpw unknown"]
+    words += [_figure(record, len(records) > 1) for record in records]
+    if q.tokens_per_second:
+        words.append(f"{q.tokens_per_second:,.0f} tokens/s")
+    return ", ".join(words)
+
+
+def _figure(record: Record, several: bool) -> str:
+    key = next((k for k in record.metrics if k.partition(",")[0] == PERPLEXITY), next(iter(record.metrics)))
+    metric, name = record.metric(key), key.partition(",")[0]
+    words = "perplexity" if name == PERPLEXITY and not several else f"{record.task} {name}"
+    if name == PERPLEXITY and several:
+        words = f"{record.task} perplexity"
+    if metric.value is None:
+        return f"{words} unknown (not finite)"
+    return f"{words} {metric.value:.6f}" + (f" ± {metric.stderr:.3f}" if metric.stderr else "")

@@ -1,0 +1,48 @@
+"""Paths in specs: what counts as one, where it is, and what a checkpoint folder says of its context."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from compare.run.engines import PATH_ARGUMENTS
+
+
+def trained_context(pretrained: Any) -> int | None:
+    """max_position_embeddings of a checkpoint folder; None where it does not say."""
+    try:
+        config = json.loads((Path(pretrained) / "config.json").read_bytes())
+        value = (config.get("text_config") or config).get("max_position_embeddings")
+    except (OSError, ValueError, AttributeError, TypeError):
+        return None
+    return value if isinstance(value, int) and value > 0 else None
+
+
+def resolve(
+    args: dict[str, Any], folder: Path, names: Sequence[str] = PATH_ARGUMENTS
+) -> tuple[dict[str, Any], str | None]:
+    """`args` with paths counted from `folder`, and the first one that must be a path and is not there."""
+    resolved, missing = dict(args), None
+    for name in names:
+        value = args.get(name)
+        if isinstance(value, list):
+            parts = [_path(str(item), folder) for item in value]
+            resolved[name] = [part for part, _ in parts]
+            missing = missing or next((problem for _, problem in parts if problem), None)
+        elif isinstance(value, str):
+            resolved[name], problem = _path(value, folder)
+            missing = missing or problem
+    return resolved, missing
+
+
+def _path(text: str, folder: Path) -> tuple[str, str | None]:
+    """An existing path as an absolute one; a name that is none stays: it is a hub id, if it can be one."""
+    path = Path(text).expanduser()
+    path = path if path.is_absolute() else folder / path
+    if path.exists():
+        return os.path.abspath(path), None  # noqa: PTH100  (links stay: the hub's cache keeps suffixes in their names)
+    looks_local = text.startswith((".", "~", "/")) or text.count("/") > 1 or text.endswith((".gguf", ".safetensors"))
+    return (text, f"no such file or folder: {os.path.normpath(path)}") if looks_local else (text, None)
