@@ -49,11 +49,21 @@ class HFQuantized(WindowScoring, HFLM):
 
     Arguments as in the harness' `hf`, and: label= names the model in tables and plots; device defaults to a GPU
     where there is one; softmax_dtype to float32 (the harness' default takes bfloat16 log-softmax of bfloat16
-    models, and sums come out rounded to whole numbers). Weights are read from safetensors only, never pickles.
+    models, and sums come out rounded to whole numbers); multimodal=True loads a model that also sees pictures whole,
+    to run its text part. Weights are read from safetensors only, never pickles.
     """
 
-    def __init__(self, pretrained: Any, label: str | None = None, device: str | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        pretrained: Any,
+        label: str | None = None,
+        device: str | None = None,
+        multimodal: bool = False,
+        **kwargs: Any,
+    ) -> None:
         self.label = label or default_label(pretrained)
+        if multimodal:
+            self.AUTO_MODEL_CLASS = transformers.AutoModelForImageTextToText
         kwargs.setdefault("softmax_dtype", "float32")
         if isinstance(pretrained, str) and not kwargs.get("gguf_file"):
             kwargs.setdefault("use_safetensors", True)
