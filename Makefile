@@ -16,7 +16,7 @@ $(VENV)/installed: pyproject.toml requirements/cpu.txt
 	$(BIN)/python -m pip install --quiet -r requirements/cpu.txt
 	@# built for another torch, and vLLM fails to import beside them
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(BIN)/python -m pip install --quiet -e '.[dev,quant,gguf]'
+	$(BIN)/python -m pip install --quiet -e '.[dev,quant,gguf,ray]'
 	touch $@
 
 test: install lint tests
