@@ -202,13 +202,17 @@ def _plot(arguments: argparse.Namespace, files: Sequence[Path], plot_file: Path 
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the run as Ctrl-C does: processes stopped, finished models kept."""
+    """SIGTERM and SIGHUP end the run as Ctrl-C does: processes stopped, finished models kept.
+
+    A signal that is ignored when the run starts stays so: `nohup compare run` outlives its terminal.
+    """
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    previous = {number: signal.signal(number, interrupt) for number in numbers}
+    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, interrupt) for number in heard}
     try:
         yield
     finally:

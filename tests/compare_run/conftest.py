@@ -35,6 +35,12 @@ def _time_limit() -> Iterator[None]:
     signal.signal(signal.SIGALRM, previous)
 
 
+def usual_signals() -> None:
+    """In a child: signals as a terminal's shell leaves them. Tests that run under nohup inherit them ignored."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Workshop:
     """Models `a`, `b`, … with 4, 5, … bits; a models spec and a data spec; runs of the command."""
 
@@ -91,7 +97,8 @@ class Workshop:
         """The command as a process of its own."""
         env = {**os.environ, "STUB_CALLS": str(self.calls_file), "STUB_FIFO": str(self.fifo)}
         command = [sys.executable, "-m", "compare", *self.arguments(*more)]
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
+        usual = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": usual_signals}
+        options = usual | options
         return subprocess.Popen(command, env=env, **options)
 
     def calls(self) -> list[str]:

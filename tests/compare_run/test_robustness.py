@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.compare_run.conftest import Workshop
+from tests.compare_run.conftest import Workshop, usual_signals
 
 
 def _hanging(workshop: Workshop) -> tuple[int, int]:
@@ -137,6 +137,7 @@ def _own_terminal() -> None:
     import fcntl
     import termios
 
+    usual_signals()
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
