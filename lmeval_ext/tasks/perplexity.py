@@ -66,7 +66,6 @@ class PerplexityTask(Task):
         settings = Settings.of(metadata)
         self.spec = settings.window_spec()
         rule = PROTOCOLS[self.spec.protocol]
-        check_context(self.spec.eval_len, metadata)
         tokenizer = load_tokenizer(metadata)
         self._prefix = tokenizer.chat_prefix() if settings.chat_template else []
         check_context(self.spec.eval_len, metadata, len(self._prefix))
@@ -129,8 +128,7 @@ class PerplexityTask(Task):
         kwargs.update(cache_requests=False, rewrite_requests_cache=False)
         if samples and not all(0 <= i < len(self.windows) for i in samples):
             raise UserError(f"--samples: this task has windows 0 to {len(self.windows) - 1}, asked for {samples}")
-        chosen = [w for w in self.windows if w.index in samples] if samples else self.windows[: limit or None]
-        self._scored = chosen
+        self._scored = [w for w in self.windows if w.index in samples] if samples else self.windows[: limit or None]
         super().build_all_requests(limit=limit, samples=samples, **kwargs)
 
     def construct_requests(self, doc: dict[str, Any], ctx: str, **kwargs: Any) -> WindowRequest:

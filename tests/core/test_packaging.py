@@ -48,5 +48,5 @@ def test_core_needs_no_engine_and_extras_are_there(wheel: zipfile.ZipFile) -> No
     assert "lmeval-compare = compare.cli:main" in scripts
 
 
-def test_wheel_is_reproducible_from_a_clean_tree(wheel: zipfile.ZipFile) -> None:
+def test_wheel_holds_no_bytecode(wheel: zipfile.ZipFile) -> None:
     assert not [n for n in wheel.namelist() if "__pycache__" in n or Path(n).suffix == ".pyc"]
