@@ -25,8 +25,9 @@ GIB = 1024**3
 class Quantization:
     """`config.quantization` of a result file: what was run, how many bits it has, what it took.
 
-    Bits per weight and sizes follow `lmeval_ext.storage.StorageInfo`. peak_vram_gb: measured GiB of weights and
-    activations, without the engine's preallocated KV pool (kv_pool_gb). layer_parameters: logical elements of the
+    Bits per weight and sizes follow `lmeval_ext.storage.StorageInfo`. weight_vram_gb: measured GiB that loading took.
+    peak_vram_gb: measured GiB of weights and activations, without the engine's preallocated KV pool (kv_pool_gb).
+    layer_parameters: logical elements of the
     decoder's matrices, the same for every quantization of one model. kv_bytes_per_token: what a token takes in a KV
     cache of kv_cache_dtype (`lmeval_ext.storage.kv_cache`). None: unknown; `notes` says why.
     """
@@ -50,6 +51,7 @@ class Quantization:
     revision: str | None = None
     scoring: str | None = None
     tokens_per_second: float | None = None
+    weight_vram_gb: float | None = None
     peak_vram_gb: float | None = None
     kv_pool_gb: float | None = None
     notes: list[str] = field(default_factory=list)
@@ -205,19 +207,9 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def logprobs_of_targets(logits: Any, targets: Any, vocabulary: int, chunk: int = 512) -> tuple[np.ndarray, np.ndarray]:
-    """Log-softmax in float32 at the targets, without a float32 copy of all logits.
+def logprobs_of_targets(logits: Any, targets: Any, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
+    """`target_logprobs`, fetched: (logprobs float32, greedy bool), both [positions]."""
+    from lmeval_ext.models.target_logprobs import target_logprobs
 
-    logits: torch tensor [positions, ≥ vocabulary] of any float type; columns beyond `vocabulary` are padding and
-    take no part. targets: torch tensor [positions]. Returns (logprobs float32, greedy bool), both [positions].
-    """
-    import torch
-
-    logprobs, greedy = [], []
-    for start in range(0, logits.shape[0], chunk):
-        rows = logits[start : start + chunk, :vocabulary].float()
-        wanted = targets[start : start + chunk].to(rows.device)
-        picked = rows.gather(1, wanted[:, None])[:, 0]
-        logprobs.append((picked - torch.logsumexp(rows, dim=1)).cpu())
-        greedy.append((rows.argmax(dim=1) == wanted).cpu())
-    return torch.cat(logprobs).numpy(), torch.cat(greedy).numpy()
+    logprobs, greedy = target_logprobs(logits, targets.to(logits.device), vocabulary)
+    return logprobs.cpu().numpy(), greedy.cpu().numpy()

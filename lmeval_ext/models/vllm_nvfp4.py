@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lm_eval.models.utils import Collator
 from tqdm import tqdm
 
 from lmeval_ext.errors import MissingEngineError, UserError
@@ -25,6 +26,7 @@ from lmeval_ext.models.base import (
     local_checkpoint,
     quantized_at_load,
 )
+from lmeval_ext.models.vllm_kernels import WEIGHT_ONLY, activation_notes
 from lmeval_ext.models.vllm_names import answer_for_vllm_cpu
 from lmeval_ext.requests import WindowRequest, WindowScores
 
@@ -32,6 +34,15 @@ answer_for_vllm_cpu()
 try:
     import vllm
     from lm_eval.models.vllm_causallms import VLLM
+
+    from lmeval_ext.models.vllm_client import (
+        WORKER_EXTENSION,
+        EngineScoring,
+        Prompt,
+        TokenScores,
+        prompt_logprobs_params,
+        read_prompt_logprobs,
+    )
 except ImportError as error:
     raise MissingEngineError(
         f"vllm_nvfp4 needs vLLM ({first_line(error)}); install it with pip install 'lmeval-ext[vllm]' for a GPU, or "
@@ -39,10 +50,6 @@ except ImportError as error:
     ) from error
 
 logger = logging.getLogger(__name__)
-
-# Kernels that run a W4A4 checkpoint with 16-bit activations (vLLM 0.26–0.32).
-_WEIGHT_ONLY = {"MarlinNvFp4LinearKernel", "HummingNvFp4LinearKernel"}
-_WORKER = "lmeval_ext.models.vllm_worker.WorkerReport"
 
 
 class VLLMQuantized(WindowScoring, VLLM):
@@ -58,7 +65,7 @@ class VLLMQuantized(WindowScoring, VLLM):
         self._pretrained, self._revision = pretrained, kwargs.get("revision")
         self._on_cpu = vllm.platforms.current_platform.is_cpu()
         kwargs.pop("device", None)  # the harness passes its default; vLLM chooses by platform
-        kwargs.setdefault("worker_extension_cls", _WORKER)
+        kwargs.setdefault("worker_extension_cls", WORKER_EXTENSION)
         if self._on_cpu:
             kwargs.setdefault("enforce_eager", True)
             kwargs.setdefault("kv_cache_memory_bytes", _cpu_kv_bytes())
@@ -68,7 +75,23 @@ class VLLMQuantized(WindowScoring, VLLM):
             super().__init__(pretrained=pretrained, **kwargs)
         except Exception as error:
             raise _explain(error, pretrained) from error
-        self._own_worker = kwargs["worker_extension_cls"] == _WORKER and self.data_parallel_size <= 1
+        self._own_worker = kwargs["worker_extension_cls"] == WORKER_EXTENSION and self.data_parallel_size <= 1
+        self._engine, self._why_not_engine = self._engine_scoring()
+
+    def _engine_scoring(self) -> tuple[EngineScoring | None, str | None]:
+        """The workers' scoring, or why this engine goes through `prompt_logprobs`."""
+        if not self._own_worker:
+            return None, "data_parallel_size > 1 or another worker_extension_cls"
+        if int(self.model_args.get("pipeline_parallel_size") or 1) > 1:
+            return None, "pipeline_parallel_size > 1"
+        if self.lora_request is not None:
+            return None, "a LoRA adapter"
+        try:
+            return EngineScoring(self.model), None
+        except RuntimeError as error:
+            reason = f"this vLLM ({vllm.__version__}) has other model runners than those tried ({error})"
+            logger.warning("scoring goes through prompt_logprobs, which is slower: %s", reason)
+            return None, reason
 
     @property
     def window_limit(self) -> int:
@@ -84,23 +107,56 @@ class VLLMQuantized(WindowScoring, VLLM):
             # One window fills a CPU, and bfloat16 products round differently in other company: up to 1 % of a
             # short window's perplexity. On its own, a window has the same scores in any batch and order.
             step = 1
+        prompts = [Prompt(w.ids, len(w.context_ids)) for w in windows]
         results: list[WindowScores] = []
         one_call = step >= len(windows)  # vLLM's own progress bar serves then
         with tqdm(total=len(windows), desc=f"Scoring windows ({self.label})", unit="window", disable=one_call) as bar:
             for start in range(0, len(windows), step):
-                batch = windows[start : start + step]
-                outputs = self._prefill([w.ids for w in batch], use_tqdm=one_call)
-                results += [_read(w, out.prompt_logprobs) for w, out in zip(batch, outputs, strict=True)]
+                batch = prompts[start : start + step]
+                # Windows are computed whole, so that a score does not depend on what ran before
+                results += [WindowScores.of(*s) for s in self._score(batch, reuse_prefixes=False, use_tqdm=one_call)]
                 bar.update(len(batch))
         return results
 
-    def _prefill(self, prompts: list[list[int]], use_tqdm: bool) -> Any:
-        """vLLM's outputs for prompts of token ids, with the log-probabilities of their tokens."""
-        params = _sampling(len(prompts))
+    def _score(self, prompts: list[Prompt], reuse_prefixes: bool, use_tqdm: bool) -> list[TokenScores]:
+        if self._engine is not None:
+            return self._engine.score(prompts, reuse_prefixes, use_tqdm)
+        ids, params = [p.ids for p in prompts], [prompt_logprobs_params()] * len(prompts)
         if self.data_parallel_size > 1:  # the harness' way, through Ray
-            return self._model_generate(requests=prompts, generate=True, sampling_params=params)
-        tokens = [vllm.TokensPrompt(prompt_token_ids=ids) for ids in prompts]
-        return self.model.generate(tokens, sampling_params=params, use_tqdm=use_tqdm, lora_request=self.lora_request)
+            outputs = self._model_generate(requests=ids, generate=True, sampling_params=params)
+        else:
+            tokens = [vllm.TokensPrompt(prompt_token_ids=i) for i in ids]
+            outputs = self.model.generate(
+                tokens, sampling_params=params, use_tqdm=use_tqdm, lora_request=self.lora_request
+            )
+        return [read_prompt_logprobs(p, out.prompt_logprobs) for p, out in zip(prompts, outputs, strict=True)]
+
+    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **kwargs: Any) -> Any:
+        if self._engine is None or not requests or isinstance(requests[0], WindowRequest):
+            return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, **kwargs)
+        # Sorted by their tokens: choices of one question follow each other and share their context's cache
+        order = Collator(requests, sort_fn=lambda r: tuple(r[1] + r[2]))
+        answers: list[tuple[float, bool]] = []
+        n = 0 if self.batch_size == "auto" else int(self.batch_size)
+        for chunk in order.get_batched(n=n):
+            prompts = [self._continuation(context, continuation) for _, context, continuation in chunk]
+            scores = self._score(prompts, reuse_prefixes=True, use_tqdm=n == 0 and not disable_tqdm)
+            for (key, _, _), (logprobs, greedy) in zip(chunk, scores, strict=True):
+                answer = (float(logprobs.sum(dtype="float64")), bool(greedy.all()))
+                answers.append(answer)
+                if key is not None:  # rolling windows have none; the harness stores their sum itself
+                    self.cache_hook.add_partial("loglikelihood", key, answer)
+        return order.get_original(answers)
+
+    def _continuation(self, context: list[int], continuation: list[int]) -> Prompt:
+        """Cut from the left as the harness' `vllm` does; one position stays for the token that vLLM generates."""
+        limit = int(self.max_length) - 1
+        whole = (context + continuation)[-limit:]
+        if len(context) + len(continuation) > limit:
+            logger.warning(
+                "%d tokens exceed max_length - 1 = %d: cut from the left", len(context + continuation), limit
+            )
+        return Prompt(whole, max(1, len(whole) - len(continuation)))
 
     def describe(self) -> Quantization:
         cache = self.model_args.get("kv_cache_dtype")
@@ -114,8 +170,10 @@ class VLLMQuantized(WindowScoring, VLLM):
             dtype=str(self.model_args.get("dtype")),
             device="cpu" if self._on_cpu else vllm.platforms.current_platform.get_device_name(),
             revision=self._revision,
-            scoring="prompt_logprobs",
+            scoring="engine" if self._engine is not None else "prompt_logprobs",
         )
+        if self._why_not_engine:
+            facts.notes.append(f"scored through prompt_logprobs: {self._why_not_engine}")
         asked, stored = self.model_args.get("quantization"), getattr(self._config, "quantization_config", None)
         if asked and not stored:
             quantized_at_load(facts, str(asked))
@@ -125,12 +183,14 @@ class VLLMQuantized(WindowScoring, VLLM):
         reports = self.model.collective_rpc("lmeval_ext_report")
         facts.kernel = ", ".join(sorted({k for r in reports for k in r["kernels"]})) or None
         facts.dtype = reports[0]["dtype"]
-        if facts.scheme == "nvfp4" and any(k in _WEIGHT_ONLY for r in reports for k in r["kernels"]):
-            facts.notes.append(
-                "weight-only: this kernel does not quantize activations, as the checkpoint asks for; "
-                "their error is not in the figures (emulate it with linear_backend=emulation)"
-            )
+        if facts.scheme == "nvfp4":
+            notes = activation_notes({k for r in reports for k in r["kernels"]})
+            facts.notes += notes
+            if WEIGHT_ONLY in notes:
+                logger.warning("%s: %s", self.label, WEIGHT_ONLY)
         if not self._on_cpu:
+            weights = [r["weight_bytes"] for r in reports]
+            facts.weight_vram_gb = None if None in weights else sum(weights) / GIB
             pool = sum(r["kv_pool_bytes"] for r in reports)
             facts.kv_pool_gb = pool / GIB
             facts.peak_vram_gb = (sum(r["peak_bytes"] for r in reports) - pool) / GIB
@@ -145,23 +205,6 @@ def _cpu_kv_bytes() -> int:
     import psutil
 
     return int(min(4 * GIB, psutil.virtual_memory().available // 4))
-
-
-def _sampling(n: int) -> list[Any]:
-    # prompt_logprobs=0: the prompt's own tokens and their ranks, no top-k; flat: no object per token
-    params = vllm.SamplingParams(
-        temperature=0, max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False, ignore_eos=True
-    )
-    return [params] * n
-
-
-def _read(window: WindowRequest, logprobs: Any) -> WindowScores:
-    """Scores from FlatLogprobs: one entry for each prompt token but the first."""
-    wanted = window.target_ids
-    if list(logprobs.token_ids[-len(wanted) :]) != wanted or len(logprobs.token_ids) != len(window.ids) - 1:
-        raise RuntimeError("vLLM returned log-probabilities of other tokens than it was given")
-    n = len(wanted)
-    return WindowScores.of(logprobs.logprobs[-n:], [rank == 1 for rank in logprobs.ranks[-n:]])
 
 
 def _check_checkpoint(pretrained: str) -> None:

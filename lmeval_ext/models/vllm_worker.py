@@ -8,31 +8,57 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 
-class WorkerReport:
-    """Facts that only a worker knows."""
+from lmeval_ext.models import vllm_runners
+from lmeval_ext.models.vllm_scoring import PromptScorer
+
+
+class WorkerExtension:
+    """Scoring, and facts that only a worker knows."""
 
     model_runner: Any  # vLLM's worker has it
+    lmeval_ext_scorer: PromptScorer
+
+    def lmeval_ext_install(self) -> str | None:
+        """Start scoring requests that ask for it. Returns None, or why this vLLM cannot."""
+        try:
+            self.lmeval_ext_scorer = vllm_runners.install(self.model_runner)
+        except (AttributeError, TypeError) as error:
+            return f"{type(error).__name__}: {error}"
+        return None
+
+    def lmeval_ext_take(self) -> dict[str, Any] | None:
+        """The scores since the last call, as `PromptScorer.take` gives them."""
+        return self.lmeval_ext_scorer.take()
 
     def lmeval_ext_report(self) -> dict[str, Any]:
         """kernels: names of the kernels (or quantization methods) of the model's linear layers, sorted.
 
-        dtype: of the weights that are not quantized. kv_pool_bytes: preallocated KV cache. peak_bytes: most GPU
-        memory allocated so far, None on a CPU.
+        dtype: of the weights that are not quantized. kv_pool_bytes: preallocated KV cache. weight_bytes: what loading
+        took, None if unknown. peak_bytes: most GPU memory allocated since start or `lmeval_ext_reset_peak`, None on a
+        CPU.
         """
-        import torch
-
         runner = self.model_runner
         # hybrid models' layers are views of one buffer: each storage counts once
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(runner.kv_caches)}
-        pool = sum(storages.values())
-        cuda = torch.cuda.is_available()
+        pool = {s.data_ptr(): s.nbytes() for s in map(_storage, vllm_runners.kv_cache_tensors(runner))}
         return {
             "kernels": sorted(_kernels(runner.get_model() if hasattr(runner, "get_model") else runner.model)),
             "dtype": str(runner.model_config.dtype).removeprefix("torch."),
-            "kv_pool_bytes": pool,
-            "peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+            "kv_pool_bytes": sum(pool.values()),
+            "weight_bytes": vllm_runners.weight_bytes(runner),
+            "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         }
+
+    def lmeval_ext_reset_peak(self) -> None:
+        """Measure `peak_bytes` from now on."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+
+
+def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
+    return tensor.untyped_storage()
 
 
 def _kernels(model: Any) -> set[str]:
@@ -56,11 +82,3 @@ def _is_kernel(value: Any) -> bool:
 
 def _name(kernel: Any) -> str:
     return getattr(kernel, "label", None) or type(kernel).__name__
-
-
-def _tensors(tree: Any) -> list[Any]:
-    if isinstance(tree, dict):
-        tree = list(tree.values())
-    if isinstance(tree, (list, tuple)):
-        return [t for part in tree for t in _tensors(part)]
-    return [tree] if hasattr(tree, "nbytes") else []

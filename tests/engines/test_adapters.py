@@ -137,7 +137,7 @@ def test_padded_vocabulary_takes_no_part() -> None:
     targets = torch.randint(0, 6, (7,))
     expected = torch.log_softmax(logits[:, :6].double(), -1).gather(1, targets[:, None])[:, 0]
     logits[:, 6:] = 1e4
-    logprobs, _ = logprobs_of_targets(logits, targets, vocabulary=6, chunk=3)
+    logprobs, _ = logprobs_of_targets(logits, targets, vocabulary=6)
     np.testing.assert_allclose(logprobs, expected.numpy(), rtol=1e-5)
 
 

@@ -1,0 +1,119 @@
+"""Scores of prompt tokens, computed inside vLLM's workers from the hidden states of each step.
+
+A request that wants scores says so in `SamplingParams.extra_args`. After each step the runner (`vllm_runners.py`) hands
+over that step's hidden states and which of their rows predict a wanted token; the output matrix runs on those rows
+alone, in chunks, and only a float32 log-probability and a bool per token are kept, on the device, until they are taken.
+So it does not matter how vLLM cuts prompts into steps, nor what else is in a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from lmeval_ext.models.target_logprobs import target_logprobs
+
+# Key in SamplingParams.extra_args; its value is [index of the request, position of its first scored token]
+EXTRA_ARG = "lmeval_ext_score"
+
+# Logits that exist at one time. On a GPU a product this large is efficient; a CPU is faster within its caches.
+_LOGITS_BYTES = 256 << 20
+_LOGITS_BYTES_ON_CPU = 16 << 20
+
+
+@dataclass(frozen=True)
+class Span:
+    """Consecutive scored tokens of one request: `count` from position `start` of its prompt."""
+
+    request: int
+    start: int
+    count: int
+
+
+@dataclass
+class Step:
+    """What one engine step adds: its wanted tokens, and which row of its hidden states predicts each.
+
+    rows: int64 [tokens]; targets: int64 [tokens] on the model's device.
+    """
+
+    spans: list[Span]
+    rows: np.ndarray
+    targets: torch.Tensor
+
+
+@dataclass
+class PromptScorer:
+    """Collects scores over steps.
+
+    compute_logits: hidden states [rows, hidden] to logits [rows, ≥ vocabulary], or to None on the ranks of a
+    vocabulary-sharded head that do not gather them; called by all ranks in the same order.
+    """
+
+    compute_logits: Callable[[torch.Tensor], torch.Tensor | None]
+    vocabulary: int
+    _spans: list[Span] = field(default_factory=list)
+    _logprobs: list[torch.Tensor] = field(default_factory=list)
+    _greedy: list[torch.Tensor] = field(default_factory=list)
+
+    def add(self, hidden_states: torch.Tensor, step: Step) -> None:
+        """Score one step. hidden_states: [≥ rows, hidden], after the final norm."""
+        self._spans += step.spans
+        rows = to_device(torch.from_numpy(step.rows), hidden_states.device)
+        chunk = self.chunk_rows(hidden_states)
+        for start in range(0, len(rows), chunk):
+            part = slice(start, start + chunk)
+            self._score(hidden_states.index_select(0, rows[part]), step.targets[part])
+
+    def _score(self, hidden_states: torch.Tensor, targets: torch.Tensor) -> None:
+        logits = self.compute_logits(hidden_states)
+        if logits is None:
+            return
+        logprobs, greedy = target_logprobs(logits, targets, min(self.vocabulary, logits.shape[-1]))
+        self._logprobs.append(logprobs)
+        self._greedy.append(greedy)
+
+    def chunk_rows(self, hidden_states: torch.Tensor) -> int:
+        """Rows whose logits fit into the chunk's bytes; the same on every rank."""
+        budget = _LOGITS_BYTES_ON_CPU if hidden_states.device.type == "cpu" else _LOGITS_BYTES
+        return max(16, budget // (self.vocabulary * hidden_states.element_size()))
+
+    def take(self) -> dict[str, Any] | None:
+        """All scores so far, and forget them: plain types, for vLLM's message encoder.
+
+        spans: [[request, start, count], …]; logprobs: float32 bytes and greedy: bool bytes, of all spans in order.
+        None on a rank that has no logits.
+        """
+        spans, logprobs, greedy = self._spans, self._logprobs, self._greedy
+        self._spans, self._logprobs, self._greedy = [], [], []
+        if not logprobs:
+            return None
+        return {
+            "spans": [[s.request, s.start, s.count] for s in spans],
+            "logprobs": torch.cat(logprobs).cpu().numpy().tobytes(),
+            "greedy": torch.cat(greedy).cpu().numpy().tobytes(),
+        }
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on the device that does not wait for the work queued there."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def wanted_span(extra_args: dict[str, Any] | None, first: int, count: int, prompt: int) -> Span | None:
+    """The scored tokens that the states of positions `first` … `first + count − 1` of a prompt predict.
+
+    The state of position p predicts token p + 1; prompt: its number of tokens. None if nothing is wanted.
+    """
+    if not extra_args or EXTRA_ARG not in extra_args:
+        return None
+    index, wanted_from = extra_args[EXTRA_ARG]
+    start = max(first + 1, wanted_from)
+    stop = min(first + count + 1, prompt)
+    return Span(index, start, stop - start) if start < stop else None
