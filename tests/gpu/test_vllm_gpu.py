@@ -1,43 +1,166 @@
-"""vLLM on a GPU: needs one, so it is deselected elsewhere. Run by hand: pytest -m gpu tests/gpu
+"""vLLM on a GPU: needs one, so it is deselected elsewhere. Run by hand: pytest -m gpu tests/gpu/test_vllm.py
 
-SMOLLM2_DIR names a folder with SmolLM2-135M-NVFP4A16 and SmolLM2-135M-NVFP4 (demo/quantize_ct.py), WIKITEXT2_DIR
-the data set's test split.
+SMOLLM2_DIR names a folder with SmolLM2-135M-NVFP4A16, SmolLM2-135M-NVFP4 (demo/quantize_ct.py) and
+SmolLM2-135M-NVFP4-modelopt (demo/to_modelopt.py); WIKITEXT2_DIR the data set's test split.
 """
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 pytestmark = pytest.mark.gpu
 
+# Hopper: Marlin, weight-only. Blackwell's native kernels would be other names, and quantize activations.
+MARLIN, EMULATION = "MarlinNvFp4LinearKernel", "EmulationNvFp4LinearKernel"
 
-@pytest.fixture(scope="module", params=["NVFP4A16", "NVFP4"])
-def result(request: Any) -> tuple[str, Any]:
+
+@pytest.fixture(scope="module", autouse=True)
+def hook() -> None:
     from lmeval_ext import _hook
-    from tests.conftest import evaluate
 
     _hook.install()  # a GPU host may have no installed package
-    folder = Path(os.environ["SMOLLM2_DIR"]) / f"SmolLM2-135M-{request.param}"
+
+
+def folder(name: str) -> str:
+    return str(Path(os.environ["SMOLLM2_DIR"]) / f"SmolLM2-135M-{name}")
+
+
+def perplexity(name: str, **arguments: Any) -> tuple[float, dict[str, Any]]:
+    """Over two windows, and `config.quantization`."""
+    from tests.conftest import evaluate
+
     text = {"text_path": str(Path(os.environ["WIKITEXT2_DIR"]) / "wiki.test.raw")}
-    return request.param, evaluate(
-        "vllm_nvfp4", "wiki2_strided", limit=2, metadata=text, pretrained=str(folder), gpu_memory_utilization=0.3
+    settings = {"gpu_memory_utilization": 0.2, "enforce_eager": True} | arguments
+    found = evaluate("vllm_nvfp4", "wiki2_strided", limit=2, metadata=text, pretrained=folder(name), **settings)
+    return found["results"]["wiki2_strided"]["token_perplexity,none"], found["config"]["quantization"]
+
+
+def test_weight_only_kernel_is_reported_with_what_it_leaves_out() -> None:
+    """Transformers gives 25.1708 for the weights alone."""
+    for scheme in ("NVFP4A16", "NVFP4"):
+        value, facts = perplexity(scheme)
+        assert value == pytest.approx(25.1708, rel=1e-2)
+        assert facts["kernel"] == MARLIN
+        assert facts["scoring"] == "engine"
+        assert any("weight-only" in note for note in facts["notes"]) == (scheme == "NVFP4")
+        assert 0.1 < facts["weight_vram_gb"] < 1
+        assert facts["weight_vram_gb"] < facts["peak_vram_gb"] < 20
+        assert facts["kv_pool_gb"] > 1
+
+
+def test_emulation_quantizes_activations() -> None:
+    """Transformers in bfloat16 and float32 give 30.3 and 30.9 for a like checkpoint; W4A4 rounds by 1–3 %."""
+    value, facts = perplexity("NVFP4", linear_backend="emulation")
+    assert value == pytest.approx(30.6, rel=0.06)
+    assert facts["kernel"] == EMULATION
+    assert not any("weight-only" in note for note in facts["notes"])
+
+
+def test_modelopt_is_the_same_checkpoint_under_other_names() -> None:
+    ours, _ = perplexity("NVFP4")
+    theirs, facts = perplexity("NVFP4-modelopt")
+    assert theirs == pytest.approx(ours, rel=1e-3)
+    assert facts["kernel"] == MARLIN
+
+
+# ------------------------------------------------------------------ the workers' scores
+
+ENGINES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
+    "V2 runner": ({"VLLM_USE_V2_MODEL_RUNNER": "1"}, {"enforce_eager": True}),
+    "V1 runner": ({"VLLM_USE_V2_MODEL_RUNNER": "0"}, {"enforce_eager": True}),
+    "chunks of 512": ({}, {"enforce_eager": True, "max_num_batched_tokens": 512}),
+    "CUDA graphs": ({}, {}),
+}
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def model(request: Any) -> Iterator[Any]:
+    from lm_eval.api.registry import get_model
+
+    environment, arguments = ENGINES[request.param]
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
+    built = get_model("vllm_nvfp4")(
+        pretrained=folder("NVFP4A16"), max_model_len=2049, gpu_memory_utilization=0.2, batch_size="auto", **arguments
     )
+    yield built
+    del built
+    gc.collect()
+    for name, value in before.items():
+        os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
 
 
-def test_perplexity_is_that_of_the_weights(result: tuple[str, Any]) -> None:
-    """On Hopper both run weight-only on Marlin; Transformers gives 25.1708 for A16."""
-    perplexity = result[1]["results"]["wiki2_strided"]["token_perplexity,none"]
-    assert perplexity == pytest.approx(25.1708, rel=1e-2)
+def texts(model: Any, n: int, length: int) -> list[list[int]]:
+    text = (Path(os.environ["WIKITEXT2_DIR"]) / "wiki.test.raw").read_text(encoding="utf-8")
+    ids = model.tok_encode(text[: n * length * 6])
+    return [ids[i * length : (i + 1) * length] for i in range(n)]
 
 
-def test_kernel_and_memory_are_reported(result: tuple[str, Any]) -> None:
-    scheme, evaluated = result
-    facts = evaluated["config"]["quantization"]
-    assert facts["kernel"] == "MarlinNvFp4LinearKernel"
-    assert 0.05 < facts["peak_vram_gb"] < 20
-    assert facts["kv_pool_gb"] > 1
-    assert any("weight-only" in note for note in facts["notes"]) == (scheme == "NVFP4")
+def test_same_numbers_as_prompt_logprobs(model: Any) -> None:
+    """Both read the same 16-bit logits, so a token differs only where the batch rounds otherwise: 0.1 in its logits."""
+    from lmeval_ext.models.vllm_client import Prompt
+
+    assert model._engine is not None, model._why_not_engine
+    prompts = [Prompt(ids, 1) for ids in texts(model, 8, 2048)]
+    ours = np.concatenate([s.logprobs for s in model._score(prompts, False, False)]).astype(float)
+    engine, model._engine = model._engine, None
+    theirs = np.concatenate([s.logprobs for s in model._score(prompts, False, False)]).astype(float)
+    model._engine = engine
+    print(f"max |difference| {np.abs(ours - theirs).max():.2e}, mean {np.mean(ours - theirs):.2e}")
+    assert np.exp(-ours.mean()) == pytest.approx(np.exp(-theirs.mean()), rel=1e-4)
+    assert np.abs(ours - theirs).max() < 0.5
+
+
+def test_batch_and_order_do_not_matter(model: Any) -> None:
+    from lmeval_ext.models.vllm_client import Prompt
+
+    prompts = [Prompt(ids, 1) for ids in texts(model, 8, 2048)]
+    together = [s.logprobs for s in model._score(prompts, False, False)]
+    alone = [model._score([p], False, False)[0].logprobs for p in reversed(prompts)][::-1]
+    a, b = np.concatenate(together).astype(float), np.concatenate(alone).astype(float)
+    print(f"together {np.exp(-a.mean()):.6f}, alone and in reverse {np.exp(-b.mean()):.6f}")
+    assert np.exp(-a.mean()) == pytest.approx(np.exp(-b.mean()), rel=1e-4)
+
+
+def test_choices_share_a_cached_context(model: Any) -> None:
+    from lmeval_ext.models.vllm_client import Prompt
+
+    prompts = []
+    for i, ids in enumerate(texts(model, 6, 400)):
+        context = ids[: 16 * (10 + i)]  # on a block's border: the worst case
+        prompts += [Prompt(context + ids[350 : 350 + n], len(context)) for n in (1, 4, 9, 30)]
+    shared = [float(s.logprobs.sum()) for s in model._score(prompts, True, False)]
+    fresh = [float(s.logprobs.sum()) for s in model._score(prompts, False, False)]
+    np.testing.assert_allclose(shared, fresh, rtol=5e-3, atol=0.1)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("vocabulary", [384, 49152, 128256])
+def test_fused_log_softmax(dtype: str, vocabulary: int) -> None:
+    """The Triton kernel against float64."""
+    from lmeval_ext.models.target_logprobs import _fused, target_logprobs
+
+    assert _fused() is not None
+    torch.manual_seed(0)
+    logits = (torch.randn(300, vocabulary + 64, device="cuda") * 6).to(getattr(torch, dtype))
+    targets = torch.randint(vocabulary, (300,), device="cuda")
+    logprobs, greedy = target_logprobs(logits, targets, vocabulary)
+    wanted = logits[:, :vocabulary].double().log_softmax(1).gather(1, targets[:, None])[:, 0]
+    np.testing.assert_allclose(logprobs.double().cpu(), wanted.cpu(), rtol=2e-6, atol=5e-6)
+    top = logits[:, :vocabulary].max(1).values
+    assert (greedy <= (logits.gather(1, targets[:, None])[:, 0] == top)).all()
+    ties = torch.zeros(2, vocabulary, device="cuda", dtype=logits.dtype)
+    assert target_logprobs(ties, torch.tensor([0, 5], device="cuda"), vocabulary)[1].tolist() == [True, False]
+    ties[0, 3] = float("nan")
+    assert torch.isnan(target_logprobs(ties, torch.tensor([0, 5], device="cuda"), vocabulary)[0]).tolist() == [
+        True,
+        False,
+    ]
