@@ -2,7 +2,7 @@
 
 Tried with transformers 5.19 and lm-eval 0.4.13. Quantized checkpoints are loaded as their config.json says and
 with nothing added: `dequantize=True` silently drops the activation quantization of a W4A4 checkpoint from
-compressed-tensors 0.20 on.
+compressed-tensors 0.20 on. EXL3 and EXL2, unknown to Transformers, are decoded first (`hf_decoded`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,11 @@ try:
     import torch
     import transformers
     from accelerate.utils import find_executable_batch_size
+    from huggingface_hub import snapshot_download
     from lm_eval.models.huggingface import HFLM
+
+    from lmeval_ext.decoding.checkpoint import exl_method
+    from lmeval_ext.models.hf_decoded import DecodingClass, dense_config
 except ImportError as error:
     raise MissingEngineError(
         f"hf_quant needs torch and Transformers ({first_line(error)}); install them: pip install 'lmeval-ext[quant]'"
@@ -45,13 +49,16 @@ _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class HFQuantized(WindowScoring, HFLM):
-    """Transformers checkpoints: dense, compressed-tensors, AWQ, GPTQ, bitsandbytes, VPTQ, AQLM, …
+    """Transformers checkpoints: dense, compressed-tensors, AWQ, GPTQ, bitsandbytes, VPTQ, AQLM, …; EXL3, EXL2.
 
     Arguments as in the harness' `hf`, and: label= names the model in tables and plots; device defaults to a GPU
     where there is one; softmax_dtype to float32 (the harness' default takes bfloat16 log-softmax of bfloat16
     models, and sums come out rounded to whole numbers); multimodal=True loads a model that also sees pictures whole,
-    to run its text part. Weights are read from safetensors only, never pickles.
+    to run its text part. Weights are read from safetensors only, never pickles. EXL3 and EXL2 are decoded to dense
+    weights at load, by default float32 on a CPU and float16 elsewhere.
     """
+
+    _config: Any  # the harness': the model's config
 
     def __init__(
         self,
@@ -62,6 +69,7 @@ class HFQuantized(WindowScoring, HFLM):
         **kwargs: Any,
     ) -> None:
         self.label = label or default_label(pretrained)
+        self._decoded: str | None = None  # the folder, if its weights are decoded at load
         if multimodal:
             self.AUTO_MODEL_CLASS = transformers.AutoModelForImageTextToText
         kwargs.setdefault("softmax_dtype", "float32")
@@ -78,6 +86,30 @@ class HFQuantized(WindowScoring, HFLM):
         # Models that know it run the output matrix on the positions that predict a target, and on no other
         self._keeps = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         _unify_dtype(self.model)
+
+    # The two hooks of HFLM (0.4.13) through which EXL3 and EXL2 become dense weights: the harness asks Transformers
+    # for the quantizer of the config that the first leaves, and calls from_pretrained in the second.
+    def _get_config(self, pretrained: str, **kwargs: Any) -> None:
+        super()._get_config(pretrained, **kwargs)
+        folder = None if kwargs.get("gguf_file") else local_checkpoint(pretrained, kwargs.get("revision"))
+        place = kwargs.get("subfolder") or ""
+        if folder and exl_method(Path(folder, place)):
+            if not Path(pretrained).exists():  # a hub id, of which only the config has been fetched so far
+                folder = snapshot_download(pretrained, revision=kwargs.get("revision"))
+            self._decoded = str(Path(folder, place))
+            self._config = dense_config(self._config)
+
+    def _create_model(self, pretrained: str, **kwargs: Any) -> None:
+        if self._decoded is None:
+            super()._create_model(pretrained, **kwargs)
+            return
+        auto_class = self.AUTO_MODEL_CLASS
+        self.AUTO_MODEL_CLASS = decoding = DecodingClass(auto_class, self.config, self.device)
+        try:
+            super()._create_model(self._decoded, **kwargs)
+        finally:
+            self.AUTO_MODEL_CLASS = auto_class
+        self._decoding_notes = decoding.notes
 
     @property
     def vocabulary(self) -> int:
@@ -137,6 +169,9 @@ class HFQuantized(WindowScoring, HFLM):
         )
         if running and running != stored and not self._gguf_file:
             quantized_at_load(facts, running)
+        if self._decoded:
+            facts.kernel = "decoded"
+            facts.notes += self._decoding_notes
         if self.peft or self.delta:
             facts.notes.append(f"sizes are of the base model, without {self.peft or self.delta!r}")
         if self.device.type == "cuda":
