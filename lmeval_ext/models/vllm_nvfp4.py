@@ -56,8 +56,8 @@ class VLLMQuantized(WindowScoring, VLLM):
     """vLLM checkpoints: NVFP4 (weight-only A16 and W4A4), MXFP4, FP8, INT8, INT4, dense.
 
     Arguments as in the harness' `vllm`, every vLLM engine argument among them; and label= names the model in
-    tables and plots. On a CPU, `enforce_eager=True` is the default (the compiler would take longer than the run)
-    and the engine runs in this process.
+    tables and plots. The engine runs in this process, where it schedules the same way every time. On a CPU,
+    `enforce_eager=True` is the default (the compiler would take longer than the run).
     """
 
     def __init__(self, pretrained: str, label: str | None = None, **kwargs: Any) -> None:
@@ -69,6 +69,9 @@ class VLLMQuantized(WindowScoring, VLLM):
         if self._on_cpu:
             kwargs.setdefault("enforce_eager", True)
             kwargs.setdefault("kv_cache_memory_bytes", _cpu_kv_bytes())
+        if all(int(kwargs.get(f"{kind}_parallel_size") or 1) == 1 for kind in ("tensor", "data", "pipeline")):
+            # vLLM's docs/usage/reproducibility.md: in a process of its own the engine starts on whatever has arrived,
+            # so that steps, and with them the rounding of 16-bit products, change from run to run
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         _check_checkpoint(pretrained)
         try:
@@ -102,21 +105,20 @@ class VLLMQuantized(WindowScoring, VLLM):
         return int(self._config.get_text_config().vocab_size)
 
     def score_windows(self, windows: Sequence[WindowRequest]) -> list[WindowScores]:
-        step = len(windows) if self.batch_size == "auto" else int(self.batch_size)
-        if self._on_cpu:
-            # One window fills a CPU, and bfloat16 products round differently in other company: up to 1 % of a
-            # short window's perplexity. On its own, a window has the same scores in any batch and order.
-            step = 1
+        """Each window is computed whole, so that a score does not depend on what ran before.
+
+        Nor on the batch size or the order of the windows: 16-bit products round differently in other company, so the
+        company is always the same. On a CPU a window has none (it fills one anyway; short ones moved by up to 1 %); a
+        GPU gets all at once in the order of their ids, and vLLM cuts them into steps of max_num_batched_tokens.
+        """
         prompts = [Prompt(w.ids, len(w.context_ids)) for w in windows]
-        results: list[WindowScores] = []
-        one_call = step >= len(windows)  # vLLM's own progress bar serves then
-        with tqdm(total=len(windows), desc=f"Scoring windows ({self.label})", unit="window", disable=one_call) as bar:
-            for start in range(0, len(windows), step):
-                batch = prompts[start : start + step]
-                # Windows are computed whole, so that a score does not depend on what ran before
-                results += [WindowScores.of(*s) for s in self._score(batch, reuse_prefixes=False, use_tqdm=one_call)]
-                bar.update(len(batch))
-        return results
+        if not self._on_cpu:
+            order = sorted(range(len(prompts)), key=lambda i: prompts[i])
+            found = self._score([prompts[i] for i in order], reuse_prefixes=False, use_tqdm=True)
+            in_place = dict(zip(order, found, strict=True))
+            return [WindowScores.of(*in_place[i]) for i in range(len(prompts))]
+        progress = tqdm(prompts, desc=f"Scoring windows ({self.label})", unit="window")
+        return [WindowScores.of(*self._score([p], reuse_prefixes=False, use_tqdm=False)[0]) for p in progress]
 
     def _score(self, prompts: list[Prompt], reuse_prefixes: bool, use_tqdm: bool) -> list[TokenScores]:
         if self._engine is not None:

@@ -277,3 +277,19 @@ def test_an_unknown_runner_is_a_reason_not_a_crash() -> None:
     reason = worker.lmeval_ext_install()
     assert reason is not None
     assert "AttributeError" in reason
+
+
+@pytest.mark.engine
+def test_on_a_gpu_batch_size_and_order_change_nothing(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same company for every order and batch size: equal to the last bit, and in the order that was asked for."""
+    from lmeval_ext.requests import window_request
+
+    windows = [window_request("w", random_ids(n, n), 1, {}, (None, None, None)) for n in (50, 80, 30, 80)]
+    alone = model.score_windows(windows)
+    monkeypatch.setattr(model, "_on_cpu", False)
+    for batch_size in (1, "auto"):
+        monkeypatch.setattr(model, "batch_size", batch_size)
+        forth, back = model.score_windows(windows), model.score_windows(windows[::-1])[::-1]
+        assert forth == back
+        for a, b in zip(forth, alone, strict=True):
+            np.testing.assert_allclose(a.logprobs, b.logprobs, rtol=1e-5, atol=2e-5)

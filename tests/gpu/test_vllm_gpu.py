@@ -19,6 +19,8 @@ import torch
 pytestmark = pytest.mark.gpu
 
 # Hopper: Marlin, weight-only. Blackwell's native kernels would be other names, and quantize activations.
+# Given rather than profiled: these tests may share the GPU
+KV_POOL = {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 4 << 30}
 MARLIN, EMULATION = "MarlinNvFp4LinearKernel", "EmulationNvFp4LinearKernel"
 
 
@@ -38,7 +40,7 @@ def perplexity(name: str, **arguments: Any) -> tuple[float, dict[str, Any]]:
     from tests.conftest import evaluate
 
     text = {"text_path": str(Path(os.environ["WIKITEXT2_DIR"]) / "wiki.test.raw")}
-    settings = {"gpu_memory_utilization": 0.2, "enforce_eager": True} | arguments
+    settings = {**KV_POOL, "enforce_eager": True} | arguments
     found = evaluate("vllm_nvfp4", "wiki2_strided", limit=2, metadata=text, pretrained=folder(name), **settings)
     return found["results"]["wiki2_strided"]["token_perplexity,none"], found["config"]["quantization"]
 
@@ -89,7 +91,7 @@ def model(request: Any) -> Iterator[Any]:
     before = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
     built = get_model("vllm_nvfp4")(
-        pretrained=folder("NVFP4A16"), max_model_len=2049, gpu_memory_utilization=0.2, batch_size="auto", **arguments
+        pretrained=folder("NVFP4A16"), max_model_len=2049, batch_size="auto", **KV_POOL, **arguments
     )
     yield built
     del built
@@ -105,7 +107,7 @@ def texts(model: Any, n: int, length: int) -> list[list[int]]:
 
 
 def test_same_numbers_as_prompt_logprobs(model: Any) -> None:
-    """Both read the same 16-bit logits, so a token differs only where the batch rounds otherwise: 0.1 in its logits."""
+    """In the same steps both read the same 16-bit logits: what is left is rounding of float32 log-softmax."""
     from lmeval_ext.models.vllm_client import Prompt
 
     assert model._engine is not None, model._why_not_engine
@@ -115,19 +117,31 @@ def test_same_numbers_as_prompt_logprobs(model: Any) -> None:
     theirs = np.concatenate([s.logprobs for s in model._score(prompts, False, False)]).astype(float)
     model._engine = engine
     print(f"max |difference| {np.abs(ours - theirs).max():.2e}, mean {np.mean(ours - theirs):.2e}")
-    assert np.exp(-ours.mean()) == pytest.approx(np.exp(-theirs.mean()), rel=1e-4)
-    assert np.abs(ours - theirs).max() < 0.5
+    assert np.abs(ours - theirs).max() < 1e-4
+    assert np.exp(-ours.mean()) == pytest.approx(np.exp(-theirs.mean()), rel=1e-5)
 
 
-def test_batch_and_order_do_not_matter(model: Any) -> None:
+def test_batch_size_and_order_do_not_matter(model: Any) -> None:
+    from lmeval_ext.requests import window_request
+
+    windows = [window_request("w", ids, 1, {}, (None, None, None)) for ids in texts(model, 8, 2048)]
+    model.batch_size = 1
+    one = model._loglikelihood_tokens(windows)
+    model.batch_size = "auto"
+    auto = model._loglikelihood_tokens(windows[::-1])[::-1]
+    assert [s.logprobs for s in one] == [s.logprobs for s in auto]
+
+
+def test_a_window_in_other_company_is_the_same_but_for_rounding(model: Any) -> None:
+    """Kernels choose shapes by a step's tokens: 16-bit results then differ in the last bit, logits by 0.1."""
     from lmeval_ext.models.vllm_client import Prompt
 
     prompts = [Prompt(ids, 1) for ids in texts(model, 8, 2048)]
-    together = [s.logprobs for s in model._score(prompts, False, False)]
-    alone = [model._score([p], False, False)[0].logprobs for p in reversed(prompts)][::-1]
-    a, b = np.concatenate(together).astype(float), np.concatenate(alone).astype(float)
-    print(f"together {np.exp(-a.mean()):.6f}, alone and in reverse {np.exp(-b.mean()):.6f}")
-    assert np.exp(-a.mean()) == pytest.approx(np.exp(-b.mean()), rel=1e-4)
+    together = np.concatenate([s.logprobs for s in model._score(prompts, False, False)]).astype(float)
+    alone = np.concatenate([model._score([p], False, False)[0].logprobs for p in prompts]).astype(float)
+    print(f"perplexity together {np.exp(-together.mean()):.6f}, alone {np.exp(-alone.mean()):.6f}")
+    print(f"a token: rms {np.std(together - alone):.3f}, max {np.abs(together - alone).max():.3f}")
+    assert np.exp(-together.mean()) == pytest.approx(np.exp(-alone.mean()), rel=2e-3)
 
 
 def test_choices_share_a_cached_context(model: Any) -> None:
@@ -139,7 +153,7 @@ def test_choices_share_a_cached_context(model: Any) -> None:
         prompts += [Prompt(context + ids[350 : 350 + n], len(context)) for n in (1, 4, 9, 30)]
     shared = [float(s.logprobs.sum()) for s in model._score(prompts, True, False)]
     fresh = [float(s.logprobs.sum()) for s in model._score(prompts, False, False)]
-    np.testing.assert_allclose(shared, fresh, rtol=5e-3, atol=0.1)
+    np.testing.assert_allclose(shared, fresh, rtol=1e-2, atol=0.5)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
