@@ -94,9 +94,19 @@ class WindowScores(NamedTuple):
         if values.shape != matches.shape or values.ndim != 1:
             raise ValueError(f"logprobs {values.shape} and greedy {matches.shape} must be equal and flat")
         total = float(values.sum(dtype=np.float64))
-        # The shortest decimal that is this float32: nothing is lost, and the file is half as long
-        shortest = [float(str(v)) for v in values]
-        return cls(total, bool(matches.all()), shortest, matches.tolist())
+        return cls(total, bool(matches.all()), _ten_digits(values).tolist(), matches.tolist())
+
+
+def _ten_digits(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """float32 values as float64 of ten significant digits: they read back as the same float32, and print half as long.
+
+    An integer below 2^53 over a power of ten is the double nearest to that decimal, which `repr` then prints as such.
+    """
+    wide = values.astype(np.float64)
+    plain = np.isfinite(wide) & (np.abs(wide) > 1e-12) & (np.abs(wide) < 1e9)
+    scale = 10.0 ** (9 - np.floor(np.log10(np.abs(wide[plain]))))
+    wide[plain] = np.rint(wide[plain] * scale) / scale
+    return wide
 
 
 def score_token_windows(model: Any, requests: list[WindowRequest]) -> Any:

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import make_table
 
@@ -194,6 +196,19 @@ def test_scores_keep_every_bit_of_float32() -> None:
     scores = WindowScores.of(values, values > 0)
     assert np.array_equal(np.array(scores.logprobs, dtype=np.float32), values)
     assert scores.loglikelihood == pytest.approx(float(values.astype(np.float64).sum()), rel=1e-12)
+
+
+@given(st.lists(st.floats(width=32), min_size=1))
+def test_scores_read_back_as_the_same_float32(values: list[float]) -> None:
+    given_values = np.array(values, dtype=np.float32)
+    written = json.loads(json.dumps(WindowScores.of(given_values, given_values > 0).logprobs))
+    np.testing.assert_array_equal(np.array(written, dtype=np.float32), given_values)
+
+
+def test_scores_print_short() -> None:
+    """Half of the 17 digits of a float64, and no more."""
+    values = -np.random.default_rng(0).exponential(3, 1000).astype(np.float32)
+    assert max(len(repr(v)) for v in WindowScores.of(values, values > 0).logprobs) <= len("-0.00012345678901")
 
 
 def test_samples_record_what_was_scored(tiny_llama: Path) -> None:
