@@ -20,6 +20,10 @@ MODELS = {
     "vllm_nvfp4": "lmeval_ext.models.vllm_nvfp4:VLLMQuantized",
     "hf_quant": "lmeval_ext.models.hf_quant:HFQuantized",
     "llamacpp": "lmeval_ext.models.llamacpp:LlamaCpp",
+    "exllamav3": "lmeval_ext.models.exllamav3:ExLlamaV3",
+    "exl3": "lmeval_ext.models.exllamav3:ExLlamaV3",
+    "exllamav2": "lmeval_ext.models.exllamav2:ExLlamaV2Model",
+    "exl2": "lmeval_ext.models.exllamav2:ExLlamaV2Model",
 }
 
 
