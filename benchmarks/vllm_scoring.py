@@ -27,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
+from benchmarks.gpu_turns import turn
+
 EXTENSION = "benchmarks.vllm_limit.LimitedWorker"
 GIB = 1024**3
 
@@ -41,6 +43,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--guide-windows", type=int, default=8, help="windows of the slow way")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--choices", type=int, default=0, metavar="QUESTIONS")
+    parser.add_argument("--lock", type=Path, help="measure only while holding this file (benchmarks/gpu_turns.py)")
     parser.add_argument("--output", type=Path)
     parser.add_argument("engine", nargs="*", metavar="ENGINE_ARG=VALUE")
     return parser.parse_intermixed_args()
@@ -61,6 +64,7 @@ class Bench:
         # the adapter knows its own extension only; this one is a subclass of it
         self.client = self.model._engine = ours.EngineScoring(self.model.model)
         self.model._own_worker = True
+        self.model.batch_size = "auto"
         self.vocabulary = self.model.vocabulary
         self.random = random.Random(0)
         self.stock_class = ours.VLLM
@@ -95,14 +99,16 @@ class Bench:
                 next(iter(token.values()))
 
     def stock(self, windows: Sample) -> None:
-        self.model.batch_size = "auto"
         self.stock_class._loglikelihood_tokens(self.model, [(None, w[:1], w[1:]) for w in windows], disable_tqdm=True)
 
     def flat(self, windows: Sample) -> None:
         self._generate(windows, prompt_logprobs=0, flat_logprobs=True)
 
     def ours(self, windows: Sample) -> None:
-        self.client.score([self._prompt(w) for w in windows], False, False)
+        from lmeval_ext.requests import window_request
+
+        requests = [window_request("w", w, 1, {}, (None, None, None)) for w in windows]
+        self.model._loglikelihood_tokens(requests)
 
     def choices_stock(self, questions: Any) -> None:
         self.stock_class._loglikelihood_tokens(self.model, questions, disable_tqdm=True)
@@ -188,9 +194,10 @@ def main() -> None:
     report: dict[str, Any] = {"model": Path(options.model).name, "windows": options.windows, "length": options.length}
     facts = bench.model.describe()
     report |= {"engine": f"vllm {facts.engine_version}", "device": facts.device, "kernel": facts.kernel}
-    report |= bench.measure()
-    if options.choices:
-        report["multiple_choice"] = bench.measure_choices()
+    with turn(options.lock):
+        report |= bench.measure()
+        if options.choices:
+            report["multiple_choice"] = bench.measure_choices()
     if options.output:
         options.output.write_text(json.dumps(report, indent=1))
     print(f"\n{report['model']} on {report['device']}, {report['engine']}, kernel {report['kernel']}")
