@@ -29,7 +29,9 @@ class Quantization:
     peak_vram_gb: measured GiB of weights and activations, without the engine's preallocated KV pool (kv_pool_gb).
     layer_parameters: logical elements of the
     decoder's matrices, the same for every quantization of one model. kv_bytes_per_token: what a token takes in a KV
-    cache of kv_cache_dtype (`lmeval_ext.storage.kv_cache`). None: unknown; `notes` says why.
+    cache of kv_cache_dtype (`lmeval_ext.storage.kv_cache`). bos: the rule by which texts of the harness' own requests
+    became tokens, as `WindowScoring.bos_rule` gives it; token windows have their own, in the task's metadata.
+    None: unknown; `notes` says why.
     """
 
     label: str
@@ -50,6 +52,7 @@ class Quantization:
     device: str | None = None
     revision: str | None = None
     scoring: str | None = None
+    bos: dict[str, Any] | None = None
     tokens_per_second: float | None = None
     weight_vram_gb: float | None = None
     peak_vram_gb: float | None = None
@@ -89,6 +92,42 @@ class WindowScoring:
         self._window_tokens += sum(len(r.ids) for r in requests)
         return scores
 
+    def complete_requests(self, requests: Sequence[Any], limit: int | None = None) -> list[Any]:
+        """The harness' triples (key, context ids, continuation ids), ready to be scored.
+
+        A context without tokens (white space alone: the harness moves it to the continuation) gets the prefix token,
+        as an empty one does. limit: the most tokens of a continuation; default max_length, as in `hf`.
+        Raises UserError for a continuation that is empty (its characters went into the context's last token) or longer.
+        """
+        limit = int(self.max_length if limit is None else limit)  # type: ignore[attr-defined]
+        complete = []
+        for index, (key, context, continuation) in enumerate(requests):
+            if not 0 < len(continuation) <= limit:
+                about = f" {key[1][:60]!r}" if isinstance(key, tuple) and len(key) > 1 else ""
+                problem = "has no tokens" if not continuation else f"has {len(continuation)} tokens, the model {limit}"
+                raise UserError(f"the continuation{about} of request {index} {problem}; it cannot be scored")
+            complete.append((key, context or [self.prefix_token_id], continuation))  # type: ignore[attr-defined]
+        return complete
+
+    def bos_rule(self) -> dict[str, Any] | None:
+        """What `tok_encode` does to a text.
+
+        before_text: ids that it puts before a text which does not begin with the prefix token's own text (before one
+        that does, it puts nothing). prefix_token_id: what stands for an empty context, and before a text whose whole
+        log-likelihood is taken. add_bos_token: what was asked for; None: as the tokenizer does by itself.
+        """
+        try:
+            plain, whole = (list(self.tok_encode("a", add_special_tokens=s)) for s in (False, None))  # type: ignore[attr-defined]
+            at = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
+            return {
+                "before_text": whole[:at],
+                "prefix_token_id": int(self.prefix_token_id),  # type: ignore[attr-defined]
+                "add_bos_token": getattr(self, "add_bos_token", None),
+            }
+        except Exception as error:  # the scores are there by now
+            logger.warning("what the tokenizer puts before a text is unknown: %s", first_line(error))
+            return None
+
     @property
     def window_limit(self) -> int:
         """The most tokens that a window may have."""
@@ -108,6 +147,7 @@ class WindowScoring:
             logger.exception("the model's description failed; its figures are null")
             name = type(self).__name__
             facts = Quantization(self.label or name, name, None, notes=[f"unknown: {first_line(error)}"])
+        facts.bos = self.bos_rule()
         if self._window_seconds:
             facts.tokens_per_second = self._window_tokens / self._window_seconds
         return {**inherited, "quantization": asdict(facts)}

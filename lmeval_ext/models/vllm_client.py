@@ -31,15 +31,19 @@ class Prompt(NamedTuple):
     first: int
 
 
+class UnknownRunnerError(Exception):
+    """This vLLM's model runner is not one of those that the worker extension knows."""
+
+
 class EngineScoring:
-    """Scores from the workers of one engine. Raises RuntimeError, with the reason, where they cannot give them."""
+    """Scores from the workers of one engine. Raises UnknownRunnerError where they cannot give them."""
 
     def __init__(self, llm: Any) -> None:
         self._llm = llm
         self._next = 0  # numbers of requests are never used twice: scores of an interrupted call fit no later one
         reasons = [reason for reason in llm.collective_rpc("lmeval_ext_install") if reason]
         if reasons:
-            raise RuntimeError(reasons[0])
+            raise UnknownRunnerError(reasons[0])
 
     def score(self, prompts: Sequence[Prompt], reuse_prefixes: bool, use_tqdm: bool) -> list[TokenScores]:
         """Scores of each prompt, in order.
@@ -81,6 +85,8 @@ def _assemble(taken: dict[str, Any] | None, wanted: dict[int, Prompt]) -> dict[i
         return {}
     logprobs = np.frombuffer(taken["logprobs"], dtype=np.float32)
     greedy = np.frombuffer(taken["greedy"], dtype=bool)
+    if len(logprobs) != sum(count for *_, count in taken["spans"]):
+        raise RuntimeError("vLLM's workers returned other scores than they said")
     size = {n: len(p.ids) - p.first for n, p in wanted.items()}
     scores = {n: TokenScores(np.empty(k, np.float32), np.empty(k, bool)) for n, k in size.items()}
     came = {n: np.zeros(k, bool) for n, k in size.items()}

@@ -5,12 +5,16 @@ Tried with vLLM 0.26 (GPU) and 0.32 (CPU).
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from lm_eval.models.utils import Collator
 from tqdm import tqdm
 
@@ -40,6 +44,7 @@ try:
         EngineScoring,
         Prompt,
         TokenScores,
+        UnknownRunnerError,
         prompt_logprobs_params,
         read_prompt_logprobs,
     )
@@ -69,17 +74,21 @@ class VLLMQuantized(WindowScoring, VLLM):
         if self._on_cpu:
             kwargs.setdefault("enforce_eager", True)
             kwargs.setdefault("kv_cache_memory_bytes", _cpu_kv_bytes())
-        if all(int(kwargs.get(f"{kind}_parallel_size") or 1) == 1 for kind in ("tensor", "data", "pipeline")):
-            # vLLM's docs/usage/reproducibility.md: in a process of its own the engine starts on whatever has arrived,
-            # so that steps, and with them the rounding of 16-bit products, change from run to run
-            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        if kwargs.get("kv_sharing_fast_prefill"):
+            raise UserError(
+                "kv_sharing_fast_prefill=True: vLLM then computes no states of prompt tokens to score; drop it"
+            )
+        alone = all(int(kwargs.get(f"{kind}_parallel_size") or 1) == 1 for kind in ("tensor", "data", "pipeline"))
         _check_checkpoint(pretrained)
         try:
-            super().__init__(pretrained=pretrained, **kwargs)
+            with _engine_in_this_process() if alone else contextlib.nullcontext():
+                super().__init__(pretrained=pretrained, **kwargs)
         except Exception as error:
             raise _explain(error, pretrained) from error
         self._own_worker = kwargs["worker_extension_cls"] == WORKER_EXTENSION and self.data_parallel_size <= 1
         self._engine, self._why_not_engine = self._engine_scoring()
+        if self._own_worker:
+            self.model.collective_rpc("lmeval_ext_reset_peak")  # loading may have taken more than running will
 
     def _engine_scoring(self) -> tuple[EngineScoring | None, str | None]:
         """The workers' scoring, or why this engine goes through `prompt_logprobs`."""
@@ -91,7 +100,7 @@ class VLLMQuantized(WindowScoring, VLLM):
             return None, "a LoRA adapter"
         try:
             return EngineScoring(self.model), None
-        except RuntimeError as error:
+        except UnknownRunnerError as error:
             reason = f"this vLLM ({vllm.__version__}) has other model runners than those tried ({error})"
             logger.warning("scoring goes through prompt_logprobs, which is slower: %s", reason)
             return None, reason
@@ -134,12 +143,15 @@ class VLLMQuantized(WindowScoring, VLLM):
         return [read_prompt_logprobs(p, out.prompt_logprobs) for p, out in zip(prompts, outputs, strict=True)]
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **kwargs: Any) -> Any:
+        if requests and not isinstance(requests[0], WindowRequest):
+            requests = self.complete_requests(requests, int(self.max_length) - 2)
         if self._engine is None or not requests or isinstance(requests[0], WindowRequest):
             return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, **kwargs)
         # Sorted by their tokens: choices of one question follow each other and share their context's cache
         order = Collator(requests, sort_fn=lambda r: tuple(r[1] + r[2]))
         answers: list[tuple[float, bool]] = []
-        n = 0 if self.batch_size == "auto" else int(self.batch_size)
+        # vLLM makes its own batches: the command line's default of 1 would only keep a GPU waiting
+        n = int(self.batch_size) if self._on_cpu and self.batch_size != "auto" else 0
         for chunk in order.get_batched(n=n):
             prompts = [self._continuation(context, continuation) for _, context, continuation in chunk]
             scores = self._score(prompts, reuse_prefixes=True, use_tqdm=n == 0 and not disable_tqdm)
@@ -158,7 +170,7 @@ class VLLMQuantized(WindowScoring, VLLM):
             logger.warning(
                 "%d tokens exceed max_length - 1 = %d: cut from the left", len(context + continuation), limit
             )
-        return Prompt(whole, max(1, len(whole) - len(continuation)))
+        return Prompt(whole, len(whole) - len(continuation))
 
     def describe(self) -> Quantization:
         cache = self.model_args.get("kv_cache_dtype")
@@ -197,6 +209,29 @@ class VLLMQuantized(WindowScoring, VLLM):
             facts.kv_pool_gb = pool / GIB
             facts.peak_vram_gb = (sum(r["peak_bytes"] for r in reports) - pool) / GIB
         return facts
+
+
+@contextlib.contextmanager
+def _engine_in_this_process() -> Iterator[None]:
+    """Start vLLM's engine in this process, and leave the process' random numbers and environment as they were.
+
+    In a process of its own the engine starts on whatever has arrived, so that steps, and with them the rounding of
+    16-bit products, change from run to run (vLLM's docs/usage/reproducibility.md). Here it seeds `random`, numpy and
+    torch, with which the harness shuffles some tasks afterwards. vLLM reads the variable while it starts only.
+    """
+    name = "VLLM_ENABLE_V1_MULTIPROCESSING"
+    python, pytorch = random.getstate(), torch.get_rng_state()
+    numpy = np.random.get_state()  # noqa: NPY002 (the legacy state is the one that the harness seeds)
+    mine = name not in os.environ
+    os.environ.setdefault(name, "0")
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        torch.set_rng_state(pytorch)
+        if mine:
+            del os.environ[name]
 
 
 def _cpu_kv_bytes() -> int:

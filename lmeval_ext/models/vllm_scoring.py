@@ -61,21 +61,27 @@ class PromptScorer:
     _greedy: list[torch.Tensor] = field(default_factory=list)
 
     def add(self, hidden_states: torch.Tensor, step: Step) -> None:
-        """Score one step. hidden_states: [≥ rows, hidden], after the final norm."""
-        self._spans += step.spans
+        """Score one step, all of it or nothing: an error half way must not shift what comes later.
+
+        hidden_states: [≥ rows, hidden], after the final norm.
+        """
         rows = to_device(torch.from_numpy(step.rows), hidden_states.device)
         chunk = self.chunk_rows(hidden_states)
-        for start in range(0, len(rows), chunk):
-            part = slice(start, start + chunk)
-            self._score(hidden_states.index_select(0, rows[part]), step.targets[part])
+        parts = [
+            self._score(hidden_states.index_select(0, rows[start : start + chunk]), step.targets[start : start + chunk])
+            for start in range(0, len(rows), chunk)
+        ]
+        found = [part for part in parts if part is not None]
+        if found:
+            self._spans += step.spans
+            self._logprobs += [logprobs for logprobs, _ in found]
+            self._greedy += [greedy for _, greedy in found]
 
-    def _score(self, hidden_states: torch.Tensor, targets: torch.Tensor) -> None:
+    def _score(self, hidden_states: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         logits = self.compute_logits(hidden_states)
         if logits is None:
-            return
-        logprobs, greedy = target_logprobs(logits, targets, min(self.vocabulary, logits.shape[-1]))
-        self._logprobs.append(logprobs)
-        self._greedy.append(greedy)
+            return None
+        return target_logprobs(logits, targets, min(self.vocabulary, logits.shape[-1]))
 
     def chunk_rows(self, hidden_states: torch.Tensor) -> int:
         """Rows whose logits fit into the chunk's bytes; the same on every rank."""

@@ -21,7 +21,9 @@ class WorkerExtension:
     lmeval_ext_scorer: PromptScorer
 
     def lmeval_ext_install(self) -> str | None:
-        """Start scoring requests that ask for it. Returns None, or why this vLLM cannot."""
+        """Start scoring requests that ask for it. Returns None, or why this vLLM cannot. Twice is as good as once."""
+        if hasattr(self, "lmeval_ext_scorer"):
+            return None
         try:
             self.lmeval_ext_scorer = vllm_runners.install(self.model_runner)
         except (AttributeError, TypeError) as error:

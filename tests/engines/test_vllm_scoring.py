@@ -13,6 +13,7 @@ import pytest
 import torch
 from lm_eval.api.registry import get_model
 
+from lmeval_ext.errors import UserError
 from lmeval_ext.models import vllm_scoring
 from lmeval_ext.models.vllm_scoring import EXTRA_ARG, PromptScorer, Span, Step, wanted_span
 from tests.conftest import VOCABULARY, make_llama
@@ -104,7 +105,7 @@ def test_ordinary_prompt_logprobs_still_work_beside_ours(model: Any) -> None:
     ids = random_ids(40)
     params = [
         vllm.SamplingParams(max_tokens=1, prompt_logprobs=0),
-        vllm.SamplingParams(max_tokens=1, extra_args={EXTRA_ARG: [10**9, 1]}),
+        vllm.SamplingParams(max_tokens=1, skip_reading_prefix_cache=True, extra_args={EXTRA_ARG: [10**9, 1]}),
         vllm.SamplingParams(max_tokens=3, temperature=0),
     ]
     tokens = [vllm.TokensPrompt(prompt_token_ids=ids)] * 3
@@ -112,7 +113,7 @@ def test_ordinary_prompt_logprobs_still_work_beside_ours(model: Any) -> None:
     assert len(outputs[0].prompt_logprobs) == 40
     assert len(outputs[2].outputs[0].token_ids) == 3
     (taken,) = model.model.collective_rpc("lmeval_ext_take")
-    assert sum(count for _, _, count in taken["spans"]) <= 39
+    assert sum(count for _, _, count in taken["spans"]) == 39
 
 
 @pytest.mark.engine
@@ -128,6 +129,47 @@ def test_scores_of_an_interrupted_call_fit_no_later_one(model: Any) -> None:
         model._engine._llm.collective_rpc = left_over
     prompt = [Prompt(random_ids(30, 5), 1)]
     assert_equal(model._score(prompt, False, False), own_way(model, prompt))
+
+
+@pytest.mark.engine
+def test_what_cannot_be_scored_is_said(model: Any) -> None:
+    """A context of white space alone has no tokens: the prefix token stands in. No sum is cut in silence."""
+    model.batch_size = "auto"
+    answer = random_ids(5)
+    (bare,) = model._loglikelihood_tokens([(None, [], answer)], disable_tqdm=True)
+    (whole,) = model._loglikelihood_tokens([(None, [model.prefix_token_id], answer)], disable_tqdm=True)
+    assert bare == whole
+    with pytest.raises(UserError, match="has no tokens"):
+        model._loglikelihood_tokens([(("a", ""), [3], [])], disable_tqdm=True)
+    with pytest.raises(UserError, match="has 199 tokens"):
+        model._loglikelihood_tokens([(("a", "b"), [3], random_ids(199))], disable_tqdm=True)
+
+
+def test_loading_leaves_the_harness_random_numbers_alone() -> None:
+    """The harness seeds first and shuffles some tasks later; vLLM seeds in between."""
+    import os
+    import random
+
+    from lmeval_ext.models.vllm_nvfp4 import _engine_in_this_process
+
+    assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in os.environ
+
+    def seed(number: int) -> None:
+        random.seed(number)
+        np.random.seed(number)  # noqa: NPY002 (the legacy state is the one that the harness seeds)
+        torch.manual_seed(number)
+
+    def draw() -> tuple[float, float, float]:
+        return random.random(), float(np.random.rand()), torch.rand(1).item()  # noqa: NPY002
+
+    seed(5)
+    expected = draw()
+    seed(5)
+    with _engine_in_this_process():
+        assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+        seed(1)
+    assert draw() == expected
+    assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in os.environ
 
 
 @pytest.mark.engine
@@ -181,6 +223,26 @@ def test_rows_are_scored_in_chunks_with_the_right_states(monkeypatch: pytest.Mon
     np.testing.assert_allclose(np.frombuffer(taken["logprobs"], np.float32), expected, rtol=1e-6)
     assert taken["spans"] == [[0, 1, 19], [1, 4, 14]]
     assert scorer.take() is None
+
+
+def test_a_step_that_fails_leaves_nothing_behind() -> None:
+    """Out of memory in the output matrix, and the caller goes on: later scores must not shift."""
+    failing = [True]
+
+    def head(states: torch.Tensor) -> torch.Tensor:
+        if failing.pop() if failing else False:
+            raise torch.cuda.OutOfMemoryError
+        return states * 3
+
+    scorer = PromptScorer(head, vocabulary=8)
+    first, second = (Step([Span(n, 1, 3)], np.arange(3) + n, torch.arange(3) + n) for n in (0, 4))
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        scorer.add(torch.eye(8), first)
+    scorer.add(torch.eye(8), second)
+    taken = scorer.take()
+    assert taken is not None
+    assert taken["spans"] == [[4, 1, 3]]
+    assert len(np.frombuffer(taken["logprobs"], np.float32)) == 3
 
 
 def test_ranks_without_logits_take_nothing() -> None:

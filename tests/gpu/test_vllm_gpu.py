@@ -1,4 +1,4 @@
-"""vLLM on a GPU: needs one, so it is deselected elsewhere. Run by hand: pytest -m gpu tests/gpu/test_vllm.py
+"""vLLM on a GPU: needs one, so it is deselected elsewhere. Run by hand: pytest -m gpu tests/gpu/test_vllm_gpu.py
 
 SMOLLM2_DIR names a folder with SmolLM2-135M-NVFP4A16, SmolLM2-135M-NVFP4 (demo/quantize_ct.py) and
 SmolLM2-135M-NVFP4-modelopt (demo/to_modelopt.py); WIKITEXT2_DIR the data set's test split.
@@ -18,9 +18,9 @@ import torch
 
 pytestmark = pytest.mark.gpu
 
-# Hopper: Marlin, weight-only. Blackwell's native kernels would be other names, and quantize activations.
 # Given rather than profiled: these tests may share the GPU
 KV_POOL = {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 4 << 30}
+# Hopper: Marlin, weight-only. Blackwell's native kernels would be other names, and quantize activations.
 MARLIN, EMULATION = "MarlinNvFp4LinearKernel", "EmulationNvFp4LinearKernel"
 
 
