@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from outputs import checkpoint, new_folder, run
+from outputs import UsageError, checkpoint, new_folder, run
 from safetensors.torch import load_file, save_file
 
 NAMES = {
@@ -23,17 +23,25 @@ NAMES = {
     "weight_global_scale": "weight_scale_2",
     "input_global_scale": "input_scale",
 }
+INDEX = "model.safetensors.index.json"
 RECIPROCAL = {"weight_global_scale", "input_global_scale"}
 
 
 def convert(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Tensors under ModelOpt's names; those that are not quantized keep theirs."""
     quantized = {name.removesuffix(".weight_packed") for name in tensors if name.endswith(".weight_packed")}
+    if not all(f"{module}.input_global_scale" in tensors for module in quantized):
+        raise UsageError(
+            "the checkpoint has no input scales (NVFP4A16?): ModelOpt's layout is of W4A4; quantize with NVFP4"
+        )
     converted = {}
     for name, tensor in tensors.items():
         module, _, part = name.rpartition(".")
         if module in quantized:
-            name, tensor = f"{module}.{NAMES[part]}", 1 / tensor.float().squeeze() if part in RECIPROCAL else tensor
+            name, tensor = (
+                f"{module}.{NAMES.get(part, part)}",
+                1 / tensor.float().squeeze() if part in RECIPROCAL else tensor,
+            )
         converted[name] = tensor.contiguous()
     return converted
 
@@ -43,6 +51,8 @@ def main() -> None:
     parser.add_argument("model", type=checkpoint)
     parser.add_argument("out", type=Path)
     options = parser.parse_args()
+    if (options.model / INDEX).exists():
+        raise UsageError(f"{options.model} is sharded, which this small script does not do")
     with new_folder(options.out) as out:
         for file in options.model.iterdir():
             if file.suffix == ".safetensors":
@@ -54,7 +64,7 @@ def main() -> None:
             "quant_method": "modelopt",
             "quant_algo": "NVFP4",
             "group_size": 16,
-            "ignore": ["lm_head"],
+            "ignore": config["quantization_config"].get("ignore", []),
             "producer": {"name": "modelopt"},
         }
         (out / "config.json").write_text(json.dumps(config, indent=1))
