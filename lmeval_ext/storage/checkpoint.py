@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,9 @@ from lmeval_ext.storage.tensors import StoredTensor
 
 INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"^(.*)-(\d{5,})-of-(\d{5,})\.safetensors$")
+# What ExLlamaV2's converter writes (0.3.2, conversion/compile.py). It copies every other file of the original beside
+# it, and with them the original's index, which names files that are not there.
+EXL2_FILE = re.compile(r"^output(-\d{5,}-of-\d{5,})?\.safetensors$")
 # Where wrappers keep the language model's own config (transformers' composite configs).
 TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
 
@@ -98,11 +102,7 @@ def inside(folder: Path, name: str) -> Path:
 
     Links into the `blobs` folder beside `snapshots`, the layout of the Hugging Face cache, are part of it.
     """
-    if not name or name in (".", "..") or re.search(r"[/\\:\x00]", name):
-        raise StorageError(
-            f"{folder}: the file name {name[:200]!r} in the shard index is not a plain name in this folder. "
-            "Do not trust this checkpoint; download it from its source again."
-        )
+    _check_plain(folder, name)
     path, root = folder / name, folder.resolve()
     allowed = [root]
     if root.parent.name == "snapshots":
@@ -118,6 +118,33 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
+def check_index(folder: Path) -> None:
+    """StorageError if the folder's shard index cannot be read, or names a file that is not in the folder itself.
+
+    For engines that would follow such a name. No weight file is opened, and links are left to `inside`.
+    """
+    if (folder / INDEX).exists():
+        for name in _index_files(folder).values():
+            _check_plain(folder, name)
+
+
+def _check_plain(folder: Path, name: str) -> None:
+    if not name or name in (".", "..") or re.search(r"[/\\:\x00]", name) or not _encodable(name):
+        raise StorageError(
+            f"{folder}: the file name {name[:200]!r} in the shard index is not a plain name in this folder. "
+            "Do not trust this checkpoint; download it from its source again."
+        )
+
+
+def _encodable(name: str) -> bool:
+    """Whether the file system can hold the name: JSON may hold half a character (a lone surrogate)."""
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _only_file(path: Path, folder: Path, notes: list[str]) -> Path | None:
     """The one file to read, None for a sharded checkpoint (then the index or the shard names say which)."""
     if path.is_dir():
@@ -131,9 +158,11 @@ def _only_file(path: Path, folder: Path, notes: list[str]) -> Path | None:
 def _tensors(folder: Path, only: Path | None, notes: list[str]) -> dict[str, StoredTensor]:
     if only is not None:
         return _merge([only])
-    if (folder / INDEX).exists():
-        return _indexed(folder, notes)
     names = sorted(file.name for file in folder.iterdir() if file.name.endswith(".safetensors"))
+    if (folder / INDEX).exists():
+        if not _of_the_original(folder, names):
+            return _indexed(folder, notes)
+        notes.append(f"{INDEX} is the original's, copied by ExLlamaV2's converter: not used")
     if "model.safetensors" in names:
         return _merge([inside(folder, "model.safetensors")])
     shards = [match for name in names if (match := SHARD.match(name))]
@@ -152,6 +181,11 @@ def _tensors(folder: Path, only: Path | None, notes: list[str]) -> dict[str, Sto
             "Convert the checkpoint to safetensors (transformers: save_pretrained) or download a safetensors revision."
         )
     raise StorageError(f"{folder} holds no .safetensors file and no .gguf file. Give the folder of a checkpoint.")
+
+
+def _of_the_original(folder: Path, names: list[str]) -> bool:
+    """Whether the index names none of the folder's weight files, and these are ExLlamaV2's."""
+    return bool(names) and all(map(EXL2_FILE.match, names)) and not set(names) & set(_index_files(folder).values())
 
 
 def _complete(folder: Path, shards: list[re.Match[str]]) -> list[Path]:
@@ -175,10 +209,7 @@ def _present(folder: Path, names: list[str]) -> list[Path]:
 
 
 def _indexed(folder: Path, notes: list[str]) -> dict[str, StoredTensor]:
-    index = inside(folder, INDEX)
-    files = read_object(index).get("weight_map")
-    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
-        raise StorageError(f"{index} has no weight_map of tensor names to file names. Download the file again.")
+    index, files = folder / INDEX, _index_files(folder)
     names = sorted(set(files.values()))
     if wrong := [name for name in names if not name.endswith(".safetensors")]:
         inside(folder, wrong[0])
@@ -204,6 +235,15 @@ def _indexed(folder: Path, notes: list[str]) -> dict[str, StoredTensor]:
     if unlisted:
         notes.append(f"{unlisted} tensors stand in the shards but not in {INDEX}; they are counted")
     return tensors
+
+
+def _index_files(folder: Path) -> dict[str, str]:
+    """File names by tensor, as the index has them; none of them is checked."""
+    index = inside(folder, INDEX)
+    files = read_object(index).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+        raise StorageError(f"{index} has no weight_map of tensor names to file names. Download the file again.")
+    return files
 
 
 def _merge(paths: list[Path]) -> dict[str, StoredTensor]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from storage_builders import FIXTURES, LLAMA, real_header, write_checkpoint
 
-from lmeval_ext.storage import inspect
+from lmeval_ext.storage import StorageError, inspect
 
 
 def test_exl3_is_what_exllamav3_reports(tmp_path: Path) -> None:
@@ -73,3 +75,31 @@ def test_sides_that_do_not_fit_the_trellis_give_null(tmp_path: Path, side: str) 
     info = inspect(write_checkpoint(tmp_path, spec, {**LLAMA, "quantization_config": {"quant_method": "exl3"}}))
     assert (info.layer_bpw, info.head_bpw, info.file_bpw) == (None, 16.0, None)
     assert any(base in note and "trellis" in note for note in info.notes)
+
+
+def split(folder: Path, files: list[str]) -> None:
+    """Distribute output.safetensors over `files`."""
+    tensors = load_file(folder / "output.safetensors")
+    (folder / "output.safetensors").unlink()
+    names = sorted(tensors)
+    for i, file in enumerate(files):
+        save_file({name: tensors[name] for name in names[i :: len(files)]}, folder / file)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_exl2_beside_the_originals_index(tmp_path: Path, shards: int) -> None:
+    """ExLlamaV2's converter copies the index of a sharded original, which names files that are not there."""
+    original = Path(__file__).parents[1] / "engines" / "fixtures" / "tiny-exl2-4.0"
+    folder = Path(shutil.copytree(original, tmp_path / "model"))
+    files = [f"output-0000{i + 1}-of-00002.safetensors" for i in range(shards)]
+    if shards == 2:
+        split(folder, files)
+    index = {"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    found = inspect(folder)
+    assert found.layer_bpw == inspect(original).layer_bpw
+    assert any("copied by ExLlamaV2's converter" in note for note in found.notes)
+    if shards == 2:  # one of its own files is missing: still an error
+        (folder / files[1]).unlink()
+        with pytest.raises(StorageError, match="1 of 2 shards are missing"):
+            inspect(folder)
