@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 # Tokens a forward, where memory allows: far beyond what fills a GPU, so that launching kernels costs nothing.
 TOKENS = 32768
 _LOGIT_BYTES = 2 << 30  # logits that stand in memory at once
+_LEAST_LOGIT_BYTES = 16 << 20
 
 
 class Engine(Protocol):
@@ -117,7 +118,18 @@ class Batching:
         return max(1, self.logit_bytes // (2 * self.engine.columns))
 
     def shrink(self, rows: int, length: int) -> None:
-        """`rows` rows of `length` tokens were too many. Raises UserError if it was one."""
+        """`rows` rows of `length` tokens were too many; for one row, its logits were.
+
+        Raises UserError if one row does not fit with few logits at a time.
+        """
+        if rows <= 1 and self.logit_bytes > _LEAST_LOGIT_BYTES:
+            self.logit_bytes = max(_LEAST_LOGIT_BYTES, self.logit_bytes // 2)
+            logger.warning(
+                "out of GPU memory with one sequence of %d tokens; its logits now in chunks of %d MiB",
+                length,
+                self.logit_bytes >> 20,
+            )
+            return
         if rows <= 1:
             raise UserError(
                 f"out of GPU memory with a single sequence of {length} tokens; lower eval_len or max_length, or give "
@@ -125,7 +137,7 @@ class Batching:
             )
         half = rows // 2
         logger.warning("out of GPU memory with %d × %d tokens; going on with %d at a time", rows, length, half)
-        self.logit_bytes = max(16 << 20, self.logit_bytes // 2)
+        self.logit_bytes = max(_LEAST_LOGIT_BYTES, self.logit_bytes // 2)
         self.tokens = min(self.tokens, half * length)
         if self.asked is not None:
             self.asked = min(self.asked, half)

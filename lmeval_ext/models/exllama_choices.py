@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from lmeval_ext.errors import UserError
-
 _WORTHWHILE = 16  # shared tokens below which a forward of their own costs more than it saves
 _NEIGHBOUR = 0.5  # part of a context that neighbours must share
 
@@ -45,18 +43,12 @@ class Batch(NamedTuple):
 def group_requests(requests: Sequence[Any], max_length: int) -> list[Group]:
     """Groups of the harness' triples (key, context ids, continuation ids), cut on the left as its `hf` does it.
 
-    Raises UserError for a continuation that is empty or longer than the model.
+    They have at least one token of context, and 1 to max_length of continuation (`WindowScoring.complete_requests`).
     """
     groups: dict[tuple[int, ...], Group] = {}
-    for index, (key, context, continuation) in enumerate(requests):
-        if not continuation or len(continuation) > max_length:
-            about = f" {key[1]!r}" if isinstance(key, tuple) and len(key) > 1 else ""
-            problem = "has no tokens" if not continuation else f"has {len(continuation)} tokens, the model {max_length}"
-            raise UserError(f"the continuation{about} of request {index} {problem}; it cannot be scored")
+    for index, (_, context, continuation) in enumerate(requests):
         whole = tuple((list(context) + list(continuation))[-(max_length + 1) :])
         count = len(continuation)
-        if len(whole) <= count:
-            raise UserError(f"request {index} has no context token; the harness puts one before an empty context")
         context_ids = whole[: len(whole) - count]
         group = groups.setdefault(context_ids, Group(context_ids[:-1]))
         group.add(index, whole[len(context_ids) - 1 : -1], list(continuation))

@@ -128,6 +128,7 @@ class ExLlamaLM(WindowScoring, TemplateLM):
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **kwargs: Any) -> Any:
         if requests and isinstance(requests[0], WindowRequest):
             return super()._loglikelihood_tokens(requests)
+        requests = self.complete_requests(requests)
         answers: list[tuple[float, bool] | None] = [None] * len(requests)
         progress = tqdm(total=len(requests), disable=disable_tqdm, desc="Running loglikelihood requests")
         for index, answer in self.scorer.choices(group_requests(requests, self.max_length)):
@@ -197,7 +198,7 @@ class ExLlamaLM(WindowScoring, TemplateLM):
         stops = {
             self.eot_token_id,
             *stop_tokens(self.folder, self.config),
-            *(special[u] for u in until if u in special),
+            *(i for name, i in special.items() if any(u and u in name for u in until)),
         }
         prompt = Prompt(
             index=index,
@@ -291,6 +292,34 @@ class ExLlamaLM(WindowScoring, TemplateLM):
             scoring="engine",
         )
         return self.facts(facts)
+
+
+_EMBEDDING_SHARE = 0.05  # of a GPU's memory: token embeddings up to that are held there while scoring
+
+
+def gpu_embedding(first: Any, device: Any, wanted: bool | None) -> torch.nn.Embedding | None:
+    """A copy of the token embeddings for scoring; None where they stay where they are.
+
+    first: the engine's embedding module. device: of its first layer. wanted: None: if they are small.
+    """
+    weight = getattr(getattr(first, "embedding", None), "weight", None)
+    if wanted is False or not isinstance(weight, torch.Tensor) or weight.device.type != "cpu":
+        return None
+    device = torch.device(device)
+    if wanted is None and weight.nbytes > _EMBEDDING_SHARE * torch.cuda.get_device_properties(device).total_memory:
+        return None
+    return torch.nn.Embedding(*weight.shape, _weight=weight.data.to(device), _freeze=True)
+
+
+def allocated_bytes() -> int:
+    """GPU memory that this process' tensors take, all GPUs together."""
+    return sum(torch.cuda.memory_allocated(d) for d in range(torch.cuda.device_count()))
+
+
+def reset_peak_memory() -> None:
+    """Let `measured_memory` count from here."""
+    for index in range(torch.cuda.device_count()):
+        torch.cuda.reset_peak_memory_stats(index)
 
 
 def measured_memory(facts: Quantization, kv_bytes: int, weights_bytes: int | None) -> Quantization:

@@ -89,8 +89,8 @@ class Scorer:
     def _shared(self, groups: list[Group], plain: list[Group]) -> Iterator[_Launched]:
         """One batch of groups on top of their contexts; smaller, and at last without sharing, if memory runs out."""
         try:
-            hidden = self.engine.branch([g.context for g in groups], [g.tails for g in groups])
-            launched = self._pick(hidden, groups)
+            # The states have no name here, which would keep them while a smaller batch looks for room
+            launched = self._pick(self.engine.branch([g.context for g in groups], [g.tails for g in groups]), groups)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

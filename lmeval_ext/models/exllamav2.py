@@ -3,7 +3,7 @@
 Not public in the engine, and used here: `ExLlamaV2.modules` is walked as in `ExLlamaV2.forward_chunk`, without the
 output matrix, which then runs on the scored positions only. Two of its traps are closed: the base of rotary embeddings
 in configs of Transformers 5 (exllama_config.py), and a causal mask that 0.3.2 loses where neither flash-attn nor
-xformers is installed (`causal_attention`).
+xformers attends (`causal_attention`).
 """
 
 from __future__ import annotations
@@ -52,9 +52,12 @@ from lmeval_ext.models.exllama_choices import common_prefix
 from lmeval_ext.models.exllama_common import (
     ExLlamaLM,
     activation_bytes,
+    allocated_bytes,
     default_cache_tokens,
+    gpu_embedding,
     measured_memory,
     quantized_cache,
+    reset_peak_memory,
 )
 from lmeval_ext.models.exllama_config import cache_bits as parse_bits
 from lmeval_ext.models.exllama_config import numbers, tell_v2_rope, text_config
@@ -65,6 +68,7 @@ logger = logging.getLogger(__name__)
 
 _INPUT = 2048  # config.max_input_len: tokens of one row in one forward of the generator
 _ROWS = 16384  # tokens of one forward; the engine allocates its buffers for them while loading
+_LENGTH = _ROWS - 32  # max_length where none is asked for, at most: padded, it still fits into them
 _CACHES = {4: ExLlamaV2Cache_Q4, 6: ExLlamaV2Cache_Q6, 8: ExLlamaV2Cache_Q8}
 _original_attention = v2_attention.ExLlamaV2Attention._attn_torch
 
@@ -77,15 +81,21 @@ def causal_attention(
     (`if … or causal: attn_mask_lr = attn_params.get_block_diag_mask(…)` is None for text: every token sees all later
     ones.) q: [batch, q_len, heads, dim]; k, v: [batch, k_len, KV heads, dim], their last q_len positions being the
     queries' own. Cases that PyTorch's attention cannot do stay with the engine's own, masked, products.
+    Raises UserError where those are wrong, too: of a sliding window they keep the last keys, whichever the query.
     """
     plain = causal and params.is_causal() and not cfg.attn_logit_softcapping and not cfg.no_sdpa
+    window = int(self.sliding_window or 0)
     if not plain or self.layer_idx in params.block_diag_layers:
+        if window and k.shape[1] > window and q_len > 1:
+            raise UserError(
+                f"{k.shape[1]} tokens: without flash-attn, ExLlamaV2 0.3.2 attends wrongly beyond this model's sliding "
+                f"window of {window}; lower eval_len or max_length to {window}, or install flash-attn 2.6 or newer"
+            )
         return _original_attention(self, batch_size, q_len, q, k, v, params, cfg, causal)
     k_len, heads, dim = k.shape[1], q.shape[2], q.shape[3]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     k, v = self.repeat_kv(k, self.num_key_value_groups), self.repeat_kv(v, self.num_key_value_groups)
     mask, is_causal = None, q_len == k_len and q_len > 1
-    window = int(self.sliding_window or 0)
     if window and k_len > window:
         behind = torch.arange(k_len - q_len, k_len, device=q.device)[:, None] - torch.arange(k_len, device=q.device)
         mask, is_causal = (behind >= 0) & (behind < window), False
@@ -95,14 +105,19 @@ def causal_attention(
     return out.transpose(1, 2).reshape(batch_size, q_len, heads * dim)
 
 
-def repair_attention() -> str:
-    """Put `causal_attention` in its place where the engine would use PyTorch's; returns what attends."""
-    if v2_attention.has_flash_attn:
-        return "flash-attn"
-    if v2_attention.has_xformers:
-        return "xformers"
+def repair_attention(config: Any = None) -> str:
+    """Put `causal_attention` in its place, for wherever the engine turns to PyTorch; returns what attends.
+
+    config: an ExLlamaV2Config after `arch_compat_overrides()`, which rules out what an architecture cannot be run with.
+    None: before there is one, as for the engine's converter.
+    """
     v2_attention.ExLlamaV2Attention._attn_torch = causal_attention
-    return "torch SDPA"
+    if v2_attention.has_flash_attn and not getattr(config, "no_flash_attn", False):
+        return "flash-attn"
+    if v2_attention.has_xformers and not getattr(config, "no_xformers", False):
+        return "xformers"
+    eager = getattr(config, "no_sdpa", False) or getattr(config, "attn_logit_softcapping", None)
+    return "torch matmul" if eager else "torch SDPA"
 
 
 class ExLlamaV2Engine:
@@ -122,23 +137,12 @@ class ExLlamaV2Engine:
         self.bytes_per_token = activation_bytes(config)
         self.shares = share
         self._cap = model.config.final_logit_softcapping
-        self._embedding = self._gpu_embedding(embedding_on_gpu)
-        self.embedding_bytes = 0 if self._embedding is None else 2 * self._embedding.weight.numel()
+        self._embedding = gpu_embedding(self._modules[0], self._modules[1].device(), embedding_on_gpu)
+        self.embedding_bytes = 0 if self._embedding is None else self._embedding.weight.nbytes
         # Of the context that was computed last, and of the rows of its tails
         self._trunk: Any = None
         self._leaves: Any = None
         self._held: list[int] = []
-
-    def _gpu_embedding(self, wanted: bool | None) -> Any:
-        """A copy of the token embeddings beside the first layer; None where they stay in main memory, as loaded."""
-        weight = getattr(getattr(self._modules[0], "embedding", None), "weight", None)
-        if wanted is False or not isinstance(weight, torch.Tensor) or weight.device.type != "cpu":
-            return None
-        device = torch.device(self._modules[1].device())
-        total = torch.cuda.get_device_properties(device).total_memory
-        if wanted is None and weight.numel() * weight.element_size() > 0.05 * total:
-            return None
-        return torch.nn.Embedding(*weight.shape, _weight=weight.data.to(device), _freeze=True)
 
     def enter(self) -> None:
         """ExLlamaV2 has a stream of its own on every GPU."""
@@ -211,13 +215,14 @@ class ExLlamaV2Engine:
         return [hidden[i, : len(tail)] for i, tail in enumerate(tails)]
 
     def _make_caches(self, rows: int, length: int) -> None:
+        """Room for `rows` rows of `length` tokens. One question's rows and another's length do not multiply."""
+        length = -(-length // 256) * 256
         if self._trunk is None or self._trunk.max_seq_len < length:
-            self._trunk = self._leaves = None
-            self._held = []
-            self._trunk = ExLlamaV2Cache(self.model, batch_size=1, max_seq_len=-(-length // 256) * 256)
-        if self._leaves is None or self._leaves.batch_size < rows:
+            self._trunk, self._held = None, []  # the old one first
+            self._trunk = ExLlamaV2Cache(self.model, batch_size=1, max_seq_len=length)
+        if self._leaves is None or self._leaves.batch_size < rows or self._leaves.max_seq_len < length:
             self._leaves = None
-            self._leaves = ExLlamaV2Cache(self.model, batch_size=max(4, rows), max_seq_len=self._trunk.max_seq_len)
+            self._leaves = ExLlamaV2Cache(self.model, batch_size=max(4, rows), max_seq_len=length)
 
     def scoring_cache_bytes(self) -> int:
         """What the caches of `branch` take: no part of the model, and none of its KV pool."""
@@ -279,7 +284,8 @@ class ExLlamaV2Model(ExLlamaLM):
 
     Arguments of `ExLlamaLM`, and: device (cuda:1), gpu_split (GiB per GPU: 20/24; default: fill one after the other),
     cache_tokens (KV cache over all generations; 0: none), cache_bits (4, 6, 8; default fp16), max_jobs (generations at
-    a time; one where flash-attn is missing), embedding_on_gpu (default: if they are small).
+    a time; one where flash-attn is missing), embedding_on_gpu (default: if they are small). max_length defaults to
+    16352 where the model's own is longer.
     """
 
     engine_name = "exllamav2"
@@ -314,10 +320,10 @@ class ExLlamaV2Model(ExLlamaLM):
             split = [0.0] * place + [99999.0]
         check_gpu("exllamav2", (6, 0), [place] if place is not None else list(range(torch.cuda.device_count())))
         try:
-            self._attention = repair_attention()
             config = self._configure()
+            self._attention = repair_attention(config)
             self._tokens = self._cache_tokens(cache_tokens)
-            before = sum(torch.cuda.memory_allocated(d) for d in range(torch.cuda.device_count()))
+            before = allocated_bytes()
             model = ExLlamaV2(config)
             if place is None and split is None and self._tokens:
                 self._cache = self._new_cache(model, lazy=True)
@@ -329,10 +335,9 @@ class ExLlamaV2Model(ExLlamaLM):
                 engine.logits(engine.hidden(torch.zeros((1, 32), dtype=torch.int64), 1)[0]).sum().item()
         except Exception as error:
             raise load_error(error, "exllamav2", self.folder, self.config, multiple=32) from error
-        allocated = sum(torch.cuda.memory_allocated(d) for d in range(torch.cuda.device_count())) - before
-        self._weights = allocated - (cache_bytes(self._cache) if self._cache is not None else 0)
-        for index in range(torch.cuda.device_count()):
-            torch.cuda.reset_peak_memory_stats(index)
+        pool = 0 if self._cache is None else cache_bytes(self._cache)
+        self._weights = allocated_bytes() - before - pool
+        reset_peak_memory()
         return engine
 
     def _configure(self) -> Any:
@@ -349,14 +354,31 @@ class ExLlamaV2Model(ExLlamaLM):
             )
         config.arch_compat_overrides(quiet=True)
         tell_v2_rope(config, self.config, str(self.folder))
-        if self.asked_length and self.max_length > config.max_seq_len:
-            config.max_seq_len = self.max_length  # a smaller one is only less of it, and must not change the scaling
-        longest = min(self.max_length, config.max_seq_len)
+        self._set_lengths(config)
+        return config
+
+    def _set_lengths(self, config: Any) -> None:
+        """max_length, and from it the sizes for which the engine allocates and reserves memory while loading."""
+        if not self.asked_length:
+            own = min(self.max_length, config.max_seq_len)
+            self._max_length = min(own, _LENGTH)
+            if own > _LENGTH:
+                logger.warning(
+                    "max_length=%d of this model's %d: ExLlamaV2's buffers grow with it; max_length=%d takes all",
+                    _LENGTH,
+                    own,
+                    own,
+                )
+        # Whole pages: the generator's prompts go in such pieces, and padded rows must not leave the table of angles
+        room = -(-self.max_length // 256) * 256
+        if self.max_length > config.max_seq_len:
+            config.max_seq_len = room
+        elif config.alt_rope_method != "su":  # whose scaling depends on it
+            config.max_seq_len = min(config.max_seq_len, room)
         config.max_input_len = min(_INPUT, config.max_seq_len)
         explicit = int(self.batch_size) if str(self.batch_size).isdigit() else 1
-        rows = max(_ROWS, longest + 32, explicit * min(longest, _INPUT))
+        rows = max(_ROWS, self.max_length + 32, explicit * min(self.max_length, _INPUT))
         config.max_batch_size = -(-rows // config.max_input_len)
-        return config
 
     def _cache_tokens(self, asked: int | None) -> int:
         if asked is None:

@@ -37,9 +37,12 @@ from lmeval_ext.models.exllama_batching import Engine
 from lmeval_ext.models.exllama_common import (
     ExLlamaLM,
     activation_bytes,
+    allocated_bytes,
     default_cache_tokens,
+    gpu_embedding,
     measured_memory,
     quantized_cache,
+    reset_peak_memory,
 )
 from lmeval_ext.models.exllama_config import cache_bits as parse_bits
 from lmeval_ext.models.exllama_config import numbers, text_config
@@ -50,7 +53,6 @@ from lmeval_ext.storage.kv_cache import kv_cache
 logger = logging.getLogger(__name__)
 
 PAGE = 256  # exllamav3.constants.PAGE_SIZE
-_EMBEDDING_SHARE = 0.05  # of a GPU's memory: token embeddings up to that are held there while scoring
 
 
 class ExLlamaV3Engine:
@@ -66,28 +68,16 @@ class ExLlamaV3Engine:
         self.columns = int(getattr(self._head, "out_features", 0) or self.vocabulary)
         self.token_limit: int | None = None
         self.bytes_per_token = activation_bytes(config) + (2 * self.columns if self.tensor_parallel else 0)
-        self._embedding = None if self.tensor_parallel else self._gpu_embedding(embedding_on_gpu)
-        self.embedding_bytes = 0 if self._embedding is None else _bytes(self._embedding.weight)
+        # Main memory is where ExLlamaV3 keeps them; uploading float32 states is 30 % of a small model's time
+        self._embedding = (
+            None if self.tensor_parallel else gpu_embedding(model.modules[0], model.modules[1].device, embedding_on_gpu)
+        )
+        self.embedding_bytes = 0 if self._embedding is None else self._embedding.weight.nbytes
         exact = cache is not None and all(type(layer) is CacheLayer_fp16 for layer in cache.layers.values())
         recurrent = bool(model.caps.get("recurrent_states")) or bool(model.get_recurrent_layers())
         self.shares = exact and not recurrent and not self.tensor_parallel and bool(cache.layers)
         self.branches = Branches(self, PAGE) if self.shares else None
         self.cache_is_dirty = False  # scoring wrote into pages that a generator may take for its own
-
-    def _gpu_embedding(self, wanted: bool | None) -> Any:
-        """A copy of the token embeddings beside the first layer; None where they stay on the CPU.
-
-        ExLlamaV3 keeps them in main memory and uploads float32 states, 30 % of a small model's time.
-        """
-        embedding = getattr(self.model.modules[0], "embedding", None)
-        weight = getattr(embedding, "weight", None)
-        if wanted is False or not isinstance(weight, torch.Tensor) or weight.device.type != "cpu":
-            return None
-        device = self.model.modules[1].device
-        total = torch.cuda.get_device_properties(device).total_memory
-        if wanted is None and _bytes(weight) > _EMBEDDING_SHARE * total:
-            return None
-        return torch.nn.Embedding(*weight.shape, _weight=weight.to(device), _freeze=True)
 
     def enter(self) -> None:
         """ExLlamaV3 computes on whatever stream is current."""
@@ -243,7 +233,7 @@ class ExLlamaV3(ExLlamaLM):
             override(config, override_tensors)
             model = Model.from_config(config, swa_full=bool(swa_full)) if swa_full else Model.from_config(config)
             cache = self._cache(model, cache_tokens)
-            before = sum(torch.cuda.memory_allocated(d) for d in range(torch.cuda.device_count()))
+            before = allocated_bytes()
             if place is not None:
                 model.load(device=torch.device("cuda", place), progressbar=False)
             else:
@@ -260,10 +250,8 @@ class ExLlamaV3(ExLlamaLM):
         except Exception as error:
             raise load_error(error, "exllamav3", self.folder, self.config, multiple=128) from error
         self._kv_bytes = 0 if cache is None else sum(int(layer.storage_size()) for layer in cache.layers.values())
-        allocated = sum(torch.cuda.memory_allocated(d) for d in range(torch.cuda.device_count())) - before
-        self._weights = None if tensor_parallel else allocated - self._kv_bytes
-        for index in range(torch.cuda.device_count()):
-            torch.cuda.reset_peak_memory_stats(index)
+        self._weights = None if tensor_parallel else allocated_bytes() - before - self._kv_bytes
+        reset_peak_memory()
         return engine
 
     def _cache(self, model: Any, tokens: int | None) -> Any:
@@ -339,7 +327,3 @@ def override(config: Any, files: Any) -> None:
         for folder in dict.fromkeys(folder for _, folder in rows):
             variants.add_stc([key for key, source in rows if source == folder], SafetensorsCollection(folder))
     config.stc = variants
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import types
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 
 from lmeval_ext.errors import MissingEngineError, UserError
+from lmeval_ext.models import exllama_batching
 from lmeval_ext.models import exllama_messages as messages
 from lmeval_ext.models.exllama_choices import group_requests, shared_batches, split_groups
 from lmeval_ext.models.exllama_common import default_cache_tokens
@@ -86,6 +88,48 @@ def test_memory_for_no_window_at_all(tiny_llama: Path) -> None:
         answers(TinyExLlama(str(tiny_llama), memory=50), windows())
 
 
+def test_one_window_gets_its_logits_in_smaller_chunks(tiny_llama: Path, monkeypatch: Any, caplog: Any) -> None:
+    """What does not fit may be the logits: 30 positions at a time here."""
+    model = TinyExLlama(str(tiny_llama), batch_size=1)
+    monkeypatch.setattr(exllama_batching, "_LEAST_LOGIT_BYTES", 2 * model.engine.columns * 20)
+    model.batching.logit_bytes = 2 * model.engine.columns * 90
+    logits = model.engine.logits
+
+    def short(hidden: torch.Tensor) -> torch.Tensor:
+        if hidden.shape[0] > 30:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. (a test)")
+        return logits(hidden)
+
+    monkeypatch.setattr(model.engine, "logits", short)
+    np.testing.assert_allclose(answers(model, windows())[0], by_hand(tiny_llama, windows())[0], rtol=1e-5, atol=1e-6)
+    assert caplog.text.count("its logits now in chunks of") == 2
+    assert model.batching.logit_rows() == 22
+
+
+def test_states_that_were_too_much_are_let_go(tiny_llama: Path, monkeypatch: Any) -> None:
+    """Before memory is released and a smaller batch tried."""
+    model = TinyExLlama(str(tiny_llama))
+    branch, pick, states, alive = model.engine.branch, model.scorer._pick, [], []
+
+    def branched(*arguments: Any) -> torch.Tensor:
+        alive.extend(state() is not None for state in states)
+        hidden = branch(*arguments)
+        states.append(weakref.ref(hidden))
+        return hidden
+
+    def picked(hidden: torch.Tensor, groups: Any) -> Any:
+        if len(groups) > 1:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. (a test)")
+        return pick(hidden, groups)
+
+    monkeypatch.setattr(model.engine, "branch", branched)
+    monkeypatch.setattr(model.scorer, "_pick", picked)
+    requests = pairs(*((f"{QUESTION}{n}", c) for n in ("", "?") for c in CHOICES))
+    expected = TinyExLlama(str(tiny_llama), share=False).loglikelihood(requests)
+    assert_like(model.loglikelihood(requests), expected)
+    assert alive[0] is False
+
+
 def test_other_errors_are_not_taken_for_memory(tiny_llama: Path, monkeypatch: Any) -> None:
     model = TinyExLlama(str(tiny_llama))
     monkeypatch.setattr(model.engine, "hidden", lambda *a: (_ for _ in ()).throw(RuntimeError("a bug")))
@@ -147,9 +191,27 @@ def test_long_contexts_are_cut_on_the_left_as_in_hf(tiny_llama: Path, stock: Any
     requests = [(None, tokens[:n], tokens[n : n + m]) for n, m in ((300, 5), (256, 1), (250, 9), (2, 256), (140, 256))]
     ours = TinyExLlama(str(tiny_llama))._loglikelihood_tokens(requests, disable_tqdm=True)
     assert_like(ours, stock._loglikelihood_tokens(requests, disable_tqdm=True))
-    for continuation, words in ((tokens[:257], "257 tokens, the model 256"), ([], "has no tokens")):
-        with pytest.raises(UserError, match=words):
-            group_requests([(("a", "b"), [3], continuation)], 256)
+
+
+def test_a_context_of_white_space_gets_the_prefix_token_as_in_hf(tmp_path: Path) -> None:
+    """The harness moves white space to the continuation; where no BOS is added, no context is left."""
+    folder = make_llama(tmp_path)
+    make_tokenizer(folder, bos=False)
+    ours = TinyExLlama(str(folder), prefix_token_id=1)
+    theirs = get_model("hf")(pretrained=str(folder), dtype="float32", device="cpu", prefix_token_id=1)
+    contexts = (" ", "\n\n", "Iceland")
+    encoded = [((c, "A volcano"), *theirs._encode_pair(c, "A volcano")) for c in contexts]
+    assert [bool(context) for _, context, _ in encoded] == [False, False, True]
+    expected = theirs._loglikelihood_tokens([(k, c or [1], t) for k, c, t in encoded], disable_tqdm=True)
+    assert_like(ours.loglikelihood(pairs(*((c, "A volcano") for c in contexts))), expected)
+
+
+@pytest.mark.parametrize(("tokens", "words"), [(257, "has 257 tokens, the model 256"), (0, "has no tokens")])
+def test_continuations_that_cannot_be_scored(tiny_llama: Path, tokens: int, words: str) -> None:
+    requests = [(("a", "b"), [3], [4]), (("a", "an end"), [3], [4] * tokens)]
+    with pytest.raises(UserError, match=f"^the continuation 'an end' of request 1 {words}") as caught:
+        TinyExLlama(str(tiny_llama))._loglikelihood_tokens(requests, disable_tqdm=True)
+    assert "\n" not in str(caught.value)
 
 
 def test_rolling_log_likelihood_is_that_of_hf(tiny_llama: Path, stock: Any) -> None:
@@ -294,6 +356,11 @@ def test_what_a_job_is_told(tmp_path: Path) -> None:
     (prompt,) = model.generators[0].prompts
     assert (prompt.max_new, prompt.stop_tokens, prompt.stop_strings) == (3, [0, 1, 9], ["Q:"])
     assert prompt.sampling == Sampling(temperature=0.7, top_p=0.9)
+    # A token stops where its name has a stop sequence in it, as in `hf`, which looks at the text with special tokens
+    prompt, _ = model._prompt(0, "Iceland", {"until": ["s>"], "max_gen_toks": 3})
+    assert (prompt.stop_tokens, prompt.stop_strings) == ([0, 1, 9], ["s>"])
+    prompt, _ = model._prompt(0, "Iceland", {"until": ["<s>x"], "max_gen_toks": 3})
+    assert prompt.stop_tokens == [1, 9]
 
 
 def test_a_stopping_token_is_not_text(tiny_llama: Path) -> None:
