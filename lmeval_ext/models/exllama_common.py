@@ -26,8 +26,8 @@ from transformers import AutoTokenizer
 
 from lmeval_ext.errors import UserError
 from lmeval_ext.models.base import GIB, Quantization, WindowScoring, default_label, from_storage
+from lmeval_ext.models.choices import group_requests
 from lmeval_ext.models.exllama_batching import Batching, Engine
-from lmeval_ext.models.exllama_choices import group_requests
 from lmeval_ext.models.exllama_config import context_length, find_checkpoint, read_json, stop_tokens, text_config
 from lmeval_ext.models.exllama_generation import Generator, Prompt, Sampling, generate
 from lmeval_ext.models.exllama_scoring import Scorer

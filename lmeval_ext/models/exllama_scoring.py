@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from lmeval_ext.models.choices import Group, shared_batches, split_groups
 from lmeval_ext.models.exllama_batching import Batching, Engine, Fetched, is_out_of_memory, release_memory
-from lmeval_ext.models.exllama_choices import Group, shared_batches, split_groups
 from lmeval_ext.models.target_logprobs import target_logprobs
 from lmeval_ext.requests import WindowRequest, WindowScores
 

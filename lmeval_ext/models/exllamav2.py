@@ -47,8 +47,8 @@ except Exception as error:  # a failed compilation is a RuntimeError, a missing 
     raise import_error(error, "exllamav2", "exl2") from error
 import torch
 
+from lmeval_ext.models.choices import common_prefix
 from lmeval_ext.models.exllama_batching import Engine
-from lmeval_ext.models.exllama_choices import common_prefix
 from lmeval_ext.models.exllama_common import (
     ExLlamaLM,
     activation_bytes,

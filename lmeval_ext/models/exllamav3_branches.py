@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lmeval_ext.models.exllama_choices import common_prefix
+from lmeval_ext.models.choices import common_prefix
 
 _BLOCK = 32  # lengths are padded to blocks: beyond 16 tokens ExLlamaV3 takes its prefill kernels, not decode graphs
 _ROWS = 16384  # tokens of one forward

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import sys
 from pathlib import Path
@@ -12,7 +13,9 @@ import numpy as np
 
 from lmeval_ext.errors import MissingEngineError, UserError
 from lmeval_ext.models.base import first_line
-from lmeval_ext.storage.measure import gguf_file
+from lmeval_ext.storage import StorageError
+from lmeval_ext.storage.gguf_header import read_gguf
+from lmeval_ext.storage.measure import gguf_file, measure
 from lmeval_ext.tokens import Encoded, HFTokenizer
 
 try:
@@ -56,14 +59,40 @@ def load_llama(path: str, verbose: bool = False, **arguments: Any) -> Any:
     """`llama_cpp.Llama`, or a UserError that says what may be wrong."""
     if not verbose:  # warnings of a vocabulary loaded without its model are no news
         llama_cpp.llama_log_set(_errors_only, None)
+    _check_layers(path)
     try:
         return llama_cpp.Llama(model_path=path, verbose=verbose, **arguments)
     except (ValueError, RuntimeError) as error:
+        raise UserError(f"llama.cpp could not load {path!r}: {_why(path, error)}") from error
+
+
+def _check_layers(path: str) -> None:
+    """Raises UserError for a number of layers that makes llama.cpp abort, and this process with it."""
+    try:
+        header = read_gguf(Path(path))
+    except StorageError:
+        return  # llama.cpp refuses it; `_why` says what is wrong
+    layers = header.integer(f"{header.metadata.get('general.architecture')}.block_count")
+    if layers is None:
+        return
+    tensors = len(header.tensors) if (header.integer("split.count") or 1) == 1 else 0  # of a split file: unknown here
+    if layers < 1 or layers > tensors > 0:  # any layer has a tensor
         raise UserError(
-            f"llama.cpp could not load {path!r} ({first_line(error)}): the file may be truncated or of an architecture "
-            f"that {ENGINE_VERSION} does not know, or memory is short; lower n_ctx or n_gpu_layers, and run with "
-            "verbose=True for llama.cpp's own words"
-        ) from error
+            f"{path!r} announces {layers} layers, and holds {len(header.tensors)} tensors: its header is damaged; "
+            "download the file again"
+        )
+
+
+def _why(path: str, error: Exception) -> str:
+    """What our own reader finds wrong with the file; else what may be, with llama.cpp's words."""
+    try:
+        measure(Path(path))
+    except StorageError as reason:
+        return str(reason)
+    return (
+        f"{first_line(error)}; the file may be damaged or of an architecture that {ENGINE_VERSION} does not know, or "
+        "memory is short; lower n_ctx or n_gpu_layers, and run with verbose=True for llama.cpp's own words"
+    )
 
 
 def check_arguments(arguments: dict[str, Any]) -> None:
@@ -99,6 +128,19 @@ class GGUFTokenizer:
         self.bos_id: int | None = bos if bos >= 0 else None
         adds = self.bos_id is not None and bool(llama_cpp.llama_vocab_get_add_bos(vocab))
         self.prefix = [bos] if adds else []
+
+    @functools.cached_property
+    def ends(self) -> set[int]:
+        """Tokens that end a text or a turn, as llama.cpp knows them."""
+        vocab = llama_cpp.llama_model_get_vocab(self._llama.model)
+        return {i for i in range(self._llama.n_vocab()) if llama_cpp.llama_vocab_is_eog(vocab, i)}
+
+    @functools.cached_property
+    def special(self) -> dict[str, int]:
+        """Special tokens, by their text."""
+        vocab = llama_cpp.llama_model_get_vocab(self._llama.model)
+        ids = range(self._llama.n_vocab())
+        return {self.piece(i): i for i in ids if llama_cpp.llama_vocab_is_control(vocab, i)}
 
     def piece(self, token: int) -> str:
         """The text of one token."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from lmeval_ext.models.base import (
     logprobs_of_targets,
     quantized_at_load,
 )
+from lmeval_ext.models.choices import group_requests, split_groups
 from lmeval_ext.requests import WindowRequest, WindowScores
 
 try:
@@ -36,6 +37,7 @@ try:
     from lm_eval.models.huggingface import HFLM
 
     from lmeval_ext.decoding.checkpoint import exl_method
+    from lmeval_ext.models.hf_choices import NotShared, SharedContexts, can_share
     from lmeval_ext.models.hf_decoded import DecodingClass, dense_config
 except ImportError as error:
     raise MissingEngineError(
@@ -59,6 +61,7 @@ class HFQuantized(WindowScoring, HFLM):
     """
 
     _config: Any  # the harness': the model's config
+    batch_size_per_gpu: Any  # the harness': rows, or "auto"
 
     def __init__(
         self,
@@ -152,6 +155,83 @@ class HFQuantized(WindowScoring, HFLM):
             WindowScores.of(*logprobs_of_targets(row, targets, self.vocabulary))
             for row, targets in zip(logits, ids[:, -kept:], strict=True)
         ]
+
+    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
+        if not requests or isinstance(requests[0], WindowRequest) or self.backend != "causal":
+            return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
+        requests = self.complete_requests(requests)
+        # Of requests with the same tokens but other borders between context and continuation, the harness (0.4.13)
+        # scores the wrong ones where it answers them from one row of logits; what that saves, sharing saves as well.
+        self.logits_cache = False
+        answers: list[tuple[float, bool] | None] = [None] * len(requests)
+        with tqdm(total=len(requests), disable=disable_tqdm, desc="Scoring choices of shared contexts") as progress:
+            for i, answer in self._shared(requests):
+                answers[i] = answer
+                if requests[i][0] is not None:
+                    self.cache_hook.add_partial("loglikelihood", requests[i][0], answer)
+                progress.update()
+        rest = [i for i, answer in enumerate(answers) if answer is None]
+        if rest:
+            kept = self.batch_size_per_gpu
+            if self._rounds_in_company:
+                self.batch_size_per_gpu, override_bs = 1, 1
+            try:
+                others = super()._loglikelihood_tokens(
+                    [requests[i] for i in rest], disable_tqdm=disable_tqdm, override_bs=override_bs
+                )
+            finally:
+                self.batch_size_per_gpu = kept
+            for i, answer in zip(rest, others, strict=True):
+                answers[i] = answer
+        return answers
+
+    @property
+    def _rounds_in_company(self) -> bool:
+        """16-bit products of a CPU differ with the rows beside them, and batches save nothing there: one row at a time
+        has the same scores whatever the batch size."""
+        return self.device.type == "cpu" and self.model.dtype in (torch.bfloat16, torch.float16)
+
+    def _shared(self, requests: Any) -> Iterator[tuple[int, tuple[float, bool]]]:
+        """Answers to the requests that share a context with others, where the model allows it."""
+        if self.peft or not can_share(self.model.config):
+            return
+        groups, _ = split_groups(group_requests(requests, self.max_length))
+        rows = 64 if str(self.batch_size).startswith("auto") else int(self.batch_size)
+        rows = 1 if self._rounds_in_company else rows
+        shared = SharedContexts(self.model, self.vocabulary, self._keeps, self.device)
+        try:
+            with torch.autocast(
+                self.device.type, dtype=self.mixed_precision_dtype, enabled=self.mixed_precision_dtype is not None
+            ):
+                for group in groups:
+                    yield from shared.score(group, rows)
+        except (NotShared, torch.cuda.OutOfMemoryError) as reason:
+            logger.info("contexts are computed for every choice (%s)", type(reason).__name__)
+
+    def tok_batch_encode(
+        self,
+        strings: list[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prompts to generate from, each encoded as `tok_encode` does it, whatever it shares a batch with."""
+        if self.backend != "causal" or truncation:
+            return super().tok_batch_encode(strings, padding_side, left_truncate_len, truncation)
+        rows = [self.tok_encode(s, left_truncate_len=left_truncate_len) or [self.prefix_token_id] for s in strings]
+        batch = self.tokenizer.pad({"input_ids": rows}, padding_side=padding_side, return_tensors="pt")
+        return batch["input_ids"], batch["attention_mask"]
+
+    def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs: Any) -> torch.Tensor:
+        """As the harness' `hf`; what a row goes on with after a special token that stops it, while other rows of its
+        batch are still at work, is padding."""
+        made = super()._model_generate(context, max_length=max_length, stop=stop, **kwargs)
+        names = {i: str(token) for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        ends = [i for i, name in names.items() if any(s and s in name for s in stop)]
+        new = made[:, context.shape[1] :]
+        stopped = torch.isin(new, torch.tensor(ends, device=new.device)).long().cumsum(1) > 0
+        new[stopped] = self.tokenizer.pad_token_id
+        return made
 
     def describe(self) -> Quantization:
         stored, running = (_quant_method(c) for c in (self.config, self.model.config))

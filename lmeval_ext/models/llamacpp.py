@@ -17,6 +17,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import (
     Collator,
     handle_stop_sequences,
+    has_bos_prefix,
     maybe_truncate,
     normalize_gen_kwargs,
     postprocess_generated_text,
@@ -35,6 +36,7 @@ from lmeval_ext.models.gguf_vocabulary import (
     load_llama,
     trained_context,
 )
+from lmeval_ext.models.llamacpp_generation import generate, sampling
 from lmeval_ext.requests import WindowRequest, WindowScores
 from lmeval_ext.tokens import HFTokenizer
 
@@ -91,6 +93,10 @@ class LlamaCpp(WindowScoring, TemplateLM):
         self.llama = load_llama(self.path, verbose=verbose, n_ctx=self._max_length, **arguments)
         self._gguf = GGUFTokenizer(self.path, self.llama)
         self._hf = HFTokenizer(tokenizer, trust_remote_code=trust_remote_code).transformers if tokenizer else None
+        if self._hf is not None and add_bos_token is not None:  # `hf` gives it to the tokenizer itself, too
+            self._hf = type(self._hf).from_pretrained(
+                tokenizer, trust_remote_code=trust_remote_code, add_bos_token=add_bos_token
+            )
         self.add_bos_token, self._prefix_token_id = add_bos_token, prefix_token_id
         self._max_gen_toks = max_gen_toks
         self._held: list[int] = []  # tokens whose keys and values stand in the cache, from position 0
@@ -170,6 +176,7 @@ class LlamaCpp(WindowScoring, TemplateLM):
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **kwargs: Any) -> Any:
         if requests and isinstance(requests[0], WindowRequest):
             return super()._loglikelihood_tokens(requests)
+        requests = self.complete_requests(requests)
         # Sorted by their tokens, so that choices of one question follow each other and share its cached context
         order = Collator(requests, sort_fn=lambda r: tuple(r[1] + r[2]))
         answers = []
@@ -177,7 +184,7 @@ class LlamaCpp(WindowScoring, TemplateLM):
         for chunk in order.get_batched(n=1):
             for key, context, continuation in chunk:
                 whole = (context + continuation)[-(self.max_length + 1) :]
-                n = min(len(continuation), len(whole) - 1)
+                n = len(continuation)
                 logprobs, greedy = self._score(whole[:-n], whole[-n:], reuse=True)
                 answer = (float(logprobs.sum(dtype=np.float64)), bool(greedy.all()))
                 answers.append(answer)
@@ -213,17 +220,20 @@ class LlamaCpp(WindowScoring, TemplateLM):
         self._held = []
         self.llama.reset()
         for context, gen_kwargs in tqdm([r.args for r in requests], disable=disable_tqdm, desc="Generating"):
-            kwargs = normalize_gen_kwargs(gen_kwargs, default_max_gen_toks=self.max_gen_toks)
+            kwargs: dict[str, Any] = {**normalize_gen_kwargs(gen_kwargs, default_max_gen_toks=self.max_gen_toks)}
             until = handle_stop_sequences(kwargs.pop("until", None), eos=eos)
             tokens, n = maybe_truncate(
-                self.tok_encode(context),
+                self.tok_encode(context) or [self.prefix_token_id],
                 max_gen_toks=int(kwargs.pop("max_gen_toks")),
                 max_model_len=self.max_length,
                 side="left",
             )
-            kwargs.pop("do_sample", None)
-            out = self.llama.create_completion(tokens, max_tokens=n, stop=[s for s in until if s], **kwargs)
-            text = postprocess_generated_text(out["choices"][0]["text"], until, None)
+            # A special token is no text; it ends an answer where a stop sequence is in its name
+            ends = {i for name, i in self._gguf.special.items() if any(u and u in name for u in until)}
+            stops = [u for u in until if u]
+            ends |= self._gguf.ends
+            text = generate(self.llama, tokens, n, ends, stops, sampling(kwargs), self.tok_decode)
+            text = postprocess_generated_text(text, until, None)
             results.append(text)
             self.cache_hook.add_partial("generate_until", (context, gen_kwargs), text)
         self.llama.reset()
@@ -232,16 +242,25 @@ class LlamaCpp(WindowScoring, TemplateLM):
     # ------------------------------------------------------------------ tokens
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Ids of a text. BOS as the tokenizer adds it, unless add_bos_token or add_special_tokens say otherwise;
-        a text that begins with BOS gets no second one."""
-        if self._hf is not None:
-            ids = list(self._hf(string, add_special_tokens=False)["input_ids"])
-        else:
-            ids = list(self.llama.tokenize(string.encode(), add_bos=False, special=True))
+        """Ids of a text. Special tokens as the tokenizer adds them, unless add_bos_token or add_special_tokens say
+        otherwise; none before a text that begins with the prefix token."""
         wanted = add_special_tokens if add_special_tokens is not None else self.add_bos_token
+        if add_special_tokens is None and has_bos_prefix(string, self._piece(self.prefix_token_id)):
+            wanted = False
+        if self._hf is not None:
+            return list(self._hf.encode(string, **({} if wanted is None else {"add_special_tokens": wanted})))
+        ids = list(self.llama.tokenize(string.encode(), add_bos=False, special=True))
         bos = [] if self._gguf.bos_id is None else [self._gguf.bos_id]
-        prefix = self._gguf.prefix if wanted is None else bos if wanted else []
-        return ids if not prefix or ids[:1] == prefix else prefix + ids
+        return (self._gguf.prefix if wanted is None else bos if wanted else []) + ids
+
+    def tok_decode(self, tokens: list[int]) -> str:
+        """Text of token ids, without special tokens; bytes that are no UTF-8 are U+FFFD."""
+        if self._hf is not None:
+            return str(self._hf.decode(tokens, skip_special_tokens=True))
+        return b"".join(self.llama.detokenize([token]) for token in tokens).decode(errors="replace")
+
+    def _piece(self, token: int) -> str:
+        return str(self._hf.decode([token])) if self._hf is not None else self._gguf.piece(token)
 
     @property
     def eot_token_id(self) -> int:

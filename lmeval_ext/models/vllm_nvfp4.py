@@ -6,6 +6,7 @@ Tried with vLLM 0.26 (GPU) and 0.32 (CPU).
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import random
@@ -171,6 +172,32 @@ class VLLMQuantized(WindowScoring, VLLM):
                 "%d tokens exceed max_length - 1 = %d: cut from the left", len(context + continuation), limit
             )
         return Prompt(whole, len(whole) - len(continuation))
+
+    def modify_gen_kwargs(
+        self, gen_kwargs: dict[str, Any], eos: Any = None, default_max_gen_toks: int = 256
+    ) -> tuple[dict[str, Any], list[str], int]:
+        """As the harness' `vllm`, with the meaning of its `hf`: greedy where a task does not say (vLLM would sample at
+        temperature 1), and special tokens are no text, but end it where a stop sequence is in their name."""
+        kwargs, until, most = VLLM.modify_gen_kwargs(gen_kwargs, eos, default_max_gen_toks)
+        ends = [i for name, i in self._special_tokens.items() if any(u and u in name for u in until)]
+        given = {"temperature": 0.0, "stop_token_ids": ends, "skip_special_tokens": True}
+        return kwargs | {k: v for k, v in given.items() if k not in gen_kwargs}, until, most
+
+    @functools.cached_property
+    def _special_tokens(self) -> dict[str, int]:
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})  # Mistral's own tokenizer has none
+        return {str(token): i for i, token in added.items() if token.special}
+
+    def _model_generate(self, requests: Any, generate: bool = False, sampling_params: Any = None) -> Any:
+        """As the harness' `vllm`; an empty prompt is the prefix token, and texts are decoded as in `hf`: vLLM leaves
+        out bytes at the end that are no whole character."""
+        requests = [ids or [self.prefix_token_id] for ids in requests]
+        outputs = super()._model_generate(requests, generate, sampling_params)
+        if generate and isinstance(sampling_params, list):
+            for output, params in zip(outputs, sampling_params, strict=True):
+                for made in output.outputs if params.detokenize else []:
+                    made.text = self.tokenizer.decode(made.token_ids, skip_special_tokens=params.skip_special_tokens)
+        return outputs
 
     def describe(self) -> Quantization:
         cache = self.model_args.get("kv_cache_dtype")

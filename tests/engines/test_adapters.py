@@ -115,9 +115,7 @@ def test_llamacpp_answers_the_harness_like_hf(tiny_llama: Path, tiny_gguf: Path)
     texts = requests_of("loglikelihood_rolling", ("Iceland is an island country in the North Atlantic. " * 20,))
     assert ours.loglikelihood_rolling(texts)[0] == pytest.approx(stock.loglikelihood_rolling(texts)[0], rel=1e-3)
     prompts = requests_of("generate_until", ("Iceland is", {"until": ["\n\n"], "max_gen_toks": 12, "do_sample": False}))
-    (generated,) = stock.generate_until(prompts)
-    # bytes that are no UTF-8 (the model is random): Transformers shows them as U+FFFD, llama-cpp-python leaves them out
-    assert ours.generate_until(prompts) == [generated.replace("\ufffd", "")]
+    assert ours.generate_until(prompts) == stock.generate_until(prompts)
 
 
 @pytest.mark.parametrize("name", ["hf_quant", "llamacpp"])

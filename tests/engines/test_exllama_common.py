@@ -17,7 +17,7 @@ from lm_eval.api.registry import get_model
 from lmeval_ext.errors import MissingEngineError, UserError
 from lmeval_ext.models import exllama_batching
 from lmeval_ext.models import exllama_messages as messages
-from lmeval_ext.models.exllama_choices import group_requests, shared_batches, split_groups
+from lmeval_ext.models.choices import group_requests, shared_batches, split_groups
 from lmeval_ext.models.exllama_common import default_cache_tokens
 from lmeval_ext.models.exllama_config import cache_bits, context_length, numbers, read_rope, stop_tokens, tell_v2_rope
 from lmeval_ext.models.exllama_generation import Prompt, Sampling, generate

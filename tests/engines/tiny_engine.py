@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from lmeval_ext.models.base import Quantization
-from lmeval_ext.models.exllama_choices import common_prefix
+from lmeval_ext.models.choices import common_prefix
 from lmeval_ext.models.exllama_common import ExLlamaLM
 from lmeval_ext.models.exllama_generation import Prompt
 

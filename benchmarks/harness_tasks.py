@@ -1,0 +1,178 @@
+"""What the harness' tasks cost: this project against the harness' own class and against the engine's batch API.
+
+    python benchmarks/harness_tasks.py vllm_nvfp4 MODEL [--output FILE.json] [ENGINE_ARG=VALUE …]
+    python benchmarks/harness_tasks.py llamacpp FILE.gguf --small
+
+One engine a process, loaded once; the ways take turns on it. Medians of repeated runs.
+
+ours      the adapter's own `_loglikelihood_tokens` and `generate_until`
+stock     the harness' class of the same engine (`vllm`, `hf`) on the same loaded model; llama.cpp and ExLlama have none
+engine    the engine's own batch API. Multiple choice: what it offers to score prompts, or to compute them
+bare      the engine computing the prompts, sharing what it can, with no score
+
+Multiple choice: questions with four answers of 1 to 12 tokens; all have the same five examples before them, as in MMLU.
+Generation: greedy, and every prompt gets all of its tokens: the end-of-text tokens cannot be chosen (a minimum length
+in Transformers and vLLM) or stop nothing (ExLlama: the jobs get no stop tokens); in llama.cpp they can, and the tokens
+that were made are counted.
+Tokens are random, and new ones for every run, so that no cache serves them from the last run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
+
+from benchmarks.harness_engines import ENGINES, Engine, Way
+
+SMALL = {"questions": 3, "examples": 150, "prompts": 4, "new_tokens": 16, "repeats": 3}
+FULL = {"questions": 40, "examples": 480, "prompts": 32, "new_tokens": 256, "repeats": 3}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("adapter", choices=ENGINES)
+    parser.add_argument("model", help="checkpoint folder, or GGUF file")
+    parser.add_argument("--small", action="store_true", help=f"sizes for a CPU: {SMALL}")
+    parser.add_argument("--questions", type=int, help="of four answers each")
+    parser.add_argument("--examples", type=int, help="tokens that all questions share; a question has 80 to 160 more")
+    parser.add_argument("--prompts", type=int, help="texts to go on from, of 64 to 128 tokens")
+    parser.add_argument("--new-tokens", type=int)
+    parser.add_argument("--repeats", type=int)
+    parser.add_argument("--seconds", type=float, default=10, help="no further run of a task's ways after so long")
+    parser.add_argument("--batch-size", type=int, default=8, help="of hf_quant and hf")
+    parser.add_argument("--only", choices=("choices", "generation"))
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("engine", nargs="*", metavar="ENGINE_ARG=VALUE")
+    options = parser.parse_intermixed_args()
+    for name, value in (SMALL if options.small else FULL).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    return options
+
+
+class Sample:
+    """Random questions and prompts for one model."""
+
+    def __init__(self, engine: Engine, options: argparse.Namespace) -> None:
+        self.options, self.random = options, random.Random(0)
+        self.vocabulary = engine.vocabulary
+        texts = {engine.text([i]).strip() for i in range(min(engine.vocabulary, 20000))}
+        self.words = sorted(t for t in texts if t.isascii() and t.isalnum())
+        self.encode = engine.encode
+
+    def ids(self, least: int, most: int) -> list[int]:
+        """So many random token ids, none of the first few, which are special tokens."""
+        return [self.random.randrange(100, self.vocabulary) for _ in range(self.random.randint(least, most))]
+
+    def choices(self) -> list[tuple[None, list[int], list[int]]]:
+        """The harness' triples: no key, context, continuation."""
+        examples = self.ids(self.options.examples, self.options.examples)
+        contexts = [examples + self.ids(80, 160) for _ in range(self.options.questions)]
+        return [(None, context, self.ids(1, 12)) for context in contexts for _ in range(4)]
+
+    def generation(self) -> list[str]:
+        """Texts of random words."""
+        if len(self.words) < 20:
+            raise SystemExit(
+                "the model's tokenizer has no words to write prompts with; leave generation out: --only choices"
+            )
+        prompts = []
+        for _ in range(self.options.prompts):
+            wanted, words = self.random.randint(64, 128), [self.random.choice(self.words)]
+            while len(self.encode(" ".join(words))) < wanted:
+                words += self.random.choices(self.words, k=8)
+            prompts.append(" ".join(words))
+        return prompts
+
+
+def measure(
+    ways: dict[str, Way], sample: Callable[[], Any], units: int, repeats: int, limit: float
+) -> dict[str, list[float]]:
+    """Units a second in each run of each way, the ways taking turns; the first turn is not counted.
+
+    units: in one run, where a way does not say how many it made.
+    """
+    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    begun = time.perf_counter()
+    for turn in range(repeats + 1):
+        if turn > 1 and time.perf_counter() - begun > limit:
+            break
+        for name, way in ways.items():
+            prompts = sample()
+            start = time.perf_counter()
+            made = way(prompts)
+            if turn:
+                speeds[name].append((made if isinstance(made, int) else units) / (time.perf_counter() - start))
+    return speeds
+
+
+def report(runs: dict[str, list[float]]) -> dict[str, Any]:
+    """Medians, and what this project is of each way."""
+    speed = {name: statistics.median(values) for name, values in runs.items()}
+    return {
+        "runs": runs,
+        "per_second": speed,
+        "ours_over": {name: speed["ours"] / s for name, s in speed.items() if name != "ours"},
+    }
+
+
+def as_value(text: str) -> Any:
+    """JSON, or text where it is none."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def main() -> None:
+    options = arguments()
+    values = dict(pair.split("=", 1) for pair in options.engine)
+    start = time.perf_counter()
+    engine = ENGINES[options.adapter](
+        options.model,
+        options.new_tokens,
+        options.batch_size,
+        **{name: as_value(text) for name, text in values.items()},
+    )
+    print(f"loaded in {time.perf_counter() - start:.1f} s", flush=True)
+    sample = Sample(engine, options)
+    found: dict[str, Any] = {}
+    if options.only != "generation":
+        asked = 4 * options.questions
+        found["multiple_choice"] = report(
+            measure(engine.choices(), sample.choices, asked, options.repeats, options.seconds)
+        )
+    if options.only != "choices":
+        options.prompts = engine.most_prompts(options.prompts)
+        tokens = options.prompts * options.new_tokens
+        found["generation"] = report(
+            measure(engine.generation(), sample.generation, tokens, options.repeats, options.seconds)
+        )
+    facts = engine.model.describe()
+    sizes = {name: getattr(options, name) for name in FULL} | {"batch_size": options.batch_size}
+    record = {
+        "adapter": options.adapter, "model": facts.label, "device": facts.device, "kernel": facts.kernel,
+        "engine": f"{facts.engine} {facts.engine_version}", "dtype": facts.dtype, "sizes": sizes, **found,
+    }  # fmt: skip
+    if options.output:
+        options.output.write_text(json.dumps(record, indent=1))
+    print(f"\n{record['model']} in {record['engine']} on {record['device']}, kernel {record['kernel']}, {sizes}")
+    for task, unit in (("multiple_choice", "requests/s"), ("generation", "tokens/s")):
+        if task in found:
+            print(f"{task:16} {unit:>12}  ours is")
+            for name, speed in found[task]["per_second"].items():
+                ratio = found[task]["ours_over"].get(name)
+                print(f"  {name:14} {speed:12,.1f} {'' if ratio is None else f'{ratio:7.2f} ×'}")
+
+
+if __name__ == "__main__":
+    main()
