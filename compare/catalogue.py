@@ -48,11 +48,14 @@ _DISTINCTIONS: tuple[Callable[[Record], str], ...] = (
 )
 
 
-def distinct_labels(records: list[Record]) -> list[Record]:
-    """Records of one task that share a label get what tells them apart added: ``"Q4_K_M (llama.cpp)"``."""
+def distinct_labels(records: list[Record], across_tasks: bool = False) -> list[Record]:
+    """Records of one task that share a label get what tells them apart added: ``"Q4_K_M (llama.cpp)"``.
+
+    across_tasks: records of any task, so that a model has one label in all of them.
+    """
     homonyms: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for record in records:
-        homonyms[record.task, record.label].append(record)
+        homonyms["" if across_tasks else record.task, record.label].append(record)
     renamed: dict[int, Record] = {}
     for group in homonyms.values():
         if len(group) > 1:

@@ -12,22 +12,29 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from compare import choice
+from compare.average import Part, average
 from compare.axis import Axis, axis_of
 from compare.catalogue import distinct_labels, newest
 from compare.errors import NOTHING_USABLE, CompareError
 from compare.families import FAMILIES
 from compare.identity import size_clusters, size_text
 from compare.memory import Budget
-from compare.metric_choice import MetricChoice, choose_metric
+from compare.metric_choice import MetricChoice, choose_metrics
 from compare.records import Protocol, Record
-from compare.text import and_more
+from compare.text import and_more, shorten
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asked to see. `context` in tokens; `budget` in units of 1024³ bytes, with a context only."""
+    """What the user asked to see. `context` in tokens; `budget` in units of 1024³ bytes, with a context only.
 
-    metric: str | None = None
+    metrics: each is a comparison of its own, or, with `mean`, a part of one; none: the perplexity. `subtasks`: those of
+    the groups named, instead of the groups.
+    """
+
+    metrics: tuple[str, ...] = ()
+    subtasks: bool = False
+    mean: bool = False
     axis: str = "bpw"
     pareto: bool = False
     budget: float | None = None
@@ -43,6 +50,7 @@ class Options:
 class Point:
     """A record on the chosen metric and axis. `group` 0 is the comparison; others stand apart.
 
+    `parts` are the tasks that a mean is over, and those left out of it (`Comparison.parts` in the same order).
     `size` numbers the models of different size (`compare.identity`), 0 for the most frequent, None for unknown.
     """
 
@@ -52,6 +60,7 @@ class Point:
     stderr: float | None
     group: int = 0
     size: int | None = 0
+    parts: tuple[Part, ...] = ()
 
     @property
     def comparable(self) -> bool:
@@ -103,6 +112,11 @@ class Comparison:
         return choice.judge(self, Budget(self.options.budget, self.options.context))
 
     @property
+    def parts(self) -> list[MetricChoice]:
+        """The tasks that stand beside a mean, those left out of it too; none otherwise."""
+        return [part.choice for part in self.points[0].parts]
+
+    @property
     def protocol(self) -> Protocol:
         """What the comparable points were scored on."""
         comparable = [p for p in self.points if p.comparable] or self.points
@@ -110,24 +124,48 @@ class Comparison:
 
 
 def build_comparison(records: list[Record], options: Options) -> Comparison:
-    """Settle re-runs, apply the options, group what compares.
+    """The one comparison of at most one metric, or of a mean. Raises as `build_comparisons` does."""
+    (comparison,) = build_comparisons(records, options)
+    return comparison
 
-    Raises CompareError when the metric is unknown or ambiguous, or nothing is left to show.
+
+def build_comparisons(records: list[Record], options: Options) -> list[Comparison]:
+    """Settle re-runs, apply the options, group what compares: a comparison a metric, or one of their mean.
+
+    Raises CompareError when a metric is unknown or ambiguous, or nothing is left to show.
     """
     records, notices = newest(records)
-    records = distinct_labels(records)
+    records = distinct_labels(records, across_tasks=options.mean)
     records = _masked(records, options.mask, notices)
-    metric = choose_metric(records, options.metric)
+    choices = choose_metrics(records, options.metrics, options.subtasks, notices)
+    axis = axis_of(options.axis, options.context)
+    if options.mean:
+        metric, models = average(records, choices, notices)
+        points = [_point(m.record, metric, axis, m.parts) for m in models]
+        return [_comparison(points, metric, axis, options, notices)]
+    found = []
+    for metric in choices:
+        points = [_point(r, metric, axis) for r in records if r.task == metric.task and metric.key in r.metrics]
+        said: list[str] = []
+        found.append(_comparison(points, metric, axis, options, said))
+        notices += said if len(choices) == 1 else [f"{metric.label}: {notice}" for notice in said]
+    found[0].notices = notices
+    return found
+
+
+def _point(record: Record, metric: MetricChoice, axis: Axis, parts: tuple[Part, ...] = ()) -> Point:
+    figure = record.metric(metric.key)
+    return Point(record, axis.value(record), figure.value, figure.stderr, parts=parts)
+
+
+def _comparison(
+    points: list[Point], metric: MetricChoice, axis: Axis, options: Options, notices: list[str]
+) -> Comparison:
     if metric.higher_is_better is None and (options.pareto or options.budget is not None):
         raise CompareError(
-            f"these files do not say whether a higher {metric.short} is better; --pareto and --budget have to know"
+            f"these files do not say whether a higher {shorten(metric.short, 120)} is better; --pareto and --budget "
+            "have to know"
         )
-    axis = axis_of(options.axis, options.context)
-    points = []
-    for record in records:
-        if record.task == metric.task and metric.key in record.metrics:
-            figure = record.metric(metric.key)
-            points.append(Point(record, axis.value(record), figure.value, figure.stderr))
     points = _within_limits(points, options, notices)
     if not points:
         raise CompareError("nothing left to show: --max-x or --max-y leaves out every point", NOTHING_USABLE)

@@ -1,14 +1,15 @@
-"""Which figure to compare: ``--metric TASK/METRIC`` or ``METRIC``, or the perplexity of the one such task."""
+"""Which figures to compare: ``--metric TASK/METRIC`` or ``METRIC``, or the perplexity of the one such task."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from compare.errors import NOTHING_USABLE, CompareError
+from compare.groups import Tree
 from compare.records import PERPLEXITY, Record
-from compare.text import and_more
+from compare.text import and_more, shorten
 
 _NAMES = {
     "token_perplexity": "Perplexity",
@@ -25,46 +26,117 @@ _NAMES = {
 }
 # For files that do not say which way is up.
 _LOWER_IS_BETTER = ("perplexity", "bits_per_byte", "kld")
+MEAN = "mean"
 
 
 @dataclass(frozen=True)
 class MetricChoice:
-    """A task and one of its metric keys, ``"token_perplexity,none"``."""
+    """A task and one of its metric keys, ``"token_perplexity,none"``; or the mean over the choices in `averaged`."""
 
     task: str
     key: str
     higher_is_better: bool | None
+    averaged: tuple[MetricChoice, ...] = ()
 
     @property
     def metric(self) -> str:
         return self.key.partition(",")[0]
 
     @property
+    def filter_name(self) -> str:
+        return self.key.partition(",")[2]
+
+    @property
     def name(self) -> str:
+        if self.averaged:
+            names = {choice.name for choice in self.averaged}
+            what = f"{names.pop().lower()} " if len(names) == 1 else ""
+            return f"Mean {what}of {len(self.averaged)} tasks"
         return _NAMES.get(self.metric, self.metric)
 
     @property
     def short(self) -> str:
-        metric, _, filter_name = self.key.partition(",")
-        return metric if filter_name in ("", "none") else self.key
+        return self.metric if self.filter_name in ("", "none") else self.key
+
+    @property
+    def label(self) -> str:
+        """``gsm8k/exact_match,strict-match``, as --metric takes it."""
+        return shorten(f"{self.task}/{self.short}" if self.task else self.short, 120)
 
 
-def choose_metric(records: Iterable[Record], wanted: str | None) -> MetricChoice:
-    """The metric meant by `wanted`. CompareError lists the choices where it is unknown or ambiguous."""
+def choose_metrics(
+    records: Sequence[Record], wanted: Sequence[str], subtasks: bool, notices: list[str]
+) -> list[MetricChoice]:
+    """The figures meant by `wanted` (none: the perplexity), each once; with `subtasks`, those of groups' subtasks.
+
+    Raises CompareError as `choose_metric` does, and where there is no group to take subtasks of.
+    """
+    if subtasks:
+        if not wanted:
+            raise CompareError("--subtasks is for a group; name it: --metric GROUP/METRIC")
+        wanted = [each for asked in wanted for each in _subtasks(records, asked.strip(), notices)]
+    found = [choose_metric(records, asked, notices) for asked in wanted] or [choose_metric(records, None, notices)]
+    return list(dict.fromkeys(found))
+
+
+def choose_metric(records: Iterable[Record], wanted: str | None, notices: list[str]) -> MetricChoice:
+    """The metric meant by `wanted`. CompareError lists the choices where it is unknown or ambiguous.
+
+    Of a metric with several filters (gsm8k: strict-match, flexible-extract) it is the first in the result files,
+    which is the task's own order, if none is named; `notices` says so.
+    """
     records = list(records)
-    available = sorted({(record.task, key) for record in records for key in record.metrics})
+    available = {(record.task, key): record.alias for record in records for key in record.metrics}
     asked = wanted.strip() if wanted is not None else PERPLEXITY
     matches = [pair for pair in available if asked in _spellings(*pair)]
+    matches = matches or [pair for pair, alias in available.items() if alias and asked in _spellings(alias, pair[1])]
     if not matches:
-        raise _unknown(available, wanted)
-    tasks = {task for task, _ in matches}
-    unfiltered = [pair for pair in matches if pair[1].partition(",")[2] in ("", "none")]
-    matches = unfiltered if len(tasks) == 1 and unfiltered else matches
+        raise _unknown(sorted(available), wanted)
+    if len({task for task, _ in matches}) == 1:
+        matches = [pair for pair in matches if pair[1].partition(",")[2] in ("", "none")] or matches
+        if len(matches) > 1 and len({key.partition(",")[0] for _, key in matches}) == 1:
+            shown, *others = [f"{task}/{key}" for task, key in matches]
+            notices.append(f"{asked} has {len(matches)} filters; shown: {shown}; --metric takes {and_more(others)} too")
+            del matches[1:]
     if len(matches) > 1:
         what = f"--metric {asked} is ambiguous" if wanted is not None else "several perplexity tasks"
-        raise CompareError(f"{what}; say which: {_choices(matches)}")
+        raise CompareError(f"{what}; say which: {_choices(sorted(matches))}")
     task, key = matches[0]
-    return MetricChoice(task, key, _direction(records, task, key))
+    return MetricChoice(task, key, _direction(records, task, key, notices))
+
+
+def _subtasks(records: Sequence[Record], asked: str, notices: list[str]) -> list[str]:
+    """``mmlu/acc`` as ``mmlu_stem/acc``, ``mmlu_other/acc``, …; subtasks without that metric are named in `notices`."""
+    trees: dict[str, tuple[str, ...]] = {}
+    aliases: dict[str, str] = {}
+    having: dict[str, set[str]] = {}
+    for record in records:
+        trees.update(record.groups)
+        aliases.setdefault(record.alias, record.task)
+        having.setdefault(record.task, set()).update(record.metrics)
+    group, _, metric = asked.rpartition("/")
+    group = group if group in trees else aliases.get(group, group)
+    if group not in trees:
+        groups = f"groups: {and_more(sorted(trees))}" if trees else "these files hold no group"
+        raise CompareError(f"--metric {asked} --subtasks: expected GROUP/METRIC; {groups}")
+    found = []
+    for task in _children(trees, group, set(having)):
+        if any(metric in (key, key.partition(",")[0]) for key in having.get(task, ())):
+            found.append(f"{task}/{metric}")
+        else:
+            notices.append(f"left out: {task}, a subtask of {group}: it has no {metric}")
+    if not found:
+        raise CompareError(f"--metric {asked} --subtasks: no subtask of {group} has {metric}", NOTHING_USABLE)
+    return found
+
+
+def _children(tree: Tree, group: str, having: set[str], seen: frozenset[str] = frozenset()) -> Iterator[str]:
+    """Direct subtasks; of one that is a group without figures of its own, its subtasks."""
+    for child in tree[group]:
+        if child in tree and child not in having and child not in seen:
+            yield from _children(tree, child, having, seen | {group, child})
+        else:
+            yield child
 
 
 def _spellings(task: str, key: str) -> tuple[str, ...]:
@@ -84,11 +156,15 @@ def _unknown(available: list[tuple[str, str]], wanted: str | None) -> CompareErr
 
 
 def _choices(pairs: list[tuple[str, str]]) -> str:
-    return and_more([f"{task}/{key.removesuffix(',none')}" for task, key in pairs], limit=12)
+    return and_more([shorten(f"{task}/{key.removesuffix(',none')}", 120) for task, key in pairs], limit=12)
 
 
-def _direction(records: list[Record], task: str, key: str) -> bool | None:
-    for record in records:
-        if record.task == task and record.metric(key).higher_is_better is not None:
-            return record.metric(key).higher_is_better
+def _direction(records: list[Record], task: str, key: str, notices: list[str]) -> bool | None:
+    """What the files say; where they contradict each other, nothing."""
+    said = {record.metric(key).higher_is_better for record in records if record.task == task} - {None}
+    if len(said) == 2:
+        notices.append(f"warning: {task}/{key}: some files say higher is better, others lower; taken as unknown")
+        return None
+    if said:
+        return said.pop()
     return False if any(word in key for word in _LOWER_IS_BETTER) else None

@@ -20,6 +20,7 @@ from compare.errors import CompareError
 from compare.families import canonical_family
 from compare.records import Record
 from compare.text import split_colour_tag
+from compare.values import positive
 
 INDEX = "compare_run.json"
 VERSION = 1
@@ -65,14 +66,28 @@ def parse_index(content: bytes, path: Path) -> dict[str, list[Presentation]]:
         rows = raw["results"].items()
         names = Presentation.__dataclass_fields__
         return {
-            str(key): [Presentation(**{k: v for k, v in row.items() if k in names}) for row in shown]
+            str(key): [_checked(Presentation(**{k: v for k, v in row.items() if k in names})) for row in shown]
             for key, shown in rows
         }
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CompareError(
             f"{path}: is not an index of compare run; remove it, and run the same command again (nothing is computed "
             "anew)"
         ) from None
+
+
+def _checked(shown: Presentation) -> Presentation:
+    """`shown`; ValueError where a field is of another type than its name promises."""
+    told = [getattr(shown, name) for name in _FIGURES]
+    sound = (
+        isinstance(shown.label, str)
+        and isinstance(shown.family, str | None)
+        and isinstance(shown.reference, bool)
+        and all(value is None or positive(value) for value in told)
+    )
+    if not sound:
+        raise ValueError
+    return shown
 
 
 def format_index(index: dict[str, list[Presentation]]) -> bytes:

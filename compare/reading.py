@@ -7,23 +7,25 @@ and the ``configs.TASK.metadata`` of this project's perplexity tasks.
 from __future__ import annotations
 
 import json
-import math
 import stat
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from compare.discover import Problem, find_result_files
 from compare.families import canonical_family
+from compare.groups import Tree, common, group_tree, leaves, total
 from compare.presentation import Relabelling
 from compare.provenance import Run
 from compare.records import Metric, Protocol, Quantization, Record
 from compare.stock import stock_quantization
 from compare.text import clean, split_colour_tag
+from compare.values import count, flag, mapping, mapping_or_none, number, positive, scalar, text, whole
 
 # A harness result file is some 10 kB a task; samples stand in files of their own.
 MAX_BYTES = 64 * 1024 * 1024
+_LOGLIKELIHOODS = {"multiple_choice", "loglikelihood", "loglikelihood_rolling"}
 _NOT_METRICS = {"alias", "name", "sample_len", "sample_count", "samples"}
 
 
@@ -57,13 +59,14 @@ def read_file(path: Path) -> list[Record]:
         raise ValueError("is not a regular file")
     if status.st_size > MAX_BYTES:
         raise ValueError(f"has {status.st_size:,} bytes, more than any result file")
-    content = _mapping_or_none(_parse(path.read_bytes()))
+    content = mapping_or_none(_parse(path.read_bytes()))
     if content is None or not isinstance(content.get("results"), dict):
         raise ValueError('is not a harness result file (expected an object with "results")')
+    tree = group_tree(content)
     records = [
         record
-        for task, figures in content["results"].items()
-        if isinstance(figures, dict) and (record := _record(path, content, task, figures, status.st_mtime))
+        for task, figures in (mapping(content, "groups") | content["results"]).items()
+        if isinstance(figures, dict) and (record := _record(path, content, tree, task, figures, status.st_mtime))
     ]
     if not records:
         raise ValueError("holds no task with a figure")
@@ -85,47 +88,63 @@ def _parse(data: bytes) -> object:
         raise ValueError(f"is not usable JSON ({clean(str(error))})") from None
 
 
-def _record(path: Path, content: dict[str, Any], task: str, figures: dict[str, Any], modified: float) -> Record | None:
-    metrics = _metrics(figures, _mapping(_mapping(content, "higher_is_better"), task))
+def _record(
+    path: Path, content: dict[str, Any], tree: Tree, task: str, figures: dict[str, Any], modified: float
+) -> Record | None:
+    directions = mapping(content, "higher_is_better")
+    metrics = _metrics(figures, lambda name: common(tree, task, lambda t: flag(mapping(directions, t).get(name))))
     if not metrics:
         return None
-    config = _mapping(content, "config")
-    model = _text(config.get("model"))
+    config = mapping(content, "config")
+    model = text(config.get("model"))
     arguments = model_arguments(config.get("model_args"))
     checkpoint = _checkpoint_name(arguments)
     quantization = _quantization(config, arguments, checkpoint)
-    raw_label = _mapping(config, "quantization").get("label")
-    stock_name = " ".join(part for part in (model, checkpoint) if part) or _text(content.get("model_name"))
-    label, colour = split_colour_tag(_text(raw_label) or stock_name or path.stem)
+    if quantization.nan_loglikelihoods and _rests_on_loglikelihoods(content, tree, task):
+        metrics = {key: replace(metric, value=None, stderr=None) for key, metric in metrics.items()}
+    raw_label = mapping(config, "quantization").get("label")
+    stock_name = " ".join(part for part in (model, checkpoint) if part) or text(content.get("model_name"))
+    label, colour = split_colour_tag(text(raw_label) or stock_name or path.stem)
     return Record(
         label=label or stock_name or path.stem,
         colour=colour,
         task=clean(task),
+        alias=text(figures.get("alias")).lstrip(" -"),
+        groups=tree,
         metrics=metrics,
         quantization=quantization,
-        protocol=_protocol(content, task),
+        protocol=_protocol(content, tree, task),
         model=model,
         checkpoint=checkpoint,
         run=Run.of(content, task),
-        date=_number(content.get("date")) or modified,
+        date=number(content.get("date")) or modified,
         file=path,
     )
 
 
-def _metrics(figures: dict[str, Any], directions: dict[str, Any]) -> dict[str, Metric]:
+def _metrics(figures: dict[str, Any], direction: Callable[[str], bool | None]) -> dict[str, Metric]:
     metrics: dict[str, Metric] = {}
     for key, value in figures.items():
         name, _, filter_name = key.partition(",")
         if name in _NOT_METRICS or name.endswith("_stderr") or not _is_figure(value):
             continue
-        stderr = _number(figures.get(f"{name}_stderr,{filter_name}" if filter_name else f"{name}_stderr"))
-        direction = directions.get(name)
+        stderr = number(figures.get(f"{name}_stderr,{filter_name}" if filter_name else f"{name}_stderr"))
         metrics[clean(key)] = Metric(
-            value=_number(value),
+            value=number(value),
             stderr=stderr if stderr is None or stderr >= 0 else None,
-            higher_is_better=direction if isinstance(direction, bool) else None,
+            higher_is_better=direction(name),
         )
     return metrics
+
+
+def _rests_on_loglikelihoods(content: dict[str, Any], tree: Tree, task: str) -> bool:
+    """Whether a task's figures come of log-likelihoods; of windows they do not, whose task looks at each itself."""
+    configs = mapping(content, "configs")
+    tasks = [mapping(configs, leaf) for leaf in leaves(tree, task)]
+    return any(
+        text(config.get("output_type")) in _LOGLIKELIHOODS and not mapping(config, "metadata").get("protocol")
+        for config in tasks
+    )
 
 
 def _is_figure(value: object) -> bool:
@@ -134,60 +153,75 @@ def _is_figure(value: object) -> bool:
 
 
 def _quantization(config: dict[str, Any], arguments: dict[str, str], checkpoint: str) -> Quantization:
-    said = _mapping_or_none(config.get("quantization"))
+    said = mapping_or_none(config.get("quantization"))
     if said is None:
         return stock_quantization(config, arguments, checkpoint)
     notes = said.get("notes")
     return Quantization(
         known=True,
-        family=canonical_family(_text(said.get("family")) or "unknown"),
-        scheme=_text(said.get("scheme")),
-        layer_bpw=_positive(said.get("layer_bpw")),
-        head_bpw=_positive(said.get("head_bpw")),
-        vram_gb=_positive(said.get("vram_gb")),
-        file_bpw=_positive(said.get("file_bpw")),
-        weight_bytes=_count(said.get("weight_bytes")),
-        layer_parameters=_count(said.get("layer_parameters")),
-        kv_bytes_per_token=_count(said.get("kv_bytes_per_token")),
-        kv_cache_dtype=_text(said.get("kv_cache_dtype")),
-        engine=_text(said.get("engine")),
-        engine_version=_text(said.get("engine_version")),
-        kernel=_text(said.get("kernel")) or None,
-        dtype=_text(said.get("dtype")),
-        device=_text(said.get("device")),
-        revision=_text(said.get("revision")),
-        scoring=_text(said.get("scoring")),
-        tokens_per_second=_positive(said.get("tokens_per_second")),
-        peak_vram_gb=_positive(said.get("peak_vram_gb")),
-        kv_pool_gb=_positive(said.get("kv_pool_gb")),
-        notes=tuple(_text(note) for note in notes if isinstance(note, str)) if isinstance(notes, list) else (),
+        family=canonical_family(text(said.get("family")) or "unknown"),
+        scheme=text(said.get("scheme")),
+        layer_bpw=positive(said.get("layer_bpw")),
+        head_bpw=positive(said.get("head_bpw")),
+        vram_gb=positive(said.get("vram_gb")),
+        file_bpw=positive(said.get("file_bpw")),
+        weight_bytes=count(said.get("weight_bytes")),
+        layer_parameters=count(said.get("layer_parameters")),
+        kv_bytes_per_token=count(said.get("kv_bytes_per_token")),
+        kv_cache_dtype=text(said.get("kv_cache_dtype")),
+        engine=text(said.get("engine")),
+        engine_version=text(said.get("engine_version")),
+        kernel=text(said.get("kernel")) or None,
+        dtype=text(said.get("dtype")),
+        device=text(said.get("device")),
+        revision=text(said.get("revision")),
+        scoring=text(said.get("scoring")),
+        tokens_per_second=positive(said.get("tokens_per_second")),
+        peak_vram_gb=positive(said.get("peak_vram_gb")),
+        kv_pool_gb=positive(said.get("kv_pool_gb")),
+        nan_loglikelihoods=count(said.get("nan_loglikelihoods")) or 0,
+        notes=tuple(text(note) for note in notes if isinstance(note, str)) if isinstance(notes, list) else (),
     )
 
 
-def _protocol(content: dict[str, Any], task: str) -> Protocol:
-    metadata = _mapping(_mapping(_mapping(content, "configs"), task), "metadata")
-    samples = _mapping(_mapping(content, "n-samples"), task)
+def _protocol(content: dict[str, Any], tree: Tree, task: str) -> Protocol:
+    metadata = mapping(mapping(mapping(content, "configs"), task), "metadata")
     return Protocol(
-        name=_text(metadata.get("protocol")),
-        eval_len=_whole(metadata.get("eval_len")),
-        stride=_whole(metadata.get("stride")),
-        windows=_whole(metadata.get("windows")),
-        scored_tokens=_whole(metadata.get("scored_tokens")),
-        tokens_sha256=_text(metadata.get("tokens_sha256")) or None,
-        text=_text(metadata.get("text")),
-        tokenizer=_text(metadata.get("tokenizer")),
-        harness=(
-            f"version {_scalar(_mapping(content, 'versions').get(task))}",
-            f"{_scalar(samples.get('effective'))} samples",
-            f"{_scalar(_mapping(content, 'n-shot').get(task))}-shot",
-        ),
+        name=text(metadata.get("protocol")),
+        eval_len=whole(metadata.get("eval_len")),
+        stride=whole(metadata.get("stride")),
+        windows=whole(metadata.get("windows")),
+        scored_tokens=whole(metadata.get("scored_tokens")),
+        tokens_sha256=text(metadata.get("tokens_sha256")) or None,
+        text=text(metadata.get("text")),
+        tokenizer=text(metadata.get("tokenizer")),
+        harness=tuple(_harness_settings(content, tree, task)),
     )
+
+
+def _harness_settings(content: dict[str, Any], tree: Tree, task: str) -> Iterator[str]:
+    """What two numbers of a task without token windows must have in common to be compared."""
+    counts = mapping(content, "n-samples")
+    yield f"version {scalar(mapping(content, 'versions').get(task))}"
+    samples = total(tree, task, lambda t: whole(mapping(counts, t).get("effective")))
+    yield f"{samples if samples is not None else 'unknown'} samples"
+    shots = common(tree, task, lambda t: mapping(content, "n-shot").get(t))
+    yield f"{scalar(shots) or 'unknown'}-shot"
+    if task in tree:
+        yield f"{len(leaves(tree, task))} subtasks"
+    if content.get("chat_template"):
+        yield "chat template"
+    if content.get("system_instruction"):
+        yield f"system prompt {text(content.get('system_instruction_sha'))[:8]}".strip()
+    config = mapping(content, "config")
+    if config.get("gen_kwargs") and mapping(mapping(content, "configs"), task).get("output_type") == "generate_until":
+        yield f"gen_kwargs {clean(json.dumps(config['gen_kwargs'], sort_keys=True, ensure_ascii=False))}"
 
 
 def model_arguments(said: object) -> dict[str, str]:
     """``config.model_args``, a dict or ``"key=value,key=value"``, as a dict of strings."""
     if isinstance(said, dict):
-        return {str(key): _scalar(value) for key, value in said.items()}
+        return {str(key): scalar(value) for key, value in said.items()}
     if not isinstance(said, str):
         return {}
     pairs = (part.split("=", 1) for part in said.split(",") if "=" in part)
@@ -200,44 +234,3 @@ def _checkpoint_name(arguments: dict[str, str]) -> str:
             path = PurePosixPath(arguments[key].replace("\\", "/"))
             return clean(path.name)
     return ""
-
-
-def _mapping_or_none(value: object) -> dict[str, Any] | None:
-    return value if isinstance(value, dict) else None
-
-
-def _mapping(parent: dict[str, Any], key: str) -> dict[str, Any]:
-    return _mapping_or_none(parent.get(key)) or {}
-
-
-def _text(value: object) -> str:
-    return clean(value) if isinstance(value, str) else ""
-
-
-def _scalar(value: object) -> str:
-    return clean(str(value)) if isinstance(value, (str, int, float)) else ""
-
-
-def _number(value: object) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _positive(value: object) -> float | None:
-    number = _number(value)
-    return number if number is not None and number > 0 else None
-
-
-def _count(value: object) -> int | None:
-    number = _positive(value)
-    return None if number is None else int(number)
-
-
-def _whole(value: object) -> int | None:
-    number = _number(value)
-    return int(number) if number is not None and number >= 0 and number == int(number) else None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from compare.families import FULL_PRECISION, arithmetic_run, scheme_arithmetic
+from compare.groups import Tree
 from compare.provenance import Run
 
 PERPLEXITY = "token_perplexity"
@@ -30,7 +31,8 @@ class Quantization:
 
     Bits per weight: `layer_bpw` decoder matrices, `head_bpw` output matrix, `file_bpw` all tensors of the file.
     `vram_gb` is (layer + head bits) / 8 / 1024³; `weight_bytes` counts every tensor; `layer_parameters` the weights of
-    the decoder's matrices; `kv_bytes_per_token` one token in a KV cache of `kv_cache_dtype`.
+    the decoder's matrices; `kv_bytes_per_token` one token in a KV cache of `kv_cache_dtype`. `nan_loglikelihoods`: so
+    many answers of this run were no numbers, from which the harness makes accuracies all the same.
     """
 
     known: bool = False
@@ -54,6 +56,7 @@ class Quantization:
     tokens_per_second: float | None = None
     peak_vram_gb: float | None = None
     kv_pool_gb: float | None = None
+    nan_loglikelihoods: int = 0
     notes: tuple[str, ...] = ()
 
     @property
@@ -113,6 +116,8 @@ class Record:
     run: Run = field(default_factory=Run, hash=False)
     date: float = 0.0
     file: Path = Path()
+    alias: str = ""  # the task's name in the harness' own table
+    groups: Tree = field(default_factory=dict, hash=False)  # of the file: direct subtasks by group
     reference: bool = False  # a spec says that others are to be measured against it
 
     @property

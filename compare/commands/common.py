@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from compare.axis import AXES, MEMORY
-from compare.comparison import Comparison, Options, build_comparison
+from compare.comparison import Comparison, Options, build_comparisons
 from compare.errors import NOTHING_USABLE, CompareError
 from compare.records import Record
 from compare.text import clean
@@ -24,9 +24,17 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--metric",
+        action="append",
+        default=[],
         metavar="[TASK/]METRIC",
-        help="figure to compare, e.g. wiki2_strided/top1_accuracy "
-        "(default: token_perplexity of the one task that has it)",
+        help="figure to compare, e.g. mmlu/acc or gsm8k/exact_match,strict-match (default: token_perplexity of the one "
+        "task that has it); may be given several times",
+    )
+    parser.add_argument(
+        "--subtasks", action="store_true", help="of a group such as mmlu, its subtasks: --metric mmlu/acc --subtasks"
+    )
+    parser.add_argument(
+        "--mean", action="store_true", help="one figure: the mean over the tasks, each counting alike, if all have it"
     )
     parser.add_argument(
         "--x",
@@ -90,15 +98,16 @@ def _limit(text: str) -> float:
     return value
 
 
-def load_comparison(arguments: argparse.Namespace, sort: str = "family") -> Comparison:
-    """Read the files, build the comparison, and say on stderr what was skipped, replaced or left out."""
-    comparison = compare_records(arguments, load_records(arguments), sort=sort)
-    for notice in comparison.notices:
-        say(notice)
-    if comparison.verdict is not None:
-        for line in comparison.verdict.lines(comparison):
-            say(line)
-    return comparison
+def load_comparisons(arguments: argparse.Namespace, sort: str = "family") -> list[Comparison]:
+    """Read the files, build a comparison a metric, and say on stderr what was skipped, replaced or left out."""
+    comparisons = compare_records(arguments, load_records(arguments), sort=sort)
+    for comparison in comparisons:
+        for notice in comparison.notices:
+            say(notice)
+        if comparison.verdict is not None:
+            for line in comparison.verdict.lines(comparison):
+                say(line if len(comparisons) == 1 else f"{comparison.metric.label}: {line}")
+    return comparisons
 
 
 def load_records(arguments: argparse.Namespace, note: Callable[[str], None] | None = None) -> list[Record]:
@@ -115,11 +124,13 @@ def load_records(arguments: argparse.Namespace, note: Callable[[str], None] | No
     return reading.records
 
 
-def compare_records(arguments: argparse.Namespace, records: list[Record], **changes: Any) -> Comparison:
-    """The comparison that the arguments ask for; `changes` are fields of `Options` that go before."""
+def compare_records(arguments: argparse.Namespace, records: list[Record], **changes: Any) -> list[Comparison]:
+    """The comparisons that the arguments ask for, one a metric; `changes` are fields of `Options` that go before."""
     budget = arguments.budget
     options = Options(
-        metric=arguments.metric,
+        metrics=tuple(arguments.metric),
+        subtasks=arguments.subtasks,
+        mean=arguments.mean,
         axis=arguments.x or (MEMORY if budget is not None else "bpw"),
         pareto=arguments.pareto,
         budget=budget,
@@ -129,7 +140,7 @@ def compare_records(arguments: argparse.Namespace, records: list[Record], **chan
         max_y=arguments.max_y,
         allow_mixed=arguments.allow_mixed,
     )
-    return build_comparison(records, replace(options, **changes))
+    return build_comparisons(records, replace(options, **changes))
 
 
 def _check_memory(arguments: argparse.Namespace) -> None:

@@ -6,11 +6,16 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from compare.commands.common import add_choice, add_selection, load_comparison, say
+from compare.commands.common import add_choice, add_selection, load_comparisons, say
 from compare.errors import NOTHING_USABLE, CompareError
 
-HELP = "draw the models of result files: size across, metric upwards, one line a family"
+if TYPE_CHECKING:
+    from compare.comparison import Comparison
+    from compare.plot.series import Drawing
+
+HELP = "draw the models of result files: size across, metric upwards, one line a family; a panel a --metric"
 _SUFFIXES = (".png", ".svg", ".pdf", ".html")
 
 
@@ -35,19 +40,13 @@ def run(arguments: argparse.Namespace) -> int:
         raise CompareError(f"-o {output}: expected a name that ends in .png, .svg, .pdf or .html")
     if output is None and not _has_display():
         raise CompareError("no display for a window here; name a file: -o plot.png (or .svg, .pdf, .html)")
-    comparison = load_comparison(arguments)
-    from compare.plot import series
-
-    drawing = series.arrange(comparison, arguments.log_y)
-    for message in drawing.left_out:
-        say(message)
-    if not drawing.points and not drawing.references:
-        raise CompareError("nothing to draw: no result has both the metric and a place on the x axis", NOTHING_USABLE)
+    comparisons = load_comparisons(arguments)
+    panels = _panels(comparisons, arguments.log_y)
     from compare.plot import figure
 
     settings = figure.Settings(title=arguments.title, dark=arguments.dark, log_y=arguments.log_y)
     if output is None:
-        figure.show(comparison, drawing, settings, say)
+        figure.show(panels, settings, say)
         return 0
     from compare.files import write_atomically
 
@@ -55,13 +54,35 @@ def run(arguments: argparse.Namespace) -> int:
     if kind == "html":
         from compare.report.build import plot_page
 
-        content = plot_page(comparison, drawing, settings, say)
+        content = plot_page(panels, settings, say)
+    elif len(panels) == 1:
+        content = figure.render(*panels[0], settings, kind, say)
     else:
-        content = figure.render(comparison, drawing, settings, kind, say)
+        content = figure.render_multiples(panels, settings, kind, say)
     write_atomically(output, content)
-    drawn = f"{len(drawing.points)} points, {len(drawing.references)} reference lines"
-    say(f"wrote {output} ({drawn})")
+    points, lines = sum(len(d.points) for _, d in panels), sum(len(d.references) for _, d in panels)
+    inside = f", {len(panels)} panels" if len(panels) > 1 else ""
+    say(f"wrote {output} ({points} points, {lines} reference lines{inside})")
     return 0
+
+
+def _panels(comparisons: list[Comparison], log_y: bool) -> list[tuple[Comparison, Drawing]]:
+    """What can be drawn, a panel a metric; what cannot is said."""
+    from compare.plot import series
+
+    panels = []
+    for comparison in comparisons:
+        drawing = series.arrange(comparison, log_y)
+        prefix = f"{comparison.metric.label}: " if len(comparisons) > 1 else ""
+        for message in drawing.left_out:
+            say(f"{prefix}{message}")
+        if drawing.points or drawing.references:
+            panels.append((comparison, drawing))
+        elif prefix:
+            say(f"not drawn: {comparison.metric.label}: no result has both the metric and a place on the x axis")
+    if not panels:
+        raise CompareError("nothing to draw: no result has both the metric and a place on the x axis", NOTHING_USABLE)
+    return panels
 
 
 def _has_display() -> bool:

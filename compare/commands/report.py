@@ -34,11 +34,12 @@ def run(arguments: argparse.Namespace) -> int:
     axes = (
         [arguments.x] if arguments.x else ["memory", "bpw", "vram"] if arguments.budget is not None else ["bpw", "vram"]
     )
-    comparisons = [compare_records(arguments, records, axis=axis) for axis in axes]
+    by_axis = [compare_records(arguments, records, axis=axis) for axis in axes]
+    comparisons = list(zip(*by_axis, strict=True))  # a metric each, on every axis
     from compare.files import write_atomically
     from compare.report.build import build
 
     content = build(comparisons, arguments.title, arguments.log_y, notices, note)
     write_atomically(output, content)
-    say(f"wrote {output} ({len(comparisons[0].points)} models)")
+    say(f"wrote {output} ({max(len(on[0].points) for on in comparisons)} models)")
     return 0

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from compare.commands.common import add_choice, add_selection, load_comparison, say
+from compare.commands.common import add_choice, add_selection, load_comparisons, say
 from compare.comparison import SORTS
 from compare.errors import CompareError
 
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     chosen = arguments.format or _format_of(arguments.output)
-    comparison = load_comparison(arguments, arguments.sort)
+    comparisons = load_comparisons(arguments, arguments.sort)
     from compare.table import formats, terminal
 
     renderers = {
@@ -39,15 +39,16 @@ def run(arguments: argparse.Namespace) -> int:
     }
     if arguments.output is None:
         if chosen == "terminal":
-            terminal.print_terminal(comparison, arguments.title)
+            terminal.print_terminal(comparisons, arguments.title)
         else:
-            sys.stdout.write(renderers[chosen](comparison, arguments.title))
+            sys.stdout.write(renderers[chosen](comparisons, arguments.title))
         return 0
     from compare.files import write_atomically
 
-    text = renderers[chosen](comparison, arguments.title)
+    text = renderers[chosen](comparisons, arguments.title)
     write_atomically(arguments.output, text.encode("utf-8", "backslashreplace"))
-    say(f"wrote {arguments.output} ({len(comparison.points)} models)")
+    models = max(len(comparison.points) for comparison in comparisons)
+    say(f"wrote {arguments.output} ({models} models)")
     return 0
 
 

@@ -18,12 +18,12 @@ from matplotlib.figure import Figure
 
 from compare.comparison import Comparison, Point
 from compare.errors import CompareError
-from compare.plot import style
+from compare.plot import multiples, style
 from compare.plot.axes import draw_data
-from compare.plot.header import draw_texts, marker_size
+from compare.plot.header import draw_texts, make_room_for_ticks, marker_size
 from compare.plot.labelling import draw_labels
 from compare.plot.series import Drawing
-from compare.plot.words import alternative_text, title_of
+from compare.plot.words import alternative_text, texts, title_of
 
 Say = Callable[[str], None]
 
@@ -48,7 +48,20 @@ def render(comparison: Comparison, drawing: Drawing, settings: Settings, kind: s
         FigureCanvasAgg(figure)
         _draw(figure, comparison, drawing, settings, say)
         stream = io.BytesIO()
-        figure.savefig(stream, format=kind, dpi=style.DPI, metadata=_metadata(comparison, drawing, settings, kind))
+        figure.savefig(stream, format=kind, dpi=style.DPI, metadata=_metadata_of(comparison, drawing, settings, kind))
+    return stream.getvalue()
+
+
+def render_multiples(panels: multiples.Panels, settings: Settings, kind: str, say: Say) -> bytes:
+    """A panel a metric, as the bytes of a ``png``, ``svg`` or ``pdf`` file."""
+    with _style(settings.theme):
+        figure = multiples.new_figure(panels)
+        FigureCanvasAgg(figure)
+        _say_unlabelled(multiples.draw(figure, panels, settings.title, settings.theme, settings.log_y), say)
+        stream = io.BytesIO()
+        description = " ".join(f"{c.metric.label}: {alternative_text(c, d)}" for c, d in panels)
+        metadata = _metadata(multiples.title_of_all(panels, settings.title), description, kind)
+        figure.savefig(stream, format=kind, dpi=style.DPI, metadata=metadata)
     return stream.getvalue()
 
 
@@ -72,7 +85,7 @@ def render_svg(comparison: Comparison, drawing: Drawing, settings: Settings, say
         _draw(figure, comparison, drawing, settings, say)
         spots = _spots(figure, drawing)
         stream = io.BytesIO()
-        figure.savefig(stream, format="svg", dpi=style.DPI, metadata=_metadata(comparison, drawing, settings, "svg"))
+        figure.savefig(stream, format="svg", dpi=style.DPI, metadata=_metadata_of(comparison, drawing, settings, "svg"))
     return stream.getvalue(), spots
 
 
@@ -91,28 +104,37 @@ def _spots(figure: Figure, drawing: Drawing) -> list[Spot]:
     return spots
 
 
-def show(comparison: Comparison, drawing: Drawing, settings: Settings, say: Say) -> None:
+def show(panels: multiples.Panels, settings: Settings, say: Say) -> None:
     """Open a window and wait for it. CompareError where matplotlib finds no toolkit for windows."""
     from matplotlib import pyplot
     from matplotlib.backends import BackendFilter, backend_registry
 
     with _style(settings.theme):
+        one = len(panels) == 1
+        size = (style.WIDTH, style.HEIGHT) if one else tuple(multiples.new_figure(panels).get_size_inches())
         try:
-            figure = pyplot.figure(figsize=(style.WIDTH, style.HEIGHT), dpi=style.DPI / 2)
+            figure = pyplot.figure(figsize=size, dpi=style.DPI / 2)
         except Exception as error:  # each toolkit fails in its own way when the display is not there
             raise CompareError("no window could be opened; name a file: -o plot.png (or .svg, .pdf)") from error
         if pyplot.get_backend().lower() not in backend_registry.list_builtin(BackendFilter.INTERACTIVE):
             raise CompareError("no toolkit for windows (PyQt, tkinter …) here; name a file: -o plot.png")
-        _draw(figure, comparison, drawing, settings, say)
+        if one:
+            _draw(figure, *panels[0], settings, say)
+        else:
+            _say_unlabelled(multiples.draw(figure, panels, settings.title, settings.theme, settings.log_y), say)
         pyplot.show()
 
 
 def _draw(figure: Figure, comparison: Comparison, drawing: Drawing, settings: Settings, say: Say) -> None:
-    layout = draw_texts(figure, comparison, drawing, settings.title, settings.theme)
+    layout = draw_texts(figure, texts(comparison, drawing, settings.title), [drawing], settings.theme)
     ax = figure.add_axes(layout.axes_box)
     draw_data(ax, comparison, drawing, settings.theme, settings.log_y)
-    layout.make_room_for_ticks(figure, ax)
+    make_room_for_ticks(figure, ax, layout.axes_box)
     unlabelled = draw_labels(ax, comparison, drawing, settings.theme, layout.legend_shown)
+    _say_unlabelled(unlabelled, say)
+
+
+def _say_unlabelled(unlabelled: int, say: Say) -> None:
     if unlabelled:
         say(f"{unlabelled} points are drawn without a label, there is no room for more; --mask narrows the choice")
 
@@ -126,9 +148,11 @@ def _style(theme: style.Theme) -> Iterator[None]:
         yield
 
 
-def _metadata(comparison: Comparison, drawing: Drawing, settings: Settings, kind: str) -> dict[str, Any]:
-    title = title_of(comparison, settings.title)
-    description = alternative_text(comparison, drawing)
+def _metadata_of(comparison: Comparison, drawing: Drawing, settings: Settings, kind: str) -> dict[str, Any]:
+    return _metadata(title_of(comparison, settings.title), alternative_text(comparison, drawing), kind)
+
+
+def _metadata(title: str, description: str, kind: str) -> dict[str, Any]:
     if kind == "pdf":
         return {"Title": title, "Subject": description, "Creator": "compare", "CreationDate": None, "ModDate": None}
     if kind == "svg":

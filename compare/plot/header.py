@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from compare.comparison import Comparison, family_order
+from compare.comparison import family_order
 from compare.plot import style
 from compare.plot.series import Drawing, Series
-from compare.plot.words import caption, subtitle, title_of
+from compare.plot.words import Texts
 from compare.text import shorten
 
-_MARGIN = 0.028
+MARGIN = 0.028  # of the figure's width
+Box = tuple[float, float, float, float]  # left, bottom, width, height, in fractions of the figure
 MARKER_SIZES = {"*": 13.0, "P": 10.5, "X": 9.5, "o": 8.5, "^": 9.5, "D": 7.5, "s": 7.8}
 
 
@@ -27,44 +29,43 @@ def marker_size(marker: str, count: int = 1) -> float:
 class Layout:
     """Where the axes lie, in fractions of the figure: left, bottom, width, height."""
 
-    axes_box: tuple[float, float, float, float]
+    axes_box: Box
     legend_shown: bool
 
-    def make_room_for_ticks(self, figure: Figure, ax: Any) -> None:
-        """Move the left edge so that the widest tick label fits, whatever the numbers."""
-        renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
-        figure.draw_without_rendering()
-        taken = ax.get_window_extent(renderer).x0 - ax.yaxis.get_tightbbox(renderer).x0
-        left, bottom, width, height = self.axes_box
-        needed = taken / figure.bbox.width + _MARGIN
-        ax.set_position((needed, bottom, left + width - needed, height))
-        figure.draw_without_rendering()
+
+def make_room_for_ticks(figure: Figure, ax: Any, box: Box) -> None:
+    """Put `ax` into `box` such that the widest tick label fits into it as well, whatever the numbers."""
+    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
+    figure.draw_without_rendering()
+    taken = ax.get_window_extent(renderer).x0 - ax.yaxis.get_tightbbox(renderer).x0
+    left, bottom, width, height = box
+    needed = taken / figure.bbox.width
+    ax.set_position((left + needed, bottom, width - needed, height))
+    figure.draw_without_rendering()
 
 
-def draw_texts(
-    figure: Figure, comparison: Comparison, drawing: Drawing, title: str | None, theme: style.Theme
-) -> Layout:
+def draw_texts(figure: Figure, texts: Texts, drawings: Sequence[Drawing], theme: style.Theme) -> Layout:
     """Title, subtitle, legend and caption from the edges inwards; what is left is for the axes."""
-    inch = 1 / style.HEIGHT
+    inch = 1 / figure.get_figheight()
     top = 1 - 0.22 * inch
-    top -= _line(figure, top, title_of(comparison, title), style.TITLE, theme.ink, weight="bold") + 0.07 * inch
-    top -= _line(figure, top, subtitle(comparison), style.SUBTITLE, theme.soft) + 0.10 * inch
-    legend = _legend(figure, top, drawing, theme)
+    top -= _line(figure, top, texts.title, style.TITLE, theme.ink, weight="bold") + 0.07 * inch
+    top -= _line(figure, top, texts.subtitle, style.SUBTITLE, theme.soft) + 0.10 * inch
+    legend = _legend(figure, top, drawings, theme)
     if legend is not None:
         figure.draw_without_rendering()
         top = figure.transFigure.inverted().transform(legend.get_window_extent())[0][1]
     bottom = 0.16 * inch
-    for text in reversed(caption(comparison, drawing)):
+    for text in reversed(texts.caption):
         bottom += _line(figure, bottom, text, style.CAPTION, theme.soft, va="bottom") + 0.045 * inch
     bottom += 0.66 * inch
     top -= 0.14 * inch
-    return Layout((0.09, bottom, 1 - 0.09 - _MARGIN, max(top - bottom, 0.2)), legend is not None)
+    return Layout((MARGIN, bottom, 1 - 2 * MARGIN, max(top - bottom, 0.2)), legend is not None)
 
 
 def _line(figure: Figure, y: float, text: str, size: float, colour: str, va: str = "top", **more: Any) -> float:
     """One line of text across the figure; made smaller, then cut at its end, until it fits. Its height."""
-    artist = figure.text(_MARGIN, y, text, fontsize=size, color=colour, va=va, ha="left", **more)
-    room = (1 - 2 * _MARGIN) * figure.bbox.width
+    artist = figure.text(MARGIN, y, text, fontsize=size, color=colour, va=va, ha="left", **more)
+    room = (1 - 2 * MARGIN) * figure.bbox.width
 
     def width() -> float:
         return float(artist.get_window_extent().width)
@@ -76,19 +77,20 @@ def _line(figure: Figure, y: float, text: str, size: float, colour: str, va: str
     while width() > room and len(text) > 8:
         text = text[: max(7, min(len(text) - 2, int(len(text) * room / width()) - 1))].rstrip() + "…"
         artist.set_text(text)
-    return size * 1.25 / 72 / style.HEIGHT
+    return float(size * 1.25 / 72 / figure.get_figheight())
 
 
-def _legend(figure: Figure, top: float, drawing: Drawing, theme: style.Theme) -> Any:
+def _legend(figure: Figure, top: float, drawings: Sequence[Drawing], theme: style.Theme) -> Any:
     """A row of families under the subtitle; None where one family makes it idle."""
-    families: dict[str, Series] = {}
-    for series in sorted(drawing.series, key=lambda s: family_order(s.name)):
-        shown = families.setdefault(series.name, series)
+    families: dict[str, tuple[Drawing, Series]] = {}
+    drawn = [(drawing, series) for drawing in drawings for series in drawing.series]
+    for drawing, series in sorted(drawn, key=lambda pair: family_order(pair[1].name)):
+        shown = families.setdefault(series.name, (drawing, series))[1]
         if not shown.joined and series.joined:
-            families[series.name] = series
+            families[series.name] = (drawing, series)
     if len(families) < 2:
         return None
-    entries = [(_handle(series, drawing, theme), shorten(name, 24)) for name, series in families.items()]
+    entries = [(_handle(series, drawing, theme), shorten(name, 24)) for name, (drawing, series) in families.items()]
     columns = len(entries)
     while True:
         in_rows = [entry for column in range(columns) for entry in entries[column::columns]]
@@ -96,7 +98,7 @@ def _legend(figure: Figure, top: float, drawing: Drawing, theme: style.Theme) ->
             handles=[handle for handle, _ in in_rows],
             labels=[name for _, name in in_rows],
             loc="upper left",
-            bbox_to_anchor=(_MARGIN, top),
+            bbox_to_anchor=(MARGIN, top),
             ncols=columns,
             frameon=False,
             fontsize=style.TICK,
@@ -106,7 +108,7 @@ def _legend(figure: Figure, top: float, drawing: Drawing, theme: style.Theme) ->
             borderaxespad=0,
             borderpad=0,
         )
-        if columns == 1 or legend.get_window_extent().x1 < (1 - _MARGIN) * figure.bbox.width:
+        if columns == 1 or legend.get_window_extent().x1 < (1 - MARGIN) * figure.bbox.width:
             return legend
         legend.remove()
         columns -= 1

@@ -22,13 +22,15 @@ MAX_LABELS, IN_A_CROWD = 60, 24
 _MAX_LENGTH = 34
 
 
-def draw_labels(ax: Any, comparison: Comparison, drawing: Drawing, theme: style.Theme, legend_shown: bool) -> int:
-    """Draw them; returns how many points stay without a label."""
+def draw_labels(
+    ax: Any, comparison: Comparison, drawing: Drawing, theme: style.Theme, legend_shown: bool, most: int = MAX_LABELS
+) -> int:
+    """Draw them; returns how many points stay without a label. Of more than `most`, only the best are labelled."""
     scale = ax.figure.dpi / 72
     obstacles = _obstacles(ax, drawing, 6.5 * scale)
     _limit_label(ax, drawing, theme, obstacles)
     _reference_labels(ax, drawing, theme, obstacles)
-    chosen = {id(point) for point in _labelled(comparison, drawing)}
+    chosen = {id(point) for point in _labelled(comparison, drawing, most)}
     texts, anchors, colours = [], [], []
     for series in drawing.series:
         for point in series.points:
@@ -65,10 +67,10 @@ def _obstacles(ax: Any, drawing: Drawing, radius: float) -> Obstacles:
     return Obstacles(np.array(points).reshape(-1, 2), radius, segments)
 
 
-def _labelled(comparison: Comparison, drawing: Drawing) -> list[Point]:
+def _labelled(comparison: Comparison, drawing: Drawing, most: int) -> list[Point]:
     """Every point, or, where they are too many, those no other beats in both size and metric."""
     points = drawing.points
-    if len(points) <= MAX_LABELS:
+    if len(points) <= most:
         return points
     best = frontier(points, bool(comparison.metric.higher_is_better))
     step = max(1, -(-len(best) // IN_A_CROWD))

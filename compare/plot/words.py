@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from compare.choice import Verdict
 from compare.comparison import Comparison, Point
 from compare.plot.series import Drawing
+from compare.records import Protocol
 from compare.table.columns import metric_text
 from compare.text import and_more, clean
 
@@ -15,10 +18,31 @@ def title_of(comparison: Comparison, title: str | None) -> str:
     return clean(title) if title else f"{comparison.metric.name} by {comparison.axis.short}"
 
 
+@dataclass(frozen=True)
+class Texts:
+    """What stands around the axes."""
+
+    title: str
+    subtitle: str
+    caption: list[str]
+
+
+def texts(comparison: Comparison, drawing: Drawing, title: str | None) -> Texts:
+    return Texts(title_of(comparison, title), subtitle(comparison), caption(comparison, drawing))
+
+
 def subtitle(comparison: Comparison) -> str:
     """Data set, windows × length, stride, protocol, tokens scored; the task where a text is not known."""
-    protocol = comparison.protocol
-    parts = [protocol.text or comparison.metric.task]
+    if comparison.metric.averaged:
+        return "  ·  ".join(choice.label for choice in comparison.metric.averaged)
+    protocol, metric = comparison.protocol, comparison.metric
+    filtered = "" if metric.filter_name in ("", "none") else metric.filter_name
+    return "  ·  ".join(filter(None, (protocol.text or metric.task, filtered, *settings_of(protocol))))
+
+
+def settings_of(protocol: Protocol) -> list[str]:
+    """Windows × length, stride, protocol; for other tasks their version, samples, shots."""
+    parts = []
     if protocol.windows and protocol.eval_len:
         parts.append(f"{protocol.windows:,} windows × {protocol.eval_len:,} tokens")
     if protocol.stride:
@@ -27,24 +51,25 @@ def subtitle(comparison: Comparison) -> str:
         parts.append(f"{protocol.name} protocol")
     elif not protocol.tokens_sha256:
         parts += protocol.harness
-    return "  ·  ".join(parts)
+    return parts
 
 
-def caption(comparison: Comparison, drawing: Drawing) -> list[str]:
-    """What the marks mean, only those that are there, one statement a line."""
+def caption(comparison: Comparison, drawing: Drawing, verdict: bool = True) -> list[str]:
+    """What the marks mean, only those that are there, one statement a line; with `verdict`, that on the budget too."""
     lines = []
     shown = drawing.points + drawing.references
     if any(point.stderr for point in shown):
         paired = "all models are scored on the same tokens, so differences are surer than the bars suggest"
-        lines.append(f"Error bars: ± 1 standard error; {paired}." if _all_paired(comparison) else
-                     "Error bars: ± 1 standard error.")  # fmt: skip
+        independent = ", the tasks taken as independent" if comparison.metric.averaged else ""
+        more = f"; {paired}" if _all_paired(comparison) else independent
+        lines.append(f"Error bars: ± 1 standard error{more}.")
     if any(not point.comparable for point in drawing.points):
-        lines.append("Hollow: scored on other tokens or by another protocol, not comparable with the rest.")
+        lines.append("Hollow: scored on other tokens or samples or by another protocol, not comparable with the rest.")
     if comparison.options.pareto:
         lines.append(
             "Steps: the Pareto frontier. Grey: another model is no larger and no worse, and better in one of the two."
         )
-    if comparison.verdict is not None:
+    if verdict and comparison.verdict is not None:
         lines += _verdict(comparison, comparison.verdict)
     if any(point.record.quantization.runs_other_than_named for point in drawing.points):
         lines.append("† checkpoint with quantized activations, run weight-only: not what the format gives.")

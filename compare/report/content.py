@@ -7,33 +7,33 @@ from html import escape
 
 from compare.comparison import Comparison, Point, family_order
 from compare.families import FULL_PRECISION, family_style
-from compare.plot.words import subtitle
 from compare.provenance import command
+from compare.records import Record
 from compare.report.family_notes import FAMILY_NOTES
 from compare.report.pictures import colour_variable
 from compare.table.columns import Section, sections
 from compare.text import show_controls
 
 
-def heading(comparison: Comparison, title: str, links: Sequence[tuple[str, str]]) -> str:
+def heading(about: str, title: str, links: Sequence[tuple[str, str]]) -> str:
     """Title, what was scored, links to the sections."""
     anchors = "".join(f'<a href="#{name}">{escape(text)}</a>' for name, text in links)
     return (
-        f"<header><!--theme--><h1>{escape(title)}</h1>"
-        f'<p class="soft">{escape(subtitle(comparison))}</p><nav>{anchors}</nav></header>'
+        f'<header><!--theme--><h1>{escape(title)}</h1><p class="soft">{escape(about)}</p><nav>{anchors}</nav></header>'
     )
 
 
-def verdict(comparison: Comparison) -> str:
+def verdict(comparison: Comparison, alone: bool = True) -> str:
     """The best model within the budget, and what cannot be told; empty without a budget."""
     found = comparison.verdict
     if found is None:
         return ""
     headline, *rest = found.lines(comparison)
+    headline = _capital(headline) if alone else f"{comparison.metric.label}: {headline}"
     if found.best is not None:
         rest.append("Activations and the engine's buffers come on top of weights and cache.")
     said = "".join(f"<p>{escape(_capital(line))}</p>" for line in rest)
-    return f'<section class="verdict"><p class="lead">{escape(_capital(headline))}</p>{said}</section>'
+    return f'<section class="verdict"><p class="lead">{escape(headline)}</p>{said}</section>'
 
 
 def tables(comparison: Comparison) -> str:
@@ -72,11 +72,12 @@ def _table(comparison: Comparison, section: Section) -> str:
 
 def settings(comparison: Comparison) -> str:
     """What every comparable number is over."""
-    protocol = comparison.protocol
+    protocol, averaged = comparison.protocol, comparison.metric.averaged
     run = next(p for p in [*(p for p in comparison.points if p.comparable), *comparison.points]).record.run
     rows = [
         ("Task", comparison.metric.task),
         ("Metric", f"{comparison.metric.short}{_direction(comparison)}"),
+        ("Mean over", "; ".join(protocol.harness) if averaged else ""),
         ("Protocol", protocol.name),
         ("Windows", f"{protocol.windows:,}" if protocol.windows else ""),
         ("Tokens a window", f"{protocol.eval_len:,}" if protocol.eval_len else ""),
@@ -86,7 +87,7 @@ def settings(comparison: Comparison) -> str:
         ("Tokens fingerprint", f"{protocol.tokens_sha256} (SHA-256)" if protocol.tokens_sha256 else ""),
         ("Tokenizer", protocol.tokenizer),
         *((_NAMES.get(key, key), _plain(value)) for key, value in run.about_text.items()),
-        ("Task version, samples, shots", ", ".join(protocol.harness) if not protocol.name else ""),
+        ("Task version, samples, shots", "" if protocol.name or averaged else ", ".join(protocol.harness)),
         ("Harness", f"lm-evaluation-harness {run.harness_version}" if run.harness_version else ""),
     ]
     return _pairs([(name, text) for name, text in rows if text])
@@ -110,23 +111,41 @@ def _direction(comparison: Comparison) -> str:
     return {True: ", higher is better", False: ", lower is better", None: ""}[comparison.metric.higher_is_better]
 
 
-def families(comparison: Comparison) -> str:
+def families(comparisons: Sequence[Comparison]) -> str:
     """A note on each family that is there."""
-    present = sorted({p.record.quantization.family for p in comparison.points}, key=family_order)
+    present = sorted({p.record.quantization.family for c in comparisons for p in c.points}, key=family_order)
     rows = [(name, FAMILY_NOTES[name]) for name in present if name in FAMILY_NOTES]
     return _pairs(
         [*(r for r in rows if r[0] != FULL_PRECISION), *(r for r in rows if r[0] == FULL_PRECISION)], "families"
     )
 
 
-def runs(comparison: Comparison) -> str:
+def runs(comparisons: Sequence[Comparison]) -> str:
     """For each row the command that repeats it, what it ran on, and the notes of its file."""
-    return "".join(_run(point) for point in comparison.points)
+    found: dict[tuple[str, str, str], str] = {}
+    for comparison in comparisons:
+        for point in comparison.points:
+            for record, tasks in _runs_of(point):
+                found.setdefault((record.label, str(record.file), tasks), _run(record, tasks))
+    return "".join(found.values())
 
 
-def _run(point: Point) -> str:
-    record, q = point.record, point.record.quantization
-    said = command(record.run, record.task)
+def _runs_of(point: Point) -> Iterator[tuple[Record, str]]:
+    """The runs behind a point, each with its tasks, comma-separated: one, or those of the parts of a mean."""
+    if not point.parts:
+        yield point.record, point.record.task
+        return
+    by_run: dict[tuple[str, int | None], list[Record]] = {}
+    for part in point.parts:
+        if part.record is not None:
+            by_run.setdefault((str(part.record.file), part.record.run.shots), []).append(part.record)
+    for records in by_run.values():
+        yield records[0], ",".join(dict.fromkeys(record.task for record in records))
+
+
+def _run(record: Record, tasks: str) -> str:
+    q = record.quantization
+    said = command(record.run, tasks)
     if said is None:
         code = "<p>Its result file does not name the model it ran.</p>"
     else:

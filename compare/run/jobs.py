@@ -14,7 +14,7 @@ from compare.presentation import Presentation
 from compare.run.engines import LOAD_FNS, PATH_ARGUMENTS, TAKES_LABEL, TAKES_TOKENIZER, engine_version
 from compare.run.fingerprint import fingerprint
 from compare.run.loading import Entry
-from compare.run.paths import resolve, trained_context
+from compare.run.paths import exists, resolve, trained_context
 from compare.run.schema import DataSpec, GuideModel, HarnessOptions
 
 GIB = 1024**3
@@ -106,7 +106,7 @@ def _content(name: str, value: Any) -> Any:
     """A path that exists as what it holds; everything else as it is."""
     if isinstance(value, list):
         return [_content(name, item) for item in value]
-    if name not in (*PATH_ARGUMENTS, "text_path") or not isinstance(value, str) or not Path(value).exists():
+    if name not in (*PATH_ARGUMENTS, "text_path") or not isinstance(value, str) or not exists(Path(value)):
         return value
     return f"content {fingerprint(Path(value), tokenizer_only=name == 'tokenizer')}"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import glob
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,9 @@ from pydantic import BaseModel, ValidationError
 
 from compare.errors import CompareError
 from compare.run.schema import DataSpec, GuideModel, HarnessModel
-from compare.text import and_more
+from compare.text import and_more, shorten
+
+_MOST_NODES, _DEEPEST = 100_000, 200
 
 
 @dataclass(frozen=True)
@@ -119,16 +122,49 @@ def _parse(file: Path) -> Any:
     if file.suffix.lower() in (".yaml", ".yml"):
         import yaml
 
+        if _depth(text) > _DEEPEST:  # PyYAML takes minutes to find out
+            raise CompareError(f"{file}: is nested too deeply for a spec")
         try:
-            return yaml.safe_load(text)
+            content = yaml.safe_load(text)
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             at = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-            raise CompareError(f"{file}: is not YAML ({at}{getattr(error, 'problem', None) or error})") from None
+            problem = getattr(error, "problem", None) or " ".join(str(error).split())
+            raise CompareError(f"{file}: is not YAML ({at}{problem})") from None
+        except RecursionError:
+            raise CompareError(f"{file}: is nested too deeply for a spec") from None
+        except ValueError as error:  # a date or number in form, but none that exists: 2001-99-99
+            raise CompareError(f"{file}: is not YAML ({error}; quote it if it is text)") from None
+        if not _is_small(content):
+            raise CompareError(f"{file}: its aliases (*NAME) unfold to more than a spec can hold")
+        return content
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise CompareError(f"{file}: is not JSON (line {error.lineno}, column {error.colno}: {error.msg})") from None
+    except RecursionError:
+        raise CompareError(f"{file}: is nested too deeply for a spec") from None
+    except ValueError as error:
+        raise CompareError(f"{file}: is not usable JSON ({error})") from None
+
+
+def _depth(text: str) -> int:
+    """How deep brackets are open at most; those in quotes count too, which are too few to matter."""
+    depth = deepest = 0
+    for bracket in re.findall(r"[][{}]", text):
+        depth = depth + 1 if bracket in "[{" else max(depth - 1, 0)
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _is_small(content: Any) -> bool:
+    """Whether a document, its aliases written out, has at most `_MOST_NODES`: few lines of YAML can mean billions."""
+    todo, seen = [content], 0
+    while todo and seen <= _MOST_NODES:
+        at = todo.pop()
+        seen += 1
+        todo += [*at, *at.values()] if isinstance(at, dict) else at if isinstance(at, (list, tuple, set)) else ()
+    return seen <= _MOST_NODES
 
 
 def _form_of(raw: Any) -> type[GuideModel] | type[HarnessModel] | None:
@@ -147,7 +183,7 @@ def _near_form(raw: Any) -> str:
 
 def _label_of(raw: Any) -> str:
     label = raw.get("label") if isinstance(raw, dict) else None
-    return f" ({label!r})" if isinstance(label, str) else ""
+    return f" ({_brief(label)})" if isinstance(label, str) else ""
 
 
 def _did_you_mean(name: str, valid: Iterable[str]) -> str:
@@ -161,7 +197,7 @@ def _explain(error: ValidationError, schema: type[BaseModel]) -> list[str]:
     told: set[str] = set()
     for found in error.errors(include_url=False):
         place = [str(part) for part in found["loc"] if not str(part).startswith(("constrained-", "list[", "function-"))]
-        name = ".".join(place)
+        name = shorten(".".join(place), 80)
         if name and name in told:  # the other ways in which a field could have been right
             continue
         told.add(name)
@@ -172,14 +208,18 @@ def _explain(error: ValidationError, schema: type[BaseModel]) -> list[str]:
         elif found["type"] == "literal_error":
             choices = [c.strip("' ") for c in str(found["ctx"]["expected"]).replace(" or ", ", ").split(",")]
             guess = _did_you_mean(str(found["input"]), choices)
-            lines[f'field "{name}": {found["input"]!r} is unknown{guess} (one of {and_more(choices, 12)})'] = None
+            lines[f'field "{name}": {_brief(found["input"])} is unknown{guess} (one of {and_more(choices, 12)})'] = None
         elif found["type"] == "missing":
             lines[f'field "{name}" is missing'] = None
         elif found["type"] == "value_error":
             lines[str(found["ctx"]["error"])] = None
         else:
-            lines[f'field "{name}": {found["msg"].lower()}, found {found["input"]!r}'] = None
+            lines[f'field "{name}": {found["msg"].lower()}, found {_brief(found["input"])}'] = None
     return list(lines)
+
+
+def _brief(value: Any) -> str:
+    return shorten(repr(value), 80)
 
 
 def _fields_of(schema: type[BaseModel], path: Sequence[str]) -> list[str]:

@@ -16,7 +16,7 @@ def trained_context(pretrained: Any) -> int | None:
     try:
         config = json.loads((Path(pretrained) / "config.json").read_bytes())
         value = (config.get("text_config") or config).get("max_position_embeddings")
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
         return None
     return value if isinstance(value, int) and value > 0 else None
 
@@ -38,11 +38,22 @@ def resolve(
     return resolved, missing
 
 
+def exists(path: Path) -> bool:
+    """Whether a path is there; a text that cannot be a path, such as one too long, is none."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
 def _path(text: str, folder: Path) -> tuple[str, str | None]:
     """An existing path as an absolute one; a name that is none stays: it is a hub id, if it can be one."""
-    path = Path(text).expanduser()
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError:  # "~" and a user that is not there
+        path = Path(text)
     path = path if path.is_absolute() else folder / path
-    if path.exists():
+    if exists(path):
         return os.path.abspath(path), None  # noqa: PTH100  (links stay: the hub's cache keeps suffixes in their names)
     looks_local = text.startswith((".", "~", "/")) or text.count("/") > 1 or text.endswith((".gguf", ".safetensors"))
     return (text, f"no such file or folder: {os.path.normpath(path)}") if looks_local else (text, None)

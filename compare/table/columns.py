@@ -12,6 +12,7 @@ from compare.comparison import Comparison, Point
 from compare.memory import GIB, fit, memory_bytes
 from compare.records import Quantization
 from compare.table.rows import relative
+from compare.text import and_more
 
 
 @dataclass(frozen=True)
@@ -135,11 +136,12 @@ class Section:
 def sections(comparison: Comparison) -> Iterator[Section]:
     """The comparison first, then each group that stands apart."""
     groups = sorted({point.group for point in comparison.points})
+    candidates = _candidates(comparison)
     for group in groups:
         points = [point for point in comparison.points if point.group == group]
-        texts = [[column.text(comparison, point) for column in COLUMNS] for point in points]
-        used = [c.always or any(line[i] for line in texts) for i, c in enumerate(COLUMNS)]
-        columns = [column for column, keep in zip(COLUMNS, used, strict=True) if keep]
+        texts = [[column.text(comparison, point) for column in candidates] for point in points]
+        used = [c.always or any(line[i] for line in texts) for i, c in enumerate(candidates)]
+        columns = [column for column, keep in zip(candidates, used, strict=True) if keep]
         yield Section(
             caption=_caption(comparison, points[0]),
             headings=[_heading(column, comparison) for column in columns],
@@ -150,12 +152,33 @@ def sections(comparison: Comparison) -> Iterator[Section]:
         )
 
 
+def _candidates(comparison: Comparison) -> list[Column]:
+    """`COLUMNS`, and the tasks of a mean after the mean."""
+    at = next(i for i, column in enumerate(COLUMNS) if column.heading == "Metric") + 1
+    tasks = [_task_column(comparison, i) for i in range(len(comparison.parts))]
+    return [*COLUMNS[:at], *tasks, *COLUMNS[at:]]
+
+
+def _task_column(comparison: Comparison, index: int) -> Column:
+    choice = comparison.parts[index]
+    heading = choice.label if choice in comparison.metric.averaged else f"{choice.label} (not in the mean)"
+
+    def text(_: Comparison, point: Point) -> str:
+        figure = point.parts[index].figure
+        return metric_text(figure.value, figure.stderr)
+
+    return Column(heading, text, lambda _, point: point.parts[index].figure.value, always=True)
+
+
 def _caption(comparison: Comparison, point: Point) -> str:
-    protocol = point.record.protocol
-    parts = [comparison.metric.task, protocol.text, protocol.describe()]
+    protocol, metric = point.record.protocol, comparison.metric
+    about = protocol.harness if not (protocol.name or protocol.tokens_sha256 or metric.averaged) else ()
+    parts = [metric.task, protocol.text, protocol.describe(), *about]
+    if metric.averaged:
+        parts.append(f"over {and_more([c.label for c in metric.averaged], 20)}, each counting alike")
     if protocol.scored_tokens:
         parts.append(f"{protocol.scored_tokens:,} tokens scored")
     if point.comparable and comparison.reference is not None:
         parts.append(f"ref. = {comparison.reference.record.label}")
-    about = ", ".join(part for part in parts if part)
-    return about if point.comparable else f"Not comparable with the above: {about}"
+    caption = ", ".join(part for part in parts if part)
+    return caption if point.comparable else f"Not comparable with the above: {caption}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Sequence
+from typing import Any
 
 from compare.comparison import Comparison
 from compare.table.columns import sections
@@ -12,25 +14,34 @@ from compare.table.rows import row
 from compare.text import csv_cell, markdown
 
 
-def render_json(comparison: Comparison, title: str | None = None) -> str:
-    records = [row(comparison, point) for point in comparison.points]
-    return json.dumps(records, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+def render_json(comparisons: Sequence[Comparison], title: str | None = None) -> str:
+    return json.dumps(_records(comparisons), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def render_csv(comparison: Comparison, title: str | None = None) -> str:
-    records = [row(comparison, point) for point in comparison.points]
+def _records(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
+    return [row(comparison, point) for comparison in comparisons for point in comparison.points]
+
+
+def render_csv(comparisons: Sequence[Comparison], title: str | None = None) -> str:
+    """A line a model and metric; the tasks of a mean in columns of their own."""
+    records = _records(comparisons)
+    for record in records:
+        record["notes"] = "; ".join(record["notes"])
+        for label, figure in record.pop("tasks", {}).items():
+            record |= {label: figure["value"], f"{label} stderr": figure["stderr"]}
+        if "averaged" in record:
+            record["averaged"] = "; ".join(record["averaged"])
     stream = io.StringIO()
     writer = csv.DictWriter(stream, fieldnames=list(records[0]), lineterminator="\n")
     writer.writeheader()
     for record in records:
-        record["notes"] = "; ".join(record["notes"])
         writer.writerow({k: csv_cell(v) if isinstance(v, str) else v for k, v in record.items()})
     return stream.getvalue()
 
 
-def render_markdown(comparison: Comparison, title: str | None = None) -> str:
+def render_markdown(comparisons: Sequence[Comparison], title: str | None = None) -> str:
     lines = [f"### {markdown(title)}", ""] if title else []
-    for section in sections(comparison):
+    for section in (section for comparison in comparisons for section in sections(comparison)):
         lines += [markdown(section.caption), ""]
         lines.append(f"| {' | '.join(map(markdown, section.headings))} |")
         lines.append(f"|{'|'.join('---:' if right else '---' for right in section.right)}|")

@@ -7,6 +7,7 @@ from typing import Any
 from compare.comparison import Comparison, Point
 from compare.memory import fit, memory_bytes
 from compare.records import PERPLEXITY
+from compare.values import number
 
 
 def row(comparison: Comparison, point: Point) -> dict[str, Any]:
@@ -34,6 +35,7 @@ def row(comparison: Comparison, point: Point) -> dict[str, Any]:
         "layer_parameters": q.layer_parameters,
         "kv_bytes_per_token": q.kv_bytes_per_token,
         "kv_cache_dtype": q.kv_cache_dtype or None,
+        **_mean(comparison, point),
         **_chosen(comparison, point),
         "engine": q.engine or None,
         "engine_version": q.engine_version or None,
@@ -66,7 +68,19 @@ def relative(comparison: Comparison, point: Point) -> float | None:
     reference = comparison.references.get(point.size)
     if reference is None or point is reference or not point.comparable or point.y is None or not reference.y:
         return None
-    return point.y / reference.y - 1
+    return number(point.y / reference.y - 1)
+
+
+def _mean(comparison: Comparison, point: Point) -> dict[str, Any]:
+    """What a mean is over, and the figure of every task, those left out of it too."""
+    if not comparison.metric.averaged:
+        return {}
+    return {
+        "averaged": [choice.label for choice in comparison.metric.averaged],
+        "tasks": {
+            part.choice.label: {"value": part.figure.value, "stderr": part.figure.stderr} for part in point.parts
+        },
+    }
 
 
 def _chosen(comparison: Comparison, point: Point) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from collections.abc import Sequence
 from typing import IO
 
 from compare.comparison import Comparison
@@ -15,7 +16,7 @@ _MAX_LABEL = 72
 _MANY_ROWS = 500
 
 
-def print_terminal(comparison: Comparison, title: str | None = None, stream: IO[str] | None = None) -> None:
+def print_terminal(comparisons: Sequence[Comparison], title: str | None = None, stream: IO[str] | None = None) -> None:
     """Write the terminal table to `stream` (standard output), as wide as the terminal or, elsewhere, as needed."""
     from rich import box
     from rich.console import Console
@@ -27,7 +28,7 @@ def print_terminal(comparison: Comparison, title: str | None = None, stream: IO[
     console = Console(file=stream, highlight=False, markup=False, emoji=False, width=None if narrow else 240)
     if title:
         console.print(Text(title, style="bold"))
-    for section in sections(comparison):
+    for comparison, section in ((c, section) for c in comparisons for section in sections(c)):
         console.print(Text(section.caption, style="dim" if section.caption.startswith("Not") else ""))
         if len(section.rows) > _MANY_ROWS:
             stream.write(_plain(section))
@@ -59,7 +60,7 @@ def _plain(section: Section) -> str:
     return "".join([*text, "\n"])
 
 
-def render_terminal(comparison: Comparison, title: str | None = None) -> str:
+def render_terminal(comparisons: Sequence[Comparison], title: str | None = None) -> str:
     stream = io.StringIO()
-    print_terminal(comparison, title, stream)
+    print_terminal(comparisons, title, stream)
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"

@@ -55,13 +55,15 @@ def test_metric_default_and_errors(folder, compare):
     assert [r["task"] for r in chosen.json] == ["wiki2_gptq"]
 
 
-def test_filters_of_a_metric_must_be_named(folder, compare):
+def test_the_filter_of_a_metric_is_named_where_it_was_not(folder, compare):
     content = result("m", task="gsm8k")
     content["results"]["gsm8k"] = {"exact_match,strict-match": 0.4, "exact_match,flexible-extract": 0.5}
     folder.write(content)
     assert compare("table", folder.path).code == 2, "no perplexity anywhere"
-    ambiguous = compare("table", folder.path, "--metric", "gsm8k/exact_match")
-    assert ambiguous.code == 1
+    first = compare("table", folder.path, "--format", "json", "--metric", "gsm8k/exact_match")
+    assert (first.json[0]["value"], first.json[0]["metric"]) == (0.4, "exact_match,strict-match"), "the task's first"
+    assert "exact_match has 2 filters; shown: gsm8k/exact_match,strict-match" in first.err
+    assert "gsm8k/exact_match,flexible-extract" in first.err
     out = compare("table", folder.path, "--format", "json", "--metric", "gsm8k/exact_match,strict-match")
     assert (out.json[0]["value"], out.json[0]["ppl"]) == (0.4, None)
 
