@@ -35,9 +35,11 @@ def register_models(_module: ModuleType) -> None:
     """
     from lm_eval.api import registry
 
+    from lmeval_ext import results
     from lmeval_ext.errors import install_excepthook
 
     install_excepthook()
+    results.guard()
     if hasattr(registry, "load_plugins"):
         return
     for name, target in MODELS.items():
@@ -51,6 +53,11 @@ def register_tasks(manager: ModuleType) -> None:
     Our folder goes *before* the harness' own, and later folders win there: a task name that upstream
     or the user's `--include_path` owns stays theirs.
     """
+    from lmeval_ext import results
+    from lmeval_ext.errors import install_excepthook
+
+    install_excepthook()  # a mistake in --output_path shows before any model is loaded
+    results.guard()
     index: Any = manager.TaskIndex
     defaults = Path(manager.__file__ or "").parent
     build = index.build

@@ -31,6 +31,7 @@ class Quantization:
     decoder's matrices, the same for every quantization of one model. kv_bytes_per_token: what a token takes in a KV
     cache of kv_cache_dtype (`lmeval_ext.storage.kv_cache`). bos: the rule by which texts of the harness' own requests
     became tokens, as `WindowScoring.bos_rule` gives it; token windows have their own, in the task's metadata.
+    nan_loglikelihoods: answers that were NaN, of which the harness makes accuracies all the same.
     None: unknown; `notes` says why.
     """
 
@@ -57,6 +58,7 @@ class Quantization:
     weight_vram_gb: float | None = None
     peak_vram_gb: float | None = None
     kv_pool_gb: float | None = None
+    nan_loglikelihoods: int = 0
     notes: list[str] = field(default_factory=list)
 
 
@@ -70,6 +72,7 @@ class WindowScoring:
     label: str | None = None
     _window_tokens = 0
     _window_seconds = 0.0
+    _answers = _nan_answers = 0
 
     def score_windows(self, windows: Sequence[WindowRequest]) -> list[WindowScores]:
         """Natural-log probabilities in float32 of the target tokens of each window, in order.
@@ -128,6 +131,30 @@ class WindowScoring:
             logger.warning("what the tokenizer puts before a text is unknown: %s", first_line(error))
             return None
 
+    def loglikelihood(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+        """The harness class' answers; those that are NaN are counted, for the result to say so."""
+        answers = super().loglikelihood(requests, *args, **kwargs)  # type: ignore[misc]
+        self._count_nan([total for total, _ in answers])
+        return answers
+
+    def loglikelihood_rolling(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+        """As `loglikelihood`."""
+        answers = super().loglikelihood_rolling(requests, *args, **kwargs)  # type: ignore[misc]
+        self._count_nan(answers)
+        return answers
+
+    def _count_nan(self, totals: Sequence[float]) -> None:
+        self._answers += len(totals)
+        bad = sum(1 for total in totals if total != total)
+        self._nan_answers += bad
+        if bad:
+            logger.error(
+                "%d of %d log-likelihoods are NaN: the figures made of them mean nothing (damaged weights, or a dtype "
+                "that overflows); the result says so, and compare shows them as unknown",
+                bad,
+                len(totals),
+            )
+
     @property
     def window_limit(self) -> int:
         """The most tokens that a window may have."""
@@ -148,6 +175,11 @@ class WindowScoring:
             name = type(self).__name__
             facts = Quantization(self.label or name, name, None, notes=[f"unknown: {first_line(error)}"])
         facts.bos = self.bos_rule()
+        if self._nan_answers:
+            facts.nan_loglikelihoods = self._nan_answers
+            facts.notes.append(
+                f"{self._nan_answers} of {self._answers} log-likelihoods are NaN: figures made of them mean nothing"
+            )
         if self._window_seconds:
             facts.tokens_per_second = self._window_tokens / self._window_seconds
         return {**inherited, "quantization": asdict(facts)}

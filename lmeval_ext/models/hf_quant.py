@@ -37,6 +37,7 @@ try:
     from lm_eval.models.huggingface import HFLM
 
     from lmeval_ext.decoding.checkpoint import exl_method
+    from lmeval_ext.models.hf_checked import CheckedClass, what_is_missing
     from lmeval_ext.models.hf_choices import NotShared, SharedContexts, can_share
     from lmeval_ext.models.hf_decoded import DecodingClass, dense_config
 except ImportError as error:
@@ -84,7 +85,7 @@ class HFQuantized(WindowScoring, HFLM):
         try:
             super().__init__(pretrained=pretrained, device=device, **kwargs)
         except Exception as error:
-            raise _explain(error, pretrained) from error
+            raise _explain(error, pretrained, kwargs.get("tokenizer")) from error
         self._gguf_file = kwargs.get("gguf_file")
         # Models that know it run the output matrix on the positions that predict a target, and on no other
         self._keeps = "logits_to_keep" in inspect.signature(self.model.forward).parameters
@@ -103,16 +104,15 @@ class HFQuantized(WindowScoring, HFLM):
             self._config = dense_config(self._config)
 
     def _create_model(self, pretrained: str, **kwargs: Any) -> None:
-        if self._decoded is None:
-            super()._create_model(pretrained, **kwargs)
-            return
-        auto_class = self.AUTO_MODEL_CLASS
-        self.AUTO_MODEL_CLASS = decoding = DecodingClass(auto_class, self.config, self.device)
+        auto_class, decode = self.AUTO_MODEL_CLASS, self._decoded is not None
+        loader = DecodingClass(auto_class, self.config, self.device) if decode else CheckedClass(auto_class)
+        self.AUTO_MODEL_CLASS = loader
         try:
-            super()._create_model(self._decoded, **kwargs)
+            super()._create_model(self._decoded or pretrained, **kwargs)
         finally:
             self.AUTO_MODEL_CLASS = auto_class
-        self._decoding_notes = decoding.notes
+        if isinstance(loader, DecodingClass):
+            self._decoding_notes = loader.notes
 
     @property
     def vocabulary(self) -> int:
@@ -296,7 +296,7 @@ def _same_shape(windows: Sequence[WindowRequest]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _explain(error: Exception, pretrained: Any) -> Exception:
+def _explain(error: Exception, pretrained: Any, tokenizer: Any = None) -> Exception:
     """A loading error as something that the user can act on."""
     text = str(error)
     if isinstance(error, torch.cuda.OutOfMemoryError):
@@ -306,6 +306,9 @@ def _explain(error: Exception, pretrained: Any) -> Exception:
         )
     if isinstance(error, ImportError):
         return MissingEngineError(f"{pretrained}: {first_line(error)}; or pip install 'lmeval-ext[quant]'")
+    missing = None if isinstance(error, UserError) else what_is_missing(pretrained, tokenizer)
+    if missing:
+        return UserError(missing)
     if "trust_remote_code" in text:
         return explain_load(error, pretrained, "if you trust the code in that folder, add trust_remote_code=True")
     if "model type" in text or "Unrecognized" in text:
