@@ -214,7 +214,11 @@ def _harness_settings(content: dict[str, Any], tree: Tree, task: str) -> Iterato
     if content.get("system_instruction"):
         yield f"system prompt {text(content.get('system_instruction_sha'))[:8]}".strip()
     config = mapping(content, "config")
-    if config.get("gen_kwargs") and mapping(mapping(content, "configs"), task).get("output_type") == "generate_until":
+    kinds = [mapping(mapping(content, "configs"), leaf).get("output_type") for leaf in [task, *leaves(tree, task)]]
+    bos = mapping(mapping(config, "quantization"), "bos").get("add_bos_token")
+    if isinstance(bos, bool):
+        yield f"add_bos_token {bos}"
+    if config.get("gen_kwargs") and "generate_until" in kinds:
         yield f"gen_kwargs {clean(json.dumps(config['gen_kwargs'], sort_keys=True, ensure_ascii=False))}"
 
 

@@ -105,5 +105,6 @@ def _keep_elsewhere(tracker: Any, save: Callable[[], None]) -> None:
 
 
 def _other_places() -> Iterator[Path]:
-    for folder in (Path.cwd(), Path.home(), Path(tempfile.gettempdir())):
-        yield folder / "lm_eval_results"
+    for place in (Path.cwd, Path.home, lambda: Path(tempfile.gettempdir())):
+        with contextlib.suppress(OSError, RuntimeError):  # a working folder that is gone, a user without a home
+            yield place() / "lm_eval_results"

@@ -112,6 +112,16 @@ class WindowScoring:
             complete.append((key, context or [self.prefix_token_id], continuation))  # type: ignore[attr-defined]
         return complete
 
+    def check_new_tokens(self, most: int) -> int:
+        """`most`, the longest answer asked for. UserError where it leaves no room for a prompt, which would be lost."""
+        limit = int(self.max_length)  # type: ignore[attr-defined]
+        if not 0 < most < limit:
+            raise UserError(
+                f"max_gen_toks={most} is not between 1 and the model's max_length={limit} less a prompt; lower it with "
+                "--gen_kwargs max_gen_toks=…, or raise max_length if the model can take it"
+            )
+        return most
+
     def bos_rule(self) -> dict[str, Any] | None:
         """What `tok_encode` does to a text.
 

@@ -52,6 +52,8 @@ class Sampling:
                 f"generation argument {unknown[0]}={given[unknown[0]]!r} is not known to the ExLlama engines; they "
                 f"take {', '.join(cls.__dataclass_fields__)}, until and max_gen_toks"
             )
+        if kwargs.get("do_sample") and given.get("temperature") is None:
+            given["temperature"] = 1.0  # as in `hf`
         return cls(**{name: type(getattr(cls, name))(value) for name, value in given.items() if value is not None})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import difflib
 import functools
 import inspect
@@ -142,15 +143,27 @@ class GGUFTokenizer:
         ids = range(self._llama.n_vocab())
         return {self.piece(i): i for i in ids if llama_cpp.llama_vocab_is_control(vocab, i)}
 
+    def bytes_of(self, token: int, special: bool = False) -> bytes:
+        """The bytes of one token; of a special one only if asked for.
+
+        llama-cpp-python 0.3.36's own `detokenize` has none for tokens of more than 32 bytes.
+        """
+        vocab, size = llama_cpp.llama_model_get_vocab(self._llama.model), 32
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            length = int(llama_cpp.llama_token_to_piece(vocab, token, buffer, size, 0, special))
+            if length >= 0:
+                return buffer.raw[:length]
+            size = -length  # what it needs
+
     def piece(self, token: int) -> str:
         """The text of one token."""
-        return str(self._llama.detokenize([token], special=True).decode(errors="replace"))
+        return self.bytes_of(token, special=True).decode(errors="replace")
 
     def encode(self, text: str) -> Encoded:
         data = text.encode()
         ids = self._llama.tokenize(data, add_bos=False, special=False)
-        # One token at a time: llama.cpp strips a leading space from a whole text
-        sizes = {i: len(self._llama.detokenize([i])) for i in set(ids)}
+        sizes = {i: len(self.bytes_of(i)) for i in set(ids)}
         ends = np.cumsum([sizes[i] for i in ids], dtype=np.int64)
         exact = len(ends) > 0 and ends[-1] == len(data)
         return Encoded(np.array(ids, dtype=np.int64), ends if exact else None)

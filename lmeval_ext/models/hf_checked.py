@@ -27,6 +27,7 @@ _TOKENIZERS = (
 _BESIDE = re.compile(r"(scales?|zero_points?|qzeros|g_idx|inv_freq|absmax|quant_map|quant_state\..*)$")
 
 
+_BESIDE_DENSE = re.compile(r"inv_freq$")
 # Methods all of whose weights stand in the checkpoint under the model's names, so that a missing one is one (tried).
 _ALL_STORED = (None, "compressed-tensors")
 
@@ -46,7 +47,8 @@ class CheckedClass:
         if place.is_dir():
             check_index(place)
         model, report = self.auto_class.from_pretrained(folder, output_loading_info=True, **kwargs)
-        if missing := sorted(name for name in report["missing_keys"] if not _BESIDE.search(name)):
+        beside = _BESIDE if _method(model) else _BESIDE_DENSE
+        if missing := sorted(name for name in report["missing_keys"] if not beside.search(name)):
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             problem = (
                 f"pretrained={folder!r} has no {', '.join(missing[:3])}{more}: Transformers puts random numbers there. "

@@ -224,7 +224,7 @@ class LlamaCpp(WindowScoring, TemplateLM):
             until = handle_stop_sequences(kwargs.pop("until", None), eos=eos)
             tokens, n = maybe_truncate(
                 self.tok_encode(context) or [self.prefix_token_id],
-                max_gen_toks=int(kwargs.pop("max_gen_toks")),
+                max_gen_toks=self.check_new_tokens(int(kwargs.pop("max_gen_toks"))),
                 max_model_len=self.max_length,
                 side="left",
             )
@@ -257,7 +257,7 @@ class LlamaCpp(WindowScoring, TemplateLM):
         """Text of token ids, without special tokens; bytes that are no UTF-8 are U+FFFD."""
         if self._hf is not None:
             return str(self._hf.decode(tokens, skip_special_tokens=True))
-        return b"".join(self.llama.detokenize([token]) for token in tokens).decode(errors="replace")
+        return b"".join(map(self._gguf.bytes_of, tokens)).decode(errors="replace")
 
     def _piece(self, token: int) -> str:
         return str(self._hf.decode([token])) if self._hf is not None else self._gguf.piece(token)

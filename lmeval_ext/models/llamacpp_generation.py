@@ -42,6 +42,8 @@ def sampling(kwargs: dict[str, Any]) -> dict[str, Any]:
             raise UserError(f"generation argument {name}={kwargs[name]!r}: llamacpp cannot do that")
     known = _SAMPLING | {own: (own, default) for own, default in _SAMPLING.values()}
     found = dict(_SAMPLING.values())
+    if kwargs.get("do_sample"):
+        found["temp"] = 1.0  # as in `hf`, where sampling is asked for and no temperature given
     for name, value in given.items():
         if name not in known:
             raise UserError(
@@ -70,16 +72,18 @@ def generate(
     llama.set_seed(random.getrandbits(31))
     longest = max(map(len, stops), default=0)
     ids: list[int] = []
-    settled, fresh = "", 0  # text of ids[:fresh], which no later token changes
+    # Text of ids[:fresh], which no later token changes; ids[anchor:fresh] are decoded again with what follows, for
+    # SentencePiece strips the space before the first of the tokens that it is given
+    settled, anchor, fresh = "", 0, 0
     for token in llama.generate(list(prompt), **arguments):
         if token in ends:
             break
         ids.append(int(token))
-        tail = decode(ids[fresh:])
+        tail = decode(ids[anchor:])[len(decode(ids[anchor:fresh])) :]
         if any(stop in settled[-longest:] + tail for stop in stops):
             break
         if not tail.endswith("\ufffd"):  # no character is waiting for its last bytes
-            settled, fresh = settled + tail, len(ids)
+            settled, anchor, fresh = settled + tail, fresh if tail else anchor, len(ids)
         if len(ids) >= most:
             break
-    return settled + decode(ids[fresh:])
+    return decode(ids)

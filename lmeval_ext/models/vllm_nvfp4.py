@@ -179,9 +179,16 @@ class VLLMQuantized(WindowScoring, VLLM):
         """As the harness' `vllm`, with the meaning of its `hf`: greedy where a task does not say (vLLM would sample at
         temperature 1), and special tokens are no text, but end it where a stop sequence is in their name."""
         kwargs, until, most = VLLM.modify_gen_kwargs(gen_kwargs, eos, default_max_gen_toks)
+        self.check_new_tokens(most)
         ends = [i for name, i in self._special_tokens.items() if any(u and u in name for u in until)]
-        given = {"temperature": 0.0, "stop_token_ids": ends, "skip_special_tokens": True}
-        return kwargs | {k: v for k, v in given.items() if k not in gen_kwargs}, until, most
+        # The harness cuts an answer at think_end_token, if that is in its text
+        skip = self.think_end_token not in self._special_tokens
+        temperature = 1.0 if gen_kwargs.get("do_sample") else 0.0
+        given = {"temperature": temperature, "stop_token_ids": ends, "skip_special_tokens": skip}
+        merged = kwargs | {k: v for k, v in given.items() if k not in gen_kwargs}
+        if merged.get("temperature"):
+            merged.setdefault("seed", random.getrandbits(31))  # the harness' --seed seeds `random`
+        return merged, until, most
 
     @functools.cached_property
     def _special_tokens(self) -> dict[str, int]:
