@@ -159,6 +159,26 @@ def test_generation_arguments_matter_to_generation_only(folder, compare):
     assert compare("table", folder.path, *NORM, "--format", "json").by_label()["c"]["comparable"]
 
 
+def test_generation_arguments_matter_to_groups_of_such_tasks(folder, compare):
+    """bbh, say: a group has no output type of its own, its subtasks have."""
+    for label in ("a", "b", "c"):
+        content = suite(label, tasks=("mmlu",))
+        for config in content["configs"].values():
+            config["output_type"] = "generate_until"
+        content["config"]["gen_kwargs"] = {"temperature": 1} if label == "c" else {}
+        folder.write(content)
+    rows = compare("table", folder.path, *ACC, "--format", "json").by_label()
+    assert {label: row["comparable"] for label, row in rows.items()} == {"a": True, "b": True, "c": False}
+
+
+def test_another_bos_stands_apart(folder, compare):
+    for label in ("a", "b", "c"):
+        content = suite(label)
+        content["config"]["quantization"]["bos"] = {"add_bos_token": False if label == "c" else None}
+        folder.write(content)
+    assert not compare("table", folder.path, *NORM, "--format", "json").by_label()["c"]["comparable"]
+
+
 @pytest.mark.parametrize(
     ("metric", "best", "order"), [("mmlu/acc", "good", ["good", "bad"]), ("word_perplexity", "bad", ["bad", "good"])]
 )
