@@ -31,7 +31,7 @@ def _row(logits, row_stride, targets, logprobs, greedy, vocabulary, BLOCK: tl.co
         x = tl.load(logits + at, mask=at < vocabulary, other=float("-inf")).to(tl.float32)
         total += tl.exp(x - top)
     target = tl.load(targets + row)
-    picked = tl.load(logits + target, mask=target < vocabulary, other=float("nan")).to(tl.float32)
+    picked = tl.load(logits + target).to(tl.float32)
     tl.store(logprobs + row, picked - top - tl.log(tl.sum(total, axis=0)))
     tl.store(greedy + row, first == target)
 
