@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -88,14 +89,24 @@ def tokenize(text: str, tokenizer: TextTokenizer, bos: str, each_by_default: boo
 class HFTokenizer:
     """A Transformers tokenizer: of a checkpoint folder, a hub id, or a `tokenizer.json` folder."""
 
-    def __init__(self, name: str, revision: str | None = None, trust_remote_code: bool = False) -> None:
-        """Raises UserError where no tokenizer can be loaded from `name`."""
+    def __init__(
+        self,
+        name: str,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        add_bos_token: bool | None = None,
+    ) -> None:
+        """add_bos_token: given to the tokenizer itself, as the harness' `hf` does; None: as it is.
+
+        Raises UserError where no tokenizer can be loaded from `name`.
+        """
         from transformers import AutoTokenizer
 
         self.name = name
+        more = {} if add_bos_token is None else {"add_bos_token": add_bos_token}
         try:
             self.transformers: Any = AutoTokenizer.from_pretrained(
-                name, revision=revision or "main", trust_remote_code=trust_remote_code
+                name, revision=revision or "main", trust_remote_code=trust_remote_code, **more
             )
         except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
@@ -182,3 +193,26 @@ def _hf_tokenizer(source: str, settings: dict[str, Any]) -> HFTokenizer:
     named = settings.get("tokenizer")
     revision = settings.get("tokenizer_revision") or (None if named else settings.get("revision"))
     return HFTokenizer(source, revision, bool(settings.get("trust_remote_code", False)))
+
+
+def special_tokens(tokenizer: Any) -> dict[str, int]:
+    """Ids of a Transformers tokenizer's special tokens, by their text. Mistral's own tokenizer names none."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {str(token): i for i, token in added.items() if token.special}
+
+
+def ending_tokens(special: dict[str, int], until: Sequence[str]) -> set[int]:
+    """Special tokens are no part of a text, but one whose name contains a stop sequence ends it."""
+    return {i for name, i in special.items() if any(stop and stop in name for stop in until)}
+
+
+def wants_special_tokens(text: str, asked: bool | None, add_bos_token: bool | None, prefix: str) -> bool | None:
+    """Whether special tokens go before a text, by the rule of the harness' `hf`; None: as the tokenizer does it.
+
+    asked: the call's own wish, which comes first. prefix: text of the prefix token; what begins with it gets no other.
+    """
+    from lm_eval.models.utils import has_bos_prefix  # the adapters, which call this, have it loaded
+
+    if asked is not None:
+        return asked
+    return False if has_bos_prefix(text, prefix) else add_bos_token

@@ -27,12 +27,11 @@ class Quantization:
 
     Bits per weight and sizes follow `lmeval_ext.storage.StorageInfo`. weight_vram_gb: measured GiB that loading took.
     peak_vram_gb: measured GiB of weights and activations, without the engine's preallocated KV pool (kv_pool_gb).
-    layer_parameters: logical elements of the
-    decoder's matrices, the same for every quantization of one model. kv_bytes_per_token: what a token takes in a KV
-    cache of kv_cache_dtype (`lmeval_ext.storage.kv_cache`). bos: the rule by which texts of the harness' own requests
-    became tokens, as `WindowScoring.bos_rule` gives it; token windows have their own, in the task's metadata.
-    nan_loglikelihoods: answers that were NaN, of which the harness makes accuracies all the same.
-    None: unknown; `notes` says why.
+    layer_parameters: logical elements of the decoder's matrices, the same for every quantization of one model.
+    kv_bytes_per_token: what a token takes in a KV cache of kv_cache_dtype (`lmeval_ext.storage.kv_cache`). bos: the
+    rule by which texts of the harness' own requests became tokens, as `WindowScoring.bos_rule` gives it; token windows
+    have their own, in the task's metadata. nan_loglikelihoods: answers that were NaN, of which the harness makes
+    accuracies all the same. None: unknown; `notes` says why.
     """
 
     label: str
@@ -117,7 +116,7 @@ class WindowScoring:
         limit = int(self.max_length)  # type: ignore[attr-defined]
         if not 0 < most < limit:
             raise UserError(
-                f"max_gen_toks={most} is not between 1 and the model's max_length={limit} less a prompt; lower it with "
+                f"max_gen_toks={most}: expected at least 1 and less than the model's max_length={limit}; lower it with "
                 "--gen_kwargs max_gen_toks=…, or raise max_length if the model can take it"
             )
         return most

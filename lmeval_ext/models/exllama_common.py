@@ -16,15 +16,12 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import (
     handle_stop_sequences,
-    has_bos_prefix,
     normalize_gen_kwargs,
     postprocess_generated_text,
 )
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
-from lmeval_ext.errors import UserError
 from lmeval_ext.models.base import GIB, Quantization, WindowScoring, default_label, from_storage
 from lmeval_ext.models.choices import group_requests
 from lmeval_ext.models.exllama_batching import Batching, Engine
@@ -32,7 +29,7 @@ from lmeval_ext.models.exllama_config import context_length, find_checkpoint, re
 from lmeval_ext.models.exllama_generation import Generator, Prompt, Sampling, generate
 from lmeval_ext.models.exllama_scoring import Scorer
 from lmeval_ext.requests import WindowRequest, WindowScores
-from lmeval_ext.tokens import HFTokenizer
+from lmeval_ext.tokens import HFTokenizer, ending_tokens, special_tokens, wants_special_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -72,11 +69,7 @@ class ExLlamaLM(WindowScoring, TemplateLM):
         self.label, self.revision = label or default_label(pretrained), revision
         self.config = read_json(self.folder / "config.json")
         source = str(self.folder) if tokenizer in (None, pretrained) else str(tokenizer)
-        self.tokenizer = HFTokenizer(source, None, trust_remote_code).transformers
-        if add_bos_token is not None:  # `hf` gives it to the tokenizer itself, too
-            self.tokenizer = AutoTokenizer.from_pretrained(
-                source, trust_remote_code=trust_remote_code, add_bos_token=add_bos_token
-            )
+        self.tokenizer = HFTokenizer(source, None, trust_remote_code, add_bos_token).transformers
         self.add_bos_token, self.custom_prefix_token_id = add_bos_token, prefix_token_id
         self.think_end_token, self._max_gen_toks = think_end_token, int(max_gen_toks)
         self._template_args = dict(chat_template_args or {})
@@ -188,17 +181,13 @@ class ExLlamaLM(WindowScoring, TemplateLM):
         kwargs = dict(normalize_gen_kwargs(gen_kwargs, self.max_gen_toks))
         eos = self.tok_decode([self.eot_token_id], skip_special_tokens=False)
         until = handle_stop_sequences(kwargs.pop("until", None), eos=eos)
-        max_new = int(kwargs.pop("max_gen_toks"))
+        max_new = self.check_new_tokens(int(kwargs.pop("max_gen_toks")))
         room = self.max_length - max_new
-        if room <= 0 or max_new <= 0:
-            raise UserError(
-                f"max_gen_toks={max_new}: expected at least 1 and less than the model's max_length={self.max_length}"
-            )
-        special = self._special_ids()
+        special = special_tokens(self.tokenizer)
         stops = {
             self.eot_token_id,
             *stop_tokens(self.folder, self.config),
-            *(i for name, i in special.items() if any(u and u in name for u in until)),
+            *ending_tokens(special, until),
         }
         prompt = Prompt(
             index=index,
@@ -209,9 +198,6 @@ class ExLlamaLM(WindowScoring, TemplateLM):
             sampling=Sampling.of(kwargs),
         )
         return prompt, until
-
-    def _special_ids(self) -> dict[str, int]:
-        return {str(token): index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special}
 
     def _text(self, ids: list[int], until: list[str]) -> str:
         """As the harness' `hf` reads a generation: thinking cut off, special tokens out, up to a stop sequence."""
@@ -234,9 +220,8 @@ class ExLlamaLM(WindowScoring, TemplateLM):
     ) -> list[int]:
         """Ids of a text. Special tokens as the tokenizer adds them, unless add_bos_token or add_special_tokens say
         otherwise; none before a text that begins with the prefix token."""
-        wanted = add_special_tokens if add_special_tokens is not None else self.add_bos_token
-        if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode([self.prefix_token_id])):
-            wanted = False
+        prefix = self.tokenizer.decode([self.prefix_token_id])
+        wanted = wants_special_tokens(string, add_special_tokens, self.add_bos_token, prefix)
         ids = list(self.tokenizer.encode(string, **({} if wanted is None else {"add_special_tokens": wanted})))
         return ids[-left_truncate_len:] if left_truncate_len else ids
 

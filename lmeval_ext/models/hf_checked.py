@@ -47,24 +47,31 @@ class CheckedClass:
         if place.is_dir():
             check_index(place)
         model, report = self.auto_class.from_pretrained(folder, output_loading_info=True, **kwargs)
-        beside = _BESIDE if _method(model) else _BESIDE_DENSE
+        method = quant_method(model.config)
+        beside = _BESIDE if method else _BESIDE_DENSE
         if missing := sorted(name for name in report["missing_keys"] if not beside.search(name)):
-            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             problem = (
-                f"pretrained={folder!r} has no {', '.join(missing[:3])}{more}: Transformers puts random numbers there. "
+                f"pretrained={folder!r} has no {some(missing)}: Transformers puts random numbers there. "
                 "Download the checkpoint again, or load it as what it is (multimodal=True, another backend=)"
             )
-            if _method(model) not in _ALL_STORED:
+            if method not in _ALL_STORED:
                 logger.warning("%s", problem)  # this quantizer may make them itself
             else:
                 raise UserError(problem)
         return model
 
 
-def _method(model: Any) -> Any:
-    """The quant_method that the model was loaded with; None for a dense one."""
-    config = getattr(model.config, "quantization_config", None)
-    return config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
+def quant_method(config: Any) -> str | None:
+    """The quant_method of a model's config, None for a dense model."""
+    found = getattr(config, "quantization_config", None)
+    if found is not None and not isinstance(found, dict):
+        found = found.to_dict()
+    return str(found["quant_method"]) if found else None
+
+
+def some(names: list[str]) -> str:
+    """The first three of a list, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def what_is_missing(pretrained: Any, tokenizer: Any = None) -> str | None:

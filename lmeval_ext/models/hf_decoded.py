@@ -13,6 +13,7 @@ import torch
 
 from lmeval_ext.decoding.checkpoint import decoded
 from lmeval_ext.errors import UserError
+from lmeval_ext.models.hf_checked import some
 
 NOTE = "decoded to dense weights at load: sizes are those of the checkpoint, not of what ran"
 
@@ -55,7 +56,7 @@ class DecodingClass:
         )
         _check(report, folder)
         if unused := sorted(report["unexpected_keys"]):  # as for any checkpoint: vision towers, draft layers
-            self.notes.append(f"{len(unused)} tensors have no place in Transformers' model: {_some(unused)}")
+            self.notes.append(f"{len(unused)} tensors have no place in Transformers' model: {some(unused)}")
         return model
 
 
@@ -72,10 +73,6 @@ def _check(report: dict[str, Any], folder: str) -> None:
     """Transformers fills missing weights with random numbers and only warns; here that is an error."""
     if missing := sorted(report["missing_keys"]):
         raise UserError(
-            f"{folder} has no {_some(missing)}: it is incomplete, or ExLlama lays this architecture out differently "
+            f"{folder} has no {some(missing)}: it is incomplete, or ExLlama lays this architecture out differently "
             "from Transformers; then run it with exllamav3 or exllamav2 on a GPU"
         )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

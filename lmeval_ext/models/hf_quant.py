@@ -28,6 +28,7 @@ from lmeval_ext.models.base import (
 )
 from lmeval_ext.models.choices import group_requests, split_groups
 from lmeval_ext.requests import WindowRequest, WindowScores
+from lmeval_ext.tokens import ending_tokens, special_tokens
 
 try:
     import torch
@@ -37,7 +38,7 @@ try:
     from lm_eval.models.huggingface import HFLM
 
     from lmeval_ext.decoding.checkpoint import exl_method
-    from lmeval_ext.models.hf_checked import CheckedClass, what_is_missing
+    from lmeval_ext.models.hf_checked import CheckedClass, quant_method, what_is_missing
     from lmeval_ext.models.hf_choices import NotShared, SharedContexts, can_share
     from lmeval_ext.models.hf_decoded import DecodingClass, dense_config
 except ImportError as error:
@@ -226,15 +227,14 @@ class HFQuantized(WindowScoring, HFLM):
         """As the harness' `hf`; what a row goes on with after a special token that stops it, while other rows of its
         batch are still at work, is padding."""
         made = super()._model_generate(context, max_length=max_length, stop=stop, **kwargs)
-        names = {i: str(token) for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        ends = [i for i, name in names.items() if any(s and s in name for s in stop)]
+        ends = sorted(ending_tokens(special_tokens(self.tokenizer), stop))
         new = made[:, context.shape[1] :]
         stopped = torch.isin(new, torch.tensor(ends, device=new.device)).long().cumsum(1) > 0
         new[stopped] = self.tokenizer.pad_token_id
         return made
 
     def describe(self) -> Quantization:
-        stored, running = (_quant_method(c) for c in (self.config, self.model.config))
+        stored, running = (quant_method(c) for c in (self.config, self.model.config))
         path = local_checkpoint(self.pretrained, self.revision)
         facts = from_storage(
             str(Path(path) / self._gguf_file) if path and self._gguf_file else path,
@@ -258,14 +258,6 @@ class HFQuantized(WindowScoring, HFLM):
             devices = range(torch.cuda.device_count())
             facts.peak_vram_gb = sum(torch.cuda.max_memory_allocated(d) for d in devices) / GIB
         return facts
-
-
-def _quant_method(config: Any) -> str | None:
-    """The quant_method of a model's config, None for a dense model."""
-    found = getattr(config, "quantization_config", None)
-    if found is not None and not isinstance(found, dict):
-        found = found.to_dict()
-    return str(found["quant_method"]) if found else None
 
 
 def _unify_dtype(model: torch.nn.Module) -> None:

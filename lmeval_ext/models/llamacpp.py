@@ -17,7 +17,6 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import (
     Collator,
     handle_stop_sequences,
-    has_bos_prefix,
     maybe_truncate,
     normalize_gen_kwargs,
     postprocess_generated_text,
@@ -38,7 +37,7 @@ from lmeval_ext.models.gguf_vocabulary import (
 )
 from lmeval_ext.models.llamacpp_generation import generate, sampling
 from lmeval_ext.requests import WindowRequest, WindowScores
-from lmeval_ext.tokens import HFTokenizer
+from lmeval_ext.tokens import HFTokenizer, ending_tokens, wants_special_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -92,11 +91,7 @@ class LlamaCpp(WindowScoring, TemplateLM):
         self._max_length = int(max_length or n_ctx or 0)
         self.llama = load_llama(self.path, verbose=verbose, n_ctx=self._max_length, **arguments)
         self._gguf = GGUFTokenizer(self.path, self.llama)
-        self._hf = HFTokenizer(tokenizer, trust_remote_code=trust_remote_code).transformers if tokenizer else None
-        if self._hf is not None and add_bos_token is not None:  # `hf` gives it to the tokenizer itself, too
-            self._hf = type(self._hf).from_pretrained(
-                tokenizer, trust_remote_code=trust_remote_code, add_bos_token=add_bos_token
-            )
+        self._hf = HFTokenizer(tokenizer, None, trust_remote_code, add_bos_token).transformers if tokenizer else None
         self.add_bos_token, self._prefix_token_id = add_bos_token, prefix_token_id
         self._max_gen_toks = max_gen_toks
         self._held: list[int] = []  # tokens whose keys and values stand in the cache, from position 0
@@ -229,7 +224,7 @@ class LlamaCpp(WindowScoring, TemplateLM):
                 side="left",
             )
             # A special token is no text; it ends an answer where a stop sequence is in its name
-            ends = {i for name, i in self._gguf.special.items() if any(u and u in name for u in until)}
+            ends = ending_tokens(self._gguf.special, until)
             stops = [u for u in until if u]
             ends |= self._gguf.ends
             text = generate(self.llama, tokens, n, ends, stops, sampling(kwargs), self.tok_decode)
@@ -244,9 +239,8 @@ class LlamaCpp(WindowScoring, TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Ids of a text. Special tokens as the tokenizer adds them, unless add_bos_token or add_special_tokens say
         otherwise; none before a text that begins with the prefix token."""
-        wanted = add_special_tokens if add_special_tokens is not None else self.add_bos_token
-        if add_special_tokens is None and has_bos_prefix(string, self._piece(self.prefix_token_id)):
-            wanted = False
+        prefix = self._piece(self.prefix_token_id)
+        wanted = wants_special_tokens(string, add_special_tokens, self.add_bos_token, prefix)
         if self._hf is not None:
             return list(self._hf.encode(string, **({} if wanted is None else {"add_special_tokens": wanted})))
         ids = list(self.llama.tokenize(string.encode(), add_bos=False, special=True))

@@ -34,6 +34,7 @@ from lmeval_ext.models.base import (
 from lmeval_ext.models.vllm_kernels import WEIGHT_ONLY, activation_notes
 from lmeval_ext.models.vllm_names import answer_for_vllm_cpu
 from lmeval_ext.requests import WindowRequest, WindowScores
+from lmeval_ext.tokens import ending_tokens, special_tokens
 
 answer_for_vllm_cpu()
 try:
@@ -180,7 +181,7 @@ class VLLMQuantized(WindowScoring, VLLM):
         temperature 1), and special tokens are no text, but end it where a stop sequence is in their name."""
         kwargs, until, most = VLLM.modify_gen_kwargs(gen_kwargs, eos, default_max_gen_toks)
         self.check_new_tokens(most)
-        ends = [i for name, i in self._special_tokens.items() if any(u and u in name for u in until)]
+        ends = sorted(ending_tokens(self._special_tokens, until))
         # The harness cuts an answer at think_end_token, if that is in its text
         skip = self.think_end_token not in self._special_tokens
         temperature = 1.0 if gen_kwargs.get("do_sample") else 0.0
@@ -192,8 +193,7 @@ class VLLMQuantized(WindowScoring, VLLM):
 
     @functools.cached_property
     def _special_tokens(self) -> dict[str, int]:
-        added = getattr(self.tokenizer, "added_tokens_decoder", {})  # Mistral's own tokenizer has none
-        return {str(token): i for i, token in added.items() if token.special}
+        return special_tokens(self.tokenizer)
 
     def _model_generate(self, requests: Any, generate: bool = False, sampling_params: Any = None) -> Any:
         """As the harness' `vllm`; an empty prompt is the prefix token, and texts are decoded as in `hf`: vLLM leaves
