@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +49,20 @@ def accuracy(sums: Sequence[WindowSum]) -> float | None:
     return _finite_ratio(sums)
 
 
+def root_mean_square(sums: Sequence[WindowSum]) -> float | None:
+    """√(Σ squares / Σ targets); None where any log-probability was not finite."""
+    mean = _finite_ratio(sums)
+    return None if mean is None else math.sqrt(mean)
+
+
+# What a statistic makes of Σ total / Σ count, where it is not that itself
+_OF_MEAN: dict[Any, Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]]] = {
+    perplexity: np.exp,
+    bits_per_byte: lambda mean: mean / math.log(2),
+    root_mean_square: np.sqrt,
+}
+
+
 def _finite_ratio(sums: Sequence[WindowSum]) -> float | None:
     if any(s["nonfinite"] for s in sums) or not sum(s["count"] for s in sums):
         return None
@@ -80,11 +94,11 @@ def standard_error(
     rng = np.random.default_rng(20240229)
     draws = rng.integers(len(blocks), size=(RESAMPLES, len(blocks)))
     drawn = blocks[draws].sum(axis=1)  # [RESAMPLES, 2]
+    if not drawn[:, 1].all():  # a resample without any token of this kind
+        return None
     values = drawn[:, 0] / drawn[:, 1]
-    if statistic is perplexity:
-        values = np.exp(values)
-    elif statistic is bits_per_byte:
-        values = values / math.log(2)
+    if statistic in _OF_MEAN:
+        values = _OF_MEAN[statistic](values)
     return float(values.std(ddof=1) * math.sqrt(len(blocks) / (len(blocks) - 1)))
 
 

@@ -9,7 +9,7 @@ them to `_loglikelihood_tokens`, so *every* token-level model of the harness sco
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -78,23 +78,38 @@ class WindowScores(NamedTuple):
     """A model's answer for one window, JSON-ready for --log_samples.
 
     loglikelihood: float64 sum, natural log. is_greedy: all targets are the model's first choice.
-    logprobs: float32 values, one a target. greedy: whether each target is the model's first choice.
+    logprobs: float32 values, one a target. greedy: whether each target is the model's first choice. divergence: from a
+    stored reference, None without one: lists `kld`, `reference_logprobs` and `confidence` (float32) and `agree`, one
+    value a target (`lmeval_ext.divergence.measure.TokenDivergence`), and `reference`, what it is from.
     """
 
     loglikelihood: float
     is_greedy: bool
     logprobs: list[float]
     greedy: list[bool]
+    divergence: dict[str, Any] | None = None
 
     @classmethod
-    def of(cls, logprobs: npt.ArrayLike, greedy: npt.ArrayLike) -> WindowScores:
+    def of(
+        cls, logprobs: npt.ArrayLike, greedy: npt.ArrayLike, divergence: Mapping[str, npt.ArrayLike] | None = None
+    ) -> WindowScores:
         """From arrays of one value a target."""
         values = np.asarray(logprobs, dtype=np.float32)
         matches = np.asarray(greedy, dtype=bool)
         if values.shape != matches.shape or values.ndim != 1:
             raise ValueError(f"logprobs {values.shape} and greedy {matches.shape} must be equal and flat")
         total = float(values.sum(dtype=np.float64))
-        return cls(total, bool(matches.all()), _ten_digits(values).tolist(), matches.tolist())
+        return cls(total, bool(matches.all()), _ten_digits(values).tolist(), matches.tolist(), _lists(divergence))
+
+
+def _lists(divergence: Mapping[str, npt.ArrayLike] | None) -> dict[str, Any] | None:
+    if divergence is None:
+        return None
+    arrays = {name: np.asarray(values) for name, values in divergence.items()}
+    return {
+        name: a.tolist() if a.dtype == bool else _ten_digits(a.astype(np.float32)).tolist()
+        for name, a in arrays.items()
+    }
 
 
 def _ten_digits(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from tqdm import tqdm
 
-from lmeval_ext.errors import UserError
+from lmeval_ext.divergence.arguments import ReferenceArguments
+from lmeval_ext.errors import MissingEngineError, UserError
 from lmeval_ext.requests import WindowRequest, WindowScores, check_length
 from lmeval_ext.storage import StorageError, StorageInfo, inspect
 from lmeval_ext.storage.kv_cache import kv_cache
+
+if TYPE_CHECKING:
+    from lmeval_ext.divergence.head import OutputHead
+    from lmeval_ext.divergence.observer import Observer
+    from lmeval_ext.divergence.plan import Plan
+    from lmeval_ext.divergence.store import ReferenceStore
 
 logger = logging.getLogger(__name__)
 
@@ -69,9 +78,15 @@ class WindowScoring:
     """
 
     label: str | None = None
+    reference_arguments = ReferenceArguments()
+    # What the engine can show of a window: its final hidden states, which are small and exact, or its logits alone
+    reference_modes: tuple[str, ...] = ("hidden", "logits")
+    observer: Observer | None = None  # looks at the logits of windows while they are scored
+    bar: Any = None  # the progress bar of several calls of score_windows
     _window_tokens = 0
     _window_seconds = 0.0
     _answers = _nan_answers = 0
+    _observed_head: OutputHead | None = None
 
     def score_windows(self, windows: Sequence[WindowRequest]) -> list[WindowScores]:
         """Natural-log probabilities in float32 of the target tokens of each window, in order.
@@ -89,10 +104,61 @@ class WindowScoring:
             return super()._loglikelihood_tokens(requests, *args, **kwargs)  # type: ignore[misc]
         check_windows(requests, self.window_limit, self.vocabulary)
         start = time.perf_counter()
-        scores = self.score_windows(requests)
+        scores = (
+            self._score_with_reference(requests) if self.reference_arguments.active else self.score_windows(requests)
+        )
         self._window_seconds += time.perf_counter() - start
         self._window_tokens += sum(len(r.ids) for r in requests)
         return scores
+
+    # ------------------------------------------------------------------ references (lmeval_ext.divergence)
+
+    def _score_with_reference(self, windows: Sequence[WindowRequest]) -> list[WindowScores]:
+        try:
+            from lmeval_ext.divergence import session
+        except ImportError as error:
+            raise MissingEngineError(
+                f"reference= and save_reference= need torch and safetensors ({first_line(error)}): pip install "
+                "'lmeval-ext[quant]'"
+            ) from error
+        return session.score(self, windows)
+
+    def output_head(self) -> OutputHead:
+        """The model's output matrix and what follows it. UserError where it has none of its own to show."""
+        raise NotImplementedError
+
+    def checkpoint(self) -> str | None:
+        """The model's file or folder; None where it is no local one."""
+        raise NotImplementedError
+
+    def observe_windows(self, plan: Plan) -> dict[str, Any]:
+        """Look at the logits of windows scored from now on. Returns `head_facts` where a plan needs them."""
+        from lmeval_ext.divergence.plan import cut_head, head_facts
+
+        head = cut_head(self.output_head(), self.vocabulary) if plan.needs_head else None
+        self._observed_head, self.observer = head, plan.observer(head)
+        return {} if head is None else head_facts(head)
+
+    def write_head(self, store: ReferenceStore) -> None:
+        """Write the output matrix of the windows observed."""
+        assert self._observed_head is not None
+        store.write_head(self._observed_head)
+
+    def take_states(self, tokens: dict[str, int]) -> dict[str, dict[str, Any]]:
+        """What was kept of windows while a plan saved them; tokens: how many each has, by its key."""
+        return {key: self.observer.take(key, count) for key, count in tokens.items()}  # type: ignore[union-attr]
+
+    def stop_observing(self) -> None:
+        self.observer = self._observed_head = None
+
+    @contextlib.contextmanager
+    def progress(self, total: int) -> Iterator[Callable[[int], Any]]:
+        """A bar over `total` windows; yields what is told how many more are done."""
+        if self.bar is not None:
+            yield self.bar.update
+            return
+        with tqdm(total=total, desc=f"Scoring windows ({self.label})", unit="window") as bar:
+            yield bar.update
 
     def complete_requests(self, requests: Sequence[Any], limit: int | None = None) -> list[Any]:
         """The harness' triples (key, context ids, continuation ids), ready to be scored.

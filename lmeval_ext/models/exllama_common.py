@@ -22,6 +22,9 @@ from lm_eval.models.utils import (
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from lmeval_ext.divergence.arguments import ReferenceArguments
+from lmeval_ext.divergence.dense_head import dense_head
+from lmeval_ext.divergence.head import OutputHead
 from lmeval_ext.models.base import GIB, Quantization, WindowScoring, default_label, from_storage
 from lmeval_ext.models.choices import group_requests
 from lmeval_ext.models.exllama_batching import Batching, Engine
@@ -40,7 +43,7 @@ class ExLlamaLM(WindowScoring, TemplateLM):
     pretrained: folder or hub id (revision=: its branch). tokenizer: another folder or id to tokenize with. label: the
     name in tables and plots. max_length: default the model's own. batch_size: windows or choices a forward; "auto"
     takes it from free memory, up to max_batch_size. add_bos_token, prefix_token_id, think_end_token, enable_thinking,
-    chat_template_args: as in the harness' `hf`.
+    chat_template_args: as in the harness' `hf`. reference, save_reference: measure divergence (docs/metrics.md).
     """
 
     engine_name = ""
@@ -65,6 +68,7 @@ class ExLlamaLM(WindowScoring, TemplateLM):
         **engine_arguments: Any,
     ) -> None:
         super().__init__()
+        self.reference_arguments = ReferenceArguments.take(engine_arguments)
         self.folder = find_checkpoint(pretrained, revision)
         self.label, self.revision = label or default_label(pretrained), revision
         self.config = read_json(self.folder / "config.json")
@@ -115,8 +119,14 @@ class ExLlamaLM(WindowScoring, TemplateLM):
         return self._batch_size
 
     def score_windows(self, windows: Sequence[WindowRequest]) -> list[WindowScores]:
-        with tqdm(total=len(windows), desc=f"Scoring windows ({self.label})", unit="window") as progress:
-            return self.scorer.windows(windows, progress.update)
+        with self.progress(len(windows)) as done:
+            return self.scorer.windows(windows, done, self.observer)
+
+    def output_head(self) -> OutputHead:
+        return dense_head(self.folder)
+
+    def checkpoint(self) -> str | None:
+        return str(self.folder)
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **kwargs: Any) -> Any:
         if requests and isinstance(requests[0], WindowRequest):
@@ -266,7 +276,7 @@ class ExLlamaLM(WindowScoring, TemplateLM):
     def describe(self) -> Quantization:
         device = self.engine.device
         facts = from_storage(
-            str(self.folder),
+            self.checkpoint(),
             ("float16", "float16"),
             label=self.label,
             engine=self.engine_name,

@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from lmeval_ext.divergence.measure import TokenDivergence
+from lmeval_ext.divergence.observer import Observer, WindowSpan, spans_between
+from lmeval_ext.divergence.store import window_key
 from lmeval_ext.models.choices import Group, shared_batches, split_groups
 from lmeval_ext.models.exllama_batching import Batching, Engine, Fetched, is_out_of_memory, release_memory
 from lmeval_ext.models.target_logprobs import target_logprobs
@@ -27,8 +30,13 @@ class Scorer:
     # ------------------------------------------------------------------ windows
 
     @torch.inference_mode()
-    def windows(self, windows: Sequence[WindowRequest], done: Callable[[int], Any]) -> list[WindowScores]:
-        """Scores of each window, in order. Windows of one shape share batches, without padding. done: told how many."""
+    def windows(
+        self, windows: Sequence[WindowRequest], done: Callable[[int], Any], observer: Observer | None = None
+    ) -> list[WindowScores]:
+        """Scores of each window, in order. Windows of one shape share batches, without padding. done: told how many.
+
+        observer: looks at the logits of every scored token, and at the states that they come of.
+        """
         self.engine.enter()
         results: list[WindowScores | None] = [None] * len(windows)
         for indices in _same_shape(windows):
@@ -36,31 +44,45 @@ class Scorer:
             kept = len(windows[indices[0]].target_ids)
             targets = ids[:, -kept:].to(self.engine.device, non_blocking=True)
 
-            def forward(start: int, stop: int, ids: Any = ids, targets: Any = targets, kept: int = kept) -> Any:
+            watch = None if observer is None else _Watch(observer, [_span(windows[i]) for i in indices], kept)
+
+            def forward(
+                start: int, stop: int, ids: Any = ids, targets: Any = targets, kept: int = kept, watch: Any = watch
+            ) -> Any:
                 # The whole window is fed: its last token costs little, and whole blocks are what kernels like
                 hidden = self.engine.hidden(ids[start:stop], kept + 1)[:, :-1]
-                return self._score(hidden.reshape(-1, hidden.shape[-1]), targets[start:stop].reshape(-1))
+                look = None if watch is None else watch.of_rows(start, stop)
+                return self._score(hidden.reshape(-1, hidden.shape[-1]), targets[start:stop].reshape(-1), look)
 
             def landed(
                 start: int, stop: int, arrays: list[np.ndarray], indices: Any = indices, kept: int = kept
             ) -> None:
                 # While the GPU computes: a third of a small model's time goes into the figures of the result file
-                logprobs, greedy = (a.reshape(stop - start, kept) for a in arrays)
-                for i, *scores in zip(indices[start:stop], logprobs, greedy, strict=True):
-                    results[i] = WindowScores.of(*scores)
+                logprobs, greedy, *more = (a.reshape(stop - start, kept) for a in arrays)
+                for row, i in enumerate(indices[start:stop]):
+                    found = (
+                        {name: a[row] for name, a in zip(TokenDivergence._fields, more, strict=True)} if more else None
+                    )
+                    results[i] = WindowScores.of(logprobs[row], greedy[row], found)
                 done(stop - start)
 
             self.batching.run(len(indices), ids.shape[1], forward, landed)
         return [r for r in results if r is not None]
 
-    def _score(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(log-probability float32, whether it is the first choice) of one target a row of hidden states."""
+    def _score(self, hidden: torch.Tensor, targets: torch.Tensor, watch: _Watch | None = None) -> Any:
+        """(log-probability float32, whether it is the first choice) of one target a row of hidden states.
+
+        And the fields of `TokenDivergence`, if somebody watches.
+        """
         step = self.batching.logit_rows()
-        parts = [
-            target_logprobs(self.engine.logits(hidden[a : a + step]), targets[a : a + step], self.engine.vocabulary)
-            for a in range(0, hidden.shape[0], step)
-        ]
-        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+        parts = []
+        for start in range(0, hidden.shape[0], step):
+            rows = slice(start, start + step)
+            logits = self.engine.logits(hidden[rows])
+            scores = target_logprobs(logits, targets[rows], self.engine.vocabulary)
+            more = () if watch is None else watch.observe(rows, hidden[rows], logits, targets[rows])
+            parts.append((*scores, *more))
+        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
     # ------------------------------------------------------------------ choices
 
@@ -121,7 +143,8 @@ class Scorer:
                 position += len(tail)
         device = self.engine.device
         picked = hidden.index_select(0, torch.tensor(rows).to(hidden.device))
-        return _Launched(*self._score(picked, torch.tensor(targets).to(device)), spans)
+        logprobs, greedy = self._score(picked, torch.tensor(targets).to(device))
+        return _Launched(logprobs, greedy, spans)
 
     def _plain(self, groups: Sequence[Group]) -> Iterator[_Launched]:
         """Every sequence from its first token on, in padded batches, the longest first."""
@@ -170,6 +193,26 @@ class Scorer:
         flat = hidden.reshape(-1, hidden.shape[-1]).index_select(0, torch.tensor(index).to(hidden.device))
         shortened = [Group((), [tail[-n:]], row.wanted) for tail, n, row in zip(tails, needed, rows, strict=True)]
         return self._pick(flat, shortened)
+
+
+class _Watch:
+    """An observer, and the windows that it sees: rows of one shape, `kept` scored tokens each."""
+
+    def __init__(self, observer: Observer, spans: Sequence[WindowSpan], kept: int) -> None:
+        self._observer, self._spans, self._kept = observer, list(spans), kept
+
+    def of_rows(self, start: int, stop: int) -> _Watch:
+        return _Watch(self._observer, self._spans[start:stop], self._kept)
+
+    def observe(
+        self, rows: slice, hidden: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor
+    ) -> TokenDivergence:
+        spans = spans_between(self._spans, rows.start, rows.start + len(targets))
+        return self._observer.observe(spans, hidden, logits, targets)
+
+
+def _span(window: WindowRequest) -> WindowSpan:
+    return WindowSpan(window_key(window.ids, len(window.context_ids)), 0, len(window.target_ids))
 
 
 class _Launched:

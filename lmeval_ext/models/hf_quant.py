@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from lmeval_ext.divergence.arguments import ReferenceArguments
 from lmeval_ext.errors import MissingEngineError, UserError
 from lmeval_ext.models.base import (
     GIB,
@@ -38,9 +39,14 @@ try:
     from lm_eval.models.huggingface import HFLM
 
     from lmeval_ext.decoding.checkpoint import exl_method
+    from lmeval_ext.divergence.head import OutputHead, logit_settings
+    from lmeval_ext.divergence.measure import fetched
+    from lmeval_ext.divergence.observer import WindowSpan
+    from lmeval_ext.divergence.store import window_key
     from lmeval_ext.models.hf_checked import CheckedClass, quant_method, what_is_missing
     from lmeval_ext.models.hf_choices import NotShared, SharedContexts, can_share
     from lmeval_ext.models.hf_decoded import DecodingClass, dense_config
+    from lmeval_ext.models.hf_states import captured_states
 except ImportError as error:
     raise MissingEngineError(
         f"hf_quant needs torch and Transformers ({first_line(error)}); install them: pip install 'lmeval-ext[quant]'"
@@ -58,8 +64,9 @@ class HFQuantized(WindowScoring, HFLM):
     Arguments as in the harness' `hf`, and: label= names the model in tables and plots; device defaults to a GPU
     where there is one; softmax_dtype to float32 (the harness' default takes bfloat16 log-softmax of bfloat16
     models, and sums come out rounded to whole numbers); multimodal=True loads a model that also sees pictures whole,
-    to run its text part. Weights are read from safetensors only, never pickles. EXL3 and EXL2 are decoded to dense
-    weights at load, by default float32 on a CPU and float16 elsewhere.
+    to run its text part; reference= and save_reference= measure divergence (docs/metrics.md). Weights are read from
+    safetensors only, never pickles. EXL3 and EXL2 are decoded to dense weights at load, by default float32 on a CPU and
+    float16 elsewhere.
     """
 
     _config: Any  # the harness': the model's config
@@ -74,6 +81,7 @@ class HFQuantized(WindowScoring, HFLM):
         **kwargs: Any,
     ) -> None:
         self.label = label or default_label(pretrained)
+        self.reference_arguments = ReferenceArguments.take(kwargs)
         self._decoded: str | None = None  # the folder, if its weights are decoded at load
         if multimodal:
             self.AUTO_MODEL_CLASS = transformers.AutoModelForImageTextToText
@@ -122,23 +130,24 @@ class HFQuantized(WindowScoring, HFLM):
     def score_windows(self, windows: Sequence[WindowRequest]) -> list[WindowScores]:
         results: list[WindowScores | None] = [None] * len(windows)
         batches = _same_shape(windows)
-        progress = tqdm(total=len(windows), desc=f"Scoring windows ({self.label})", unit="window")
 
-        def run(batch_size: int) -> None:
+        def run(batch_size: int, done: Callable[[int], Any]) -> None:
             for indices in batches:
                 todo = [i for i in indices if results[i] is None]
                 for start in range(0, len(todo), batch_size):
                     batch = todo[start : start + batch_size]
                     for i, scores in zip(batch, self._score([windows[i] for i in batch]), strict=True):
                         results[i] = scores
-                    progress.update(len(batch))
+                    done(len(batch))
 
-        if self.batch_size == "auto":  # halved until it fits; windows that are done are kept
-            most = int(self.max_batch_size or 64) if self.device.type == "cuda" else 1  # no CPU says "out of memory"
-            find_executable_batch_size(run, starting_batch_size=most)()
-        else:
-            run(int(self.batch_size))
-        progress.close()
+        with self.progress(len(windows)) as done:
+            if self.batch_size == "auto":  # halved until it fits; windows that are done are kept
+                most = (
+                    int(self.max_batch_size or 64) if self.device.type == "cuda" else 1
+                )  # no CPU says "out of memory"
+                find_executable_batch_size(run, starting_batch_size=most)(done)
+            else:
+                run(int(self.batch_size), done)
         return [r for r in results if r is not None]
 
     @torch.inference_mode()
@@ -150,12 +159,36 @@ class HFQuantized(WindowScoring, HFLM):
             self.device.type, dtype=self.mixed_precision_dtype, enabled=self.mixed_precision_dtype is not None
         ):
             keep = {"logits_to_keep": kept} if self._keeps else {}
-            logits = self.model(input_ids=ids[:, :-1], use_cache=False, **keep).logits
-        logits = logits[:, -kept:]
+            with captured_states(self.model, self.observer is not None) as states:
+                logits = self.model(input_ids=ids[:, :-1], use_cache=False, **keep).logits
+        logits, targets = logits[:, -kept:], ids[:, -kept:]
         return [
-            WindowScores.of(*logprobs_of_targets(row, targets, self.vocabulary))
-            for row, targets in zip(logits, ids[:, -kept:], strict=True)
+            WindowScores.of(
+                *logprobs_of_targets(logits[i], targets[i], self.vocabulary),
+                self._observe(window, states[-1][i, -kept:] if states else None, logits[i], targets[i]),
+            )
+            for i, window in enumerate(windows)
         ]
+
+    def _observe(
+        self, window: WindowRequest, hidden: torch.Tensor | None, logits: torch.Tensor, targets: torch.Tensor
+    ) -> dict[str, Any] | None:
+        if self.observer is None:
+            return None
+        span = WindowSpan(window_key(window.ids, len(window.context_ids)), 0, len(targets))
+        return fetched(self.observer.observe([span], hidden, logits, targets.to(logits.device)))
+
+    def output_head(self) -> OutputHead:
+        layer = self.model.get_output_embeddings()
+        weight = getattr(layer, "weight", None)
+        if not isinstance(weight, torch.Tensor) or weight.dtype not in _FLOATS:
+            raise UserError(f"{self.label}: its output matrix is quantized or hidden; use reference_mode=logits")
+        bias = getattr(layer, "bias", None)
+        return OutputHead(weight.data, None if bias is None else bias.data, *logit_settings(self.config))
+
+    def checkpoint(self) -> str | None:
+        path = local_checkpoint(self.pretrained, self.revision)
+        return str(Path(path) / self._gguf_file) if path and self._gguf_file else path
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
         if not requests or isinstance(requests[0], WindowRequest) or self.backend != "causal":
@@ -235,9 +268,8 @@ class HFQuantized(WindowScoring, HFLM):
 
     def describe(self) -> Quantization:
         stored, running = (quant_method(c) for c in (self.config, self.model.config))
-        path = local_checkpoint(self.pretrained, self.revision)
         facts = from_storage(
-            str(Path(path) / self._gguf_file) if path and self._gguf_file else path,
+            self.checkpoint(),
             label=self.label,
             engine="transformers",
             engine_version=transformers.__version__,

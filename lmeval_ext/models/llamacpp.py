@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from lm_eval.api.instance import Instance
@@ -24,6 +24,7 @@ from lm_eval.models.utils import (
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from lmeval_ext.divergence.arguments import ReferenceArguments
 from lmeval_ext.errors import UserError
 from lmeval_ext.models.base import Quantization, WindowScoring, from_storage
 from lmeval_ext.models.gguf_vocabulary import (
@@ -39,6 +40,9 @@ from lmeval_ext.models.llamacpp_generation import generate, sampling
 from lmeval_ext.requests import WindowRequest, WindowScores
 from lmeval_ext.tokens import HFTokenizer, ending_tokens, wants_special_tokens
 
+if TYPE_CHECKING:
+    from lmeval_ext.divergence.observer import Observer
+
 logger = logging.getLogger(__name__)
 
 _DEFAULT_CONTEXT = 8192  # a model's full context may need more memory for its cache than for its weights
@@ -49,10 +53,13 @@ class LlamaCpp(WindowScoring, TemplateLM):
 
     pretrained: a .gguf file (any first part of a split one) or its folder. tokenizer: a Transformers tokenizer
     to tokenize with, for comparisons across families; without it the GGUF's own vocabulary. label: the name in
-    tables and plots. max_length is llama.cpp's n_ctx (default: the model's context, 8192 at most). Everything else
-    goes to llama_cpp.Llama under llama.cpp's names: n_gpu_layers (default: all where the build has a GPU), n_threads,
-    n_batch, n_ubatch, flash_attn, type_k and type_v (names of ggml types, such as q8_0), rope_freq_base, …
+    tables and plots. max_length is llama.cpp's n_ctx (default: the model's context, 8192 at most). reference=
+    and save_reference= measure divergence (docs/metrics.md). Everything else goes to llama_cpp.Llama under llama.cpp's
+    names: n_gpu_layers (default: all where the build has a GPU), n_threads, n_batch, n_ubatch, flash_attn, type_k and
+    type_v (names of ggml types, such as q8_0), rope_freq_base, …
     """
+
+    reference_modes = ("logits",)
 
     def __init__(
         self,
@@ -72,6 +79,7 @@ class LlamaCpp(WindowScoring, TemplateLM):
         **arguments: Any,
     ) -> None:
         super().__init__()
+        self.reference_arguments = ReferenceArguments.take(arguments)
         self.path = find_gguf(pretrained)
         self.label = label or Path(self.path).stem
         check_arguments(arguments)
@@ -107,13 +115,24 @@ class LlamaCpp(WindowScoring, TemplateLM):
         return self._max_length
 
     def score_windows(self, windows: Sequence[WindowRequest]) -> list[WindowScores]:
-        progress = tqdm(windows, desc=f"Scoring windows ({self.label})", unit="window")
-        return [WindowScores.of(*self._score(w.context_ids, w.target_ids, reuse=False)) for w in progress]
+        scores = []
+        with self.progress(len(windows)) as done:
+            for window in windows:
+                look = None if self.observer is None else _Look(self.observer, window)
+                found = self._score(window.context_ids, window.target_ids, reuse=False, look=look)
+                scores.append(WindowScores.of(*found, None if look is None else look.found()))
+                done(1)
+        return scores
 
-    def _score(self, context: list[int], targets: list[int], reuse: bool) -> tuple[np.ndarray, np.ndarray]:
+    def checkpoint(self) -> str | None:
+        return self.path
+
+    def _score(
+        self, context: list[int], targets: list[int], reuse: bool, look: _Look | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """(logprobs float32, greedy bool) of `targets` given `context`, each of shape [len(targets)].
 
-        reuse: keep the cached part that the last call's tokens share with these.
+        reuse: keep the cached part that the last call's tokens share with these. look: is shown the logits.
         """
         fed = (context + targets)[:-1]  # the last token predicts nothing
         first = len(context) - 1  # the first position whose logits are wanted
@@ -141,7 +160,7 @@ class LlamaCpp(WindowScoring, TemplateLM):
                 wanted = range(max(begin, first), begin + len(part))
                 if len(wanted):
                     where = slice(wanted[0] - first, wanted[-1] + 1 - first)
-                    logprobs[where], greedy[where] = self._read_logits(len(wanted), targets[where])
+                    logprobs[where], greedy[where] = self._read_logits(len(wanted), targets[where], look)
         finally:
             llama_cpp.llama_batch_free(batch)
         self._held = fed
@@ -159,13 +178,15 @@ class LlamaCpp(WindowScoring, TemplateLM):
             keep = 0
         return keep
 
-    def _read_logits(self, rows: int, targets: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    def _read_logits(self, rows: int, targets: list[int], look: _Look | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Log-softmax in float32 of the last decode's logits at `targets`."""
         pointer = llama_cpp.llama_get_logits(self.llama.ctx)
         logits = np.ctypeslib.as_array(pointer, shape=(rows, self.vocabulary))
         top = logits.max(axis=1, keepdims=True)
         normalizer = top[:, 0] + np.log(np.exp(logits - top).sum(axis=1, dtype=np.float64))
         picked = logits[np.arange(rows), targets]
+        if look is not None:
+            look.at(logits, targets)
         return (picked - normalizer).astype(np.float32), logits.argmax(axis=1) == np.array(targets)
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **kwargs: Any) -> Any:
@@ -299,7 +320,7 @@ class LlamaCpp(WindowScoring, TemplateLM):
 
     def describe(self) -> Quantization:
         facts = from_storage(
-            self.path,
+            self.checkpoint(),
             self._cache_types,
             label=self.label,
             engine="llama.cpp",
@@ -312,6 +333,31 @@ class LlamaCpp(WindowScoring, TemplateLM):
         if self._offloaded:
             facts.notes.append("peak_vram_gb unknown: llama.cpp does not tell through its bindings")
         return facts
+
+
+class _Look:
+    """Shows an observer the logits of one window, part by part."""
+
+    def __init__(self, observer: Observer, window: WindowRequest) -> None:
+        from lmeval_ext.divergence.store import window_key
+
+        self._observer, self._key = observer, window_key(window.ids, len(window.context_ids))
+        self._done, self._parts = 0, list[dict[str, np.ndarray]]()
+
+    def at(self, logits: np.ndarray, targets: list[int]) -> None:
+        """logits: float32 [tokens, vocabulary], of the next scored tokens; read at once, not kept."""
+        import torch
+
+        from lmeval_ext.divergence.measure import fetched
+        from lmeval_ext.divergence.observer import WindowSpan
+
+        span = WindowSpan(self._key, self._done, len(targets))
+        found = self._observer.observe([span], None, torch.from_numpy(logits), torch.tensor(targets))
+        self._parts.append(fetched(found))
+        self._done += len(targets)
+
+    def found(self) -> dict[str, np.ndarray]:
+        return {name: np.concatenate([part[name] for part in self._parts]) for name in self._parts[0]}
 
 
 def _ggml_type(argument: str, name: str) -> int:

@@ -18,17 +18,20 @@ WORKER_EXTENSION = "lmeval_ext.models.vllm_worker.WorkerExtension"
 
 
 class TokenScores(NamedTuple):
-    """logprobs: float32, greedy: bool, both [scored tokens] of one prompt."""
+    """logprobs: float32, greedy: bool, both [scored tokens] of one prompt; divergence: the fields of `TokenDivergence`,
+    where an observer looked at it."""
 
     logprobs: np.ndarray
     greedy: np.ndarray
+    divergence: dict[str, np.ndarray] | None = None
 
 
 class Prompt(NamedTuple):
-    """Token ids, of which those from position `first` on are to be scored."""
+    """Token ids, of which those from position `first` on are to be scored. window: its key, where it is observed."""
 
     ids: list[int]
     first: int
+    window: str | None = None
 
 
 class UnknownRunnerError(Exception):
@@ -68,7 +71,7 @@ class EngineScoring:
             return
         base, self._next = self._next, self._next + len(todo)
         params = [
-            _one_token(skip_reading_prefix_cache=not reuse_prefixes, extra_args={EXTRA_ARG: [n, prompts[i].first]})
+            _one_token(skip_reading_prefix_cache=not reuse_prefixes, extra_args={EXTRA_ARG: _wish(n, prompts[i])})
             for n, i in enumerate(todo, base)
         ]
         tokens = [vllm.TokensPrompt(prompt_token_ids=prompts[i].ids) for i in todo]
@@ -79,26 +82,37 @@ class EngineScoring:
             scores[todo[n - base]] = found
 
 
+def _wish(number: int, prompt: Prompt) -> list[Any]:
+    return [number, prompt.first] if prompt.window is None else [number, prompt.first, prompt.window]
+
+
 def _assemble(taken: dict[str, Any] | None, wanted: dict[int, Prompt]) -> dict[int, TokenScores]:
     """The prompts all of whose scored tokens came; a position that came twice (preemption) keeps its last score."""
     if taken is None:
         return {}
-    logprobs = np.frombuffer(taken["logprobs"], dtype=np.float32)
-    greedy = np.frombuffer(taken["greedy"], dtype=bool)
-    if len(logprobs) != sum(count for *_, count in taken["spans"]):
+    flat = {
+        name: np.frombuffer(data, dtype=bool if name in ("greedy", "agree") else np.float32)
+        for name, data in taken.items()
+        if name != "spans"
+    }
+    if any(len(column) != sum(count for *_, count in taken["spans"]) for column in flat.values()):
         raise RuntimeError("vLLM's workers returned other scores than they said")
     size = {n: len(p.ids) - p.first for n, p in wanted.items()}
-    scores = {n: TokenScores(np.empty(k, np.float32), np.empty(k, bool)) for n, k in size.items()}
+    columns = {n: {name: np.empty(k, column.dtype) for name, column in flat.items()} for n, k in size.items()}
     came = {n: np.zeros(k, bool) for n, k in size.items()}
     row = 0
     for n, start, count in taken["spans"]:
         if n in wanted:
             to, source = start - wanted[n].first, slice(row, row + count)
-            scores[n].logprobs[to : to + count] = logprobs[source]
-            scores[n].greedy[to : to + count] = greedy[source]
+            for name, column in flat.items():
+                columns[n][name][to : to + count] = column[source]
             came[n][to : to + count] = True
         row += count
-    return {n: s for n, s in scores.items() if came[n].all()}
+    return {
+        n: TokenScores(found.pop("logprobs"), found.pop("greedy"), found or None)
+        for n, found in columns.items()
+        if came[n].all()
+    }
 
 
 def prompt_logprobs_params() -> Any:

@@ -11,14 +11,18 @@ import logging
 import os
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from lm_eval.models.utils import Collator
-from tqdm import tqdm
+from safetensors.torch import load
 
+from lmeval_ext.divergence.arguments import ReferenceArguments
+from lmeval_ext.divergence.plan import Plan
+from lmeval_ext.divergence.store import ReferenceStore, window_key
 from lmeval_ext.errors import MissingEngineError, UserError
 from lmeval_ext.models.base import (
     GIB,
@@ -63,12 +67,16 @@ class VLLMQuantized(WindowScoring, VLLM):
     """vLLM checkpoints: NVFP4 (weight-only A16 and W4A4), MXFP4, FP8, INT8, INT4, dense.
 
     Arguments as in the harness' `vllm`, every vLLM engine argument among them; and label= names the model in
-    tables and plots. The engine runs in this process, where it schedules the same way every time. On a CPU,
-    `enforce_eager=True` is the default (the compiler would take longer than the run).
+    tables and plots; reference= and save_reference= measure divergence (docs/metrics.md). The engine runs in this
+    process, where it schedules the same way every time. On a CPU, `enforce_eager=True` is the default (the compiler
+    would take longer than the run).
     """
+
+    _observing = False  # whether the workers look at windows' logits
 
     def __init__(self, pretrained: str, label: str | None = None, **kwargs: Any) -> None:
         self.label = label or default_label(pretrained)
+        self.reference_arguments = ReferenceArguments.take(kwargs)
         self._pretrained, self._revision = pretrained, kwargs.get("revision")
         self._on_cpu = vllm.platforms.current_platform.is_cpu()
         kwargs.pop("device", None)  # the harness passes its default; vLLM chooses by platform
@@ -122,14 +130,52 @@ class VLLMQuantized(WindowScoring, VLLM):
         company is always the same. On a CPU a window has none (it fills one anyway; short ones moved by up to 1 %); a
         GPU gets all at once in the order of their ids, and vLLM cuts them into steps of max_num_batched_tokens.
         """
-        prompts = [Prompt(w.ids, len(w.context_ids)) for w in windows]
+        prompts = [Prompt(w.ids, len(w.context_ids), self._observed_key(w)) for w in windows]
         if not self._on_cpu:
-            order = sorted(range(len(prompts)), key=lambda i: prompts[i])
-            found = self._score([prompts[i] for i in order], reuse_prefixes=False, use_tqdm=True)
+            order = sorted(range(len(prompts)), key=lambda i: prompts[i][:2])
+            found = self._score([prompts[i] for i in order], reuse_prefixes=False, use_tqdm=self.bar is None)
+            if self.bar is not None:
+                self.bar.update(len(found))
             in_place = dict(zip(order, found, strict=True))
             return [WindowScores.of(*in_place[i]) for i in range(len(prompts))]
-        progress = tqdm(prompts, desc=f"Scoring windows ({self.label})", unit="window")
-        return [WindowScores.of(*self._score([p], reuse_prefixes=False, use_tqdm=False)[0]) for p in progress]
+        scores = []
+        with self.progress(len(prompts)) as done:
+            for prompt in prompts:
+                scores += [WindowScores.of(*s) for s in self._score([prompt], reuse_prefixes=False, use_tqdm=False)]
+                done(1)
+        return scores
+
+    def _observed_key(self, window: WindowRequest) -> str | None:
+        return window_key(window.ids, len(window.context_ids)) if self._observing else None
+
+    def observe_windows(self, plan: Plan) -> dict[str, Any]:
+        if self._engine is None:
+            raise UserError(
+                f"{self.label}: divergence is measured inside vLLM's workers, which this run does not reach "
+                f"({self._why_not_engine}); drop reference= and save_reference="
+            )
+        self._observing = True
+        facts = self.model.collective_rpc("lmeval_ext_observe", args=(asdict(plan),))
+        return dict(facts[0])
+
+    def write_head(self, store: ReferenceStore) -> None:
+        self.model.collective_rpc("lmeval_ext_write_head", args=(str(store.folder),))
+
+    def take_states(self, tokens: dict[str, int]) -> dict[str, dict[str, Any]]:
+        answers = self.model.collective_rpc("lmeval_ext_take_states", args=(tokens,))
+        found: dict[str, dict[str, Any]] = {key: {} for key in tokens}
+        for name, tensor in load(next(a for a in answers if a is not None)).items():
+            key, _, part = name.partition(" ")
+            found[key][part] = tensor
+        return found
+
+    def stop_observing(self) -> None:
+        if self._observing:
+            self._observing = False
+            self.model.collective_rpc("lmeval_ext_observe", args=(None,))
+
+    def checkpoint(self) -> str | None:
+        return local_checkpoint(self._pretrained, self._revision)
 
     def _score(self, prompts: list[Prompt], reuse_prefixes: bool, use_tqdm: bool) -> list[TokenScores]:
         if self._engine is not None:
@@ -157,7 +203,7 @@ class VLLMQuantized(WindowScoring, VLLM):
         for chunk in order.get_batched(n=n):
             prompts = [self._continuation(context, continuation) for _, context, continuation in chunk]
             scores = self._score(prompts, reuse_prefixes=True, use_tqdm=n == 0 and not disable_tqdm)
-            for (key, _, _), (logprobs, greedy) in zip(chunk, scores, strict=True):
+            for (key, _, _), (logprobs, greedy, _) in zip(chunk, scores, strict=True):
                 answer = (float(logprobs.sum(dtype="float64")), bool(greedy.all()))
                 answers.append(answer)
                 if key is not None:  # rolling windows have none; the harness stores their sum itself
@@ -210,7 +256,7 @@ class VLLMQuantized(WindowScoring, VLLM):
         cache = self.model_args.get("kv_cache_dtype")
         cache = None if cache == "auto" else cache
         facts = from_storage(
-            local_checkpoint(self._pretrained, self._revision),
+            self.checkpoint(),
             (cache, cache),
             label=self.label,
             engine="vllm",

@@ -11,11 +11,14 @@ changes, and scoring then falls back to `prompt_logprobs`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
+from lmeval_ext.divergence.head import OutputHead
+from lmeval_ext.errors import UserError
 from lmeval_ext.models.vllm_scoring import PromptScorer, Span, Step, to_device, wanted_span
 
 
@@ -116,6 +119,62 @@ class _V2Worker:
             return None
         at = to_device(torch.from_numpy(np.concatenate(where, axis=1)), all_token_ids.device)
         return Step(spans, np.concatenate(rows), all_token_ids[at[0], at[1]].to(torch.int64))
+
+
+def watch_head_input(runner: Any) -> Callable[[], torch.Tensor | None]:
+    """Remember what the model's logits are computed from: some models scale their final hidden states first."""
+    seen: list[torch.Tensor] = []
+
+    def keep(_: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        seen[:] = [keywords.get("hidden_states", arguments[1] if len(arguments) > 1 else None)]
+
+    forget_head_input(runner)
+    runner.lmeval_ext_watch = _logits_processor(runner).register_forward_pre_hook(keep, with_kwargs=True)
+    return lambda: seen[0] if seen else None
+
+
+def forget_head_input(runner: Any) -> None:
+    """Undo `watch_head_input`."""
+    watch = runner.__dict__.pop("lmeval_ext_watch", None)
+    if watch is not None:
+        watch.remove()
+
+
+def output_head(runner: Any) -> OutputHead:
+    """The output matrix and what vLLM's LogitsProcessor does after it. UserError where it is not dense and whole."""
+    processor = _logits_processor(runner)
+    seen: list[tuple[Any, Any]] = []
+
+    def keep(_: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        given = dict(zip(("lm_head", "hidden_states", "embedding_bias"), arguments, strict=False)) | keywords
+        seen.append((given.get("lm_head"), given.get("embedding_bias")))
+
+    handle = processor.register_forward_pre_hook(keep, with_kwargs=True)
+    try:  # a model knows which of its layers is the head; it says so when it uses it
+        width = int(runner.model_config.get_hidden_size())
+        with torch.inference_mode():
+            runner.model.compute_logits(torch.zeros(1, width, dtype=runner.model_config.dtype, device=runner.device))
+    finally:
+        handle.remove()
+    layer, bias = seen[0]
+    weight = getattr(layer, "weight", None)
+    whole = int(runner.model_config.get_vocab_size())
+    dense = isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.dtype.itemsize > 1
+    if weight is None or not dense or weight.shape[0] < whole:
+        raise UserError(
+            "save_reference=: the output matrix is quantized, or split over GPUs; use reference_mode=logits"
+        )
+    bias = getattr(layer, "bias", None) if bias is None else bias
+    return OutputHead(weight.data, None if bias is None else bias.data, processor.soft_cap, float(processor.scale))
+
+
+def _logits_processor(runner: Any) -> torch.nn.Module:
+    from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+    found = [m for m in runner.model.modules() if isinstance(m, LogitsProcessor)]
+    if not found:
+        raise UserError("save_reference=: this model computes its logits in its own way; use --model hf_quant")
+    return found[0]
 
 
 def kv_cache_tensors(runner: Any) -> list[torch.Tensor]:

@@ -15,9 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from lmeval_ext.divergence.measure import TokenDivergence
+from lmeval_ext.divergence.observer import Observer, WindowSpan, spans_between
 from lmeval_ext.models.target_logprobs import target_logprobs
 
-# Key in SamplingParams.extra_args; its value is [index of the request, position of its first scored token]
+# Key in SamplingParams.extra_args; its value is [index of the request, position of its first scored token], and the
+# window's key where an observer looks at it
 EXTRA_ARG = "lmeval_ext_score"
 
 # Logits that exist at one time. On a GPU a product this large is efficient; a CPU is faster within its caches.
@@ -27,11 +30,15 @@ _LOGITS_BYTES_ON_CPU = 16 << 20
 
 @dataclass(frozen=True)
 class Span:
-    """Consecutive scored tokens of one request: `count` from position `start` of its prompt."""
+    """Consecutive scored tokens of one request: `count` from position `start` of its prompt.
+
+    window: which of a window's scored tokens these are, where an observer looks at it.
+    """
 
     request: int
     start: int
     count: int
+    window: WindowSpan | None = None
 
 
 @dataclass
@@ -51,12 +58,16 @@ class PromptScorer:
     """Collects scores over steps.
 
     compute_logits: hidden states [rows, hidden] to logits [rows, ≥ vocabulary], or to None on the ranks of a
-    vocabulary-sharded head that do not gather them; called by all ranks in the same order.
+    vocabulary-sharded head that do not gather them; called by all ranks in the same order. observer: looks at the
+    logits of windows. head_input: what the output matrix was last given; not always the final hidden states.
     """
 
     compute_logits: Callable[[torch.Tensor], torch.Tensor | None]
     vocabulary: int
+    observer: Observer | None = None
+    head_input: Callable[[], torch.Tensor | None] = lambda: None
     _spans: list[Span] = field(default_factory=list)
+    _divergences: list[TokenDivergence] = field(default_factory=list)
     _logprobs: list[torch.Tensor] = field(default_factory=list)
     _greedy: list[torch.Tensor] = field(default_factory=list)
 
@@ -67,21 +78,33 @@ class PromptScorer:
         """
         rows = to_device(torch.from_numpy(step.rows), hidden_states.device)
         chunk = self.chunk_rows(hidden_states)
+        windows = [span.window for span in step.spans if span.window is not None]
+        observed = self.observer is not None and len(windows) == len(step.spans)
         parts = [
-            self._score(hidden_states.index_select(0, rows[start : start + chunk]), step.targets[start : start + chunk])
+            self._score(
+                hidden_states.index_select(0, rows[start : start + chunk]),
+                step.targets[start : start + chunk],
+                spans_between(windows, start, start + chunk) if observed else None,
+            )
             for start in range(0, len(rows), chunk)
         ]
         found = [part for part in parts if part is not None]
         if found:
             self._spans += step.spans
-            self._logprobs += [logprobs for logprobs, _ in found]
-            self._greedy += [greedy for _, greedy in found]
+            self._logprobs += [logprobs for logprobs, _, _ in found]
+            self._greedy += [greedy for _, greedy, _ in found]
+            self._divergences += [divergence for *_, divergence in found if divergence is not None]
 
-    def _score(self, hidden_states: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def _score(
+        self, hidden_states: torch.Tensor, targets: torch.Tensor, windows: list[WindowSpan] | None
+    ) -> tuple[torch.Tensor, torch.Tensor, TokenDivergence | None] | None:
         logits = self.compute_logits(hidden_states)
         if logits is None:
             return None
-        return target_logprobs(logits, targets, min(self.vocabulary, logits.shape[-1]))
+        scores = target_logprobs(logits, targets, min(self.vocabulary, logits.shape[-1]))
+        if windows is None or self.observer is None:
+            return (*scores, None)
+        return (*scores, self.observer.observe(windows, self.head_input(), logits, targets))
 
     def chunk_rows(self, hidden_states: torch.Tensor) -> int:
         """Rows whose logits fit into the chunk's bytes; the same on every rank."""
@@ -91,17 +114,19 @@ class PromptScorer:
     def take(self) -> dict[str, Any] | None:
         """All scores so far, and forget them: plain types, for vLLM's message encoder.
 
-        spans: [[request, start, count], …]; logprobs: float32 bytes and greedy: bool bytes, of all spans in order.
-        None on a rank that has no logits.
+        spans: [[request, start, count], …]; logprobs: float32 bytes and greedy: bool bytes, of all spans in order; so
+        are the fields of `TokenDivergence`, if an observer looked at all of them. None on a rank without logits.
         """
-        spans, logprobs, greedy = self._spans, self._logprobs, self._greedy
-        self._spans, self._logprobs, self._greedy = [], [], []
+        spans, logprobs, greedy, divergences = self._spans, self._logprobs, self._greedy, self._divergences
+        self._spans, self._logprobs, self._greedy, self._divergences = [], [], [], []
         if not logprobs:
             return None
+        columns = {"logprobs": logprobs, "greedy": greedy}
+        if len(divergences) == len(logprobs):
+            columns |= {name: [getattr(d, name) for d in divergences] for name in TokenDivergence._fields}
         return {
             "spans": [[s.request, s.start, s.count] for s in spans],
-            "logprobs": torch.cat(logprobs).cpu().numpy().tobytes(),
-            "greedy": torch.cat(greedy).cpu().numpy().tobytes(),
+            **{name: torch.cat(parts).cpu().numpy().tobytes() for name, parts in columns.items()},
         }
 
 
@@ -119,7 +144,9 @@ def wanted_span(extra_args: dict[str, Any] | None, first: int, count: int, promp
     """
     if not extra_args or EXTRA_ARG not in extra_args:
         return None
-    index, wanted_from = extra_args[EXTRA_ARG]
+    index, wanted_from, *key = extra_args[EXTRA_ARG]
     start = max(first + 1, wanted_from)
     stop = min(first + count + 1, prompt)
-    return Span(index, start, stop - start) if start < stop else None
+    if start >= stop:
+        return None
+    return Span(index, start, stop - start, WindowSpan(key[0], start - wanted_from, stop - start) if key else None)

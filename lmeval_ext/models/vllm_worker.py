@@ -9,7 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from safetensors.torch import save
 
+from lmeval_ext.divergence.head import OutputHead
+from lmeval_ext.divergence.observer import Saving
+from lmeval_ext.divergence.plan import Plan, cut_head, head_facts
+from lmeval_ext.divergence.store import ReferenceStore
 from lmeval_ext.models import vllm_runners
 from lmeval_ext.models.vllm_scoring import PromptScorer
 
@@ -19,6 +24,7 @@ class WorkerExtension:
 
     model_runner: Any  # vLLM's worker has it
     lmeval_ext_scorer: PromptScorer
+    lmeval_ext_head: OutputHead | None
 
     def lmeval_ext_install(self) -> str | None:
         """Start scoring requests that ask for it. Returns None, or why this vLLM cannot. Twice is as good as once."""
@@ -29,6 +35,34 @@ class WorkerExtension:
         except (AttributeError, TypeError) as error:
             return f"{type(error).__name__}: {error}"
         return None
+
+    def lmeval_ext_observe(self, plan: dict[str, Any] | None) -> dict[str, Any]:
+        """Look at windows' logits as a `Plan` says (a dictionary; None: no more). Returns `head_facts`, or {}."""
+        scorer = self.lmeval_ext_scorer
+        scorer.observer, scorer.head_input, self.lmeval_ext_head = None, lambda: None, None
+        if plan is None:
+            vllm_runners.forget_head_input(self.model_runner)
+            return {}
+        wanted = Plan(**{**plan, "keys": tuple(plan["keys"])})
+        if wanted.save:
+            scorer.head_input = vllm_runners.watch_head_input(self.model_runner)
+        if wanted.needs_head:
+            self.lmeval_ext_head = cut_head(vllm_runners.output_head(self.model_runner), wanted.vocabulary)
+        scorer.observer = wanted.observer(self.lmeval_ext_head)
+        return {} if self.lmeval_ext_head is None else head_facts(self.lmeval_ext_head)
+
+    def lmeval_ext_write_head(self, folder: str) -> None:
+        """Write the observed output matrix into the store there."""
+        assert self.lmeval_ext_head is not None
+        ReferenceStore.open(folder).write_head(self.lmeval_ext_head)
+
+    def lmeval_ext_take_states(self, tokens: dict[str, int]) -> bytes | None:
+        """What was kept of windows, by key and tensor, as safetensors: {"KEY name": tensor}; None on idle ranks."""
+        observer = self.lmeval_ext_scorer.observer
+        if not isinstance(observer, Saving) or not observer.has(tokens):
+            return None
+        states = {key: observer.take(key, count) for key, count in tokens.items()}
+        return save({f"{key} {name}": t for key, tensors in states.items() for name, t in tensors.items()})
 
     def lmeval_ext_take(self) -> dict[str, Any] | None:
         """The scores since the last call, as `PromptScorer.take` gives them."""

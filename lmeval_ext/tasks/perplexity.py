@@ -2,13 +2,15 @@
 `text_strided`.
 
 A document is one window; a request hands its token ids to the model; the aggregates are perplexity, top-1
-accuracy and bits per byte, each with a standard error; what they are of stands in the result's metadata.
+accuracy and bits per byte, and the divergence from a reference where the model measured it (docs/metrics.md), each with
+a standard error; what they are of stands in the result's metadata.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,8 @@ from lm_eval.api.task import Task, TaskConfig
 from lm_eval.filters import build_filter_ensemble
 
 from lmeval_ext import corpus, metrics
+from lmeval_ext.divergence import summary
+from lmeval_ext.divergence.summary import TokenValues
 from lmeval_ext.errors import UserError
 from lmeval_ext.metrics import WindowSum
 from lmeval_ext.requests import REQUEST_TYPE, WindowRequest, WindowScores, window_request
@@ -30,11 +34,12 @@ logger = logging.getLogger(__name__)
 _STDERR = "_stderr"
 _UNKNOWN = "N/A"  # the harness' own word; its table can print no null
 
-_STATISTICS: dict[str, tuple[Callable[[Sequence[WindowSum]], float | None], bool]] = {
+_STATISTICS: dict[str, tuple[Callable[[Sequence[WindowSum]], float | None], bool | None]] = {
     # metric: (aggregate, higher is better)
     "token_perplexity": (metrics.perplexity, False),
     "top1_accuracy": (metrics.accuracy, True),
     "bits_per_byte": (metrics.bits_per_byte, False),
+    **summary.MEANS,
 }
 
 
@@ -78,6 +83,7 @@ class PerplexityTask(Task):
         self._scored = self.windows  # fewer after --limit or --samples
         self._nonfinite = 0
         self._errors: dict[str, float | None] = {}
+        self._divergence: dict[str, Any] | None = None
         self._facts = {
             "protocol": self.spec.protocol,
             "eval_len": self.spec.eval_len,
@@ -154,7 +160,12 @@ class PerplexityTask(Task):
         n_bytes = self._bytes(window)
         if n_bytes is not None:  # 0 is fine: tokens inside one character
             sums["bits_per_byte"] = self._sum(window, nll, n_bytes, bad)
-        return {name: sums[metric] for metric in sums for name in (metric, metric + _STDERR)}
+        items: dict[str, Any] = dict(sums)
+        if ours and answer.divergence is not None:
+            values = TokenValues.of(window.index, answer.logprobs, answer.divergence)
+            items |= values.sums()
+            items |= dict.fromkeys(summary.QUANTILE_METRICS, values)
+        return {name: item for metric, item in items.items() for name in (metric, metric + _STDERR)}
 
     @staticmethod
     def _sum(window: Window, total: float, count: int, nonfinite: int) -> WindowSum:
@@ -167,13 +178,29 @@ class PerplexityTask(Task):
             return None
         return int(ends[window.end - 1] - ends[window.first_target - 1])
 
-    def aggregation(self) -> dict[str, Callable[[Sequence[WindowSum]], Any]]:
-        functions: dict[str, Callable[[Sequence[WindowSum]], Any]] = {}
+    def aggregation(self) -> dict[str, Callable[[Sequence[Any]], Any]]:
+        functions: dict[str, Callable[[Sequence[Any]], Any]] = {}
         for metric, (statistic, _) in _STATISTICS.items():
             functions[metric] = statistic
             functions[metric + _STDERR] = self._error_of(metric)
         functions["token_perplexity"] = self._perplexity
+        for metric, percent in summary.QUANTILE_METRICS.items():
+            functions[metric] = partial(summary.quantile, percent=percent)
+            functions[metric + _STDERR] = self._quantile_error_of(metric, percent)
+        functions["kld_median"] = self._median_divergence
         return functions
+
+    def _median_divergence(self, values: Sequence[TokenValues]) -> float | None:
+        self._divergence = summary.describe(values, self.spec.block_windows)  # of all ranks
+        return summary.quantile(values, 50.0)
+
+    def _quantile_error_of(self, metric: str, percent: float) -> Callable[[Sequence[TokenValues]], float | str]:
+        def error(values: Sequence[TokenValues]) -> float | str:
+            value = summary.quantile_error(values, percent, self.spec.block_windows)
+            self._errors[metric] = value
+            return _UNKNOWN if value is None else value
+
+        return error
 
     def _perplexity(self, sums: Sequence[WindowSum]) -> float | None:
         self._nonfinite = sum(s["nonfinite"] for s in sums)  # of all ranks: this one aggregates
@@ -188,7 +215,8 @@ class PerplexityTask(Task):
         return error
 
     def higher_is_better(self) -> dict[str, bool]:
-        return {metric: higher for metric, (_, higher) in _STATISTICS.items()}
+        known = {metric: higher for metric, (_, higher) in _STATISTICS.items() if higher is not None}
+        return known | dict.fromkeys(summary.QUANTILE_METRICS, False)
 
     # ------------------------------------------------------------------ the record
 
@@ -216,6 +244,8 @@ class PerplexityTask(Task):
                 **self._errors,
             },
         )
+        if self._divergence is not None:
+            self.config.metadata["divergence"] = self._divergence
         config: dict[str, Any] = self.config.to_dict()
         return config
 

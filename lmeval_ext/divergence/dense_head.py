@@ -1,0 +1,47 @@
+"""The output matrix of an unquantized checkpoint, from its file: for engines that keep it in a layout of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from lmeval_ext.divergence.head import OutputHead, logit_settings
+from lmeval_ext.errors import UserError
+from lmeval_ext.storage.checkpoint import read_checkpoint
+from lmeval_ext.storage.roles import role_of
+
+_DENSE = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def dense_head(folder: str | Path) -> OutputHead:
+    """UserError where the checkpoint holds none: it is quantized."""
+    folder = Path(folder)
+    checkpoint = read_checkpoint(folder)
+    roles = {
+        name: role_of(name.removesuffix(".weight"), True, checkpoint.layers)
+        for name in checkpoint.tensors
+        if name.endswith(".weight")
+    }
+    # A head of its own goes before the token embeddings, which stand in for it where there is none
+    wanted = ["head"] + (["token_embedding"] if checkpoint.tied is not False else [])
+    name = next((name for role in wanted for name, found in roles.items() if found == role), None)
+    weight = None if name is None else _read(folder, name)
+    if name is None or weight is None or weight.dtype not in _DENSE:
+        raise UserError(f"{folder}: its output matrix is quantized; use reference_mode=logits, or an unquantized model")
+    bias = name.removesuffix("weight") + "bias"
+    return OutputHead(
+        weight,
+        _read(folder, bias) if roles[name] == "head" and bias in checkpoint.tensors else None,
+        *logit_settings(checkpoint.text_config),
+    )
+
+
+def _read(folder: Path, name: str) -> torch.Tensor | None:
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            if name in file.keys():  # noqa: SIM118
+                found: torch.Tensor = file.get_tensor(name)
+                return found
+    return None

@@ -1,0 +1,54 @@
+"""What to look at while windows are scored, in plain types: an adapter's engine may run in other processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lmeval_ext.divergence.head import OutputHead
+from lmeval_ext.divergence.observer import Comparing, Saving
+from lmeval_ext.divergence.store import ReferenceStore, tensors_sha256
+
+
+@dataclass(frozen=True)
+class Plan:
+    """folder: of the store. save: write it, or measure against it. mode: "hidden" or "logits". vocabulary: columns of
+    the softmax, the model's own or those in common. chunk: tokens at a time, None for the default. keys: of the
+    windows to come, where they are measured."""
+
+    folder: str
+    save: bool
+    mode: str
+    vocabulary: int
+    chunk: int | None = None
+    keys: tuple[str, ...] = ()
+
+    def observer(self, head: OutputHead | None = None) -> Saving | Comparing:
+        """head: the model's own, cut to the vocabulary, where hidden states are to be saved."""
+        if self.save:
+            return Saving(head, self.vocabulary, self.chunk)
+        store = ReferenceStore.open(self.folder)
+        return Comparing(
+            store.windows(self.keys), store.head() if self.mode == "hidden" else None, self.vocabulary, self.chunk
+        )
+
+    @property
+    def needs_head(self) -> bool:
+        return self.save and self.mode == "hidden"
+
+
+def cut_head(head: OutputHead, vocabulary: int) -> OutputHead:
+    """Without an engine's padding."""
+    bias = None if head.bias is None else head.bias[:vocabulary]
+    return OutputHead(head.weight[:vocabulary], bias, head.softcap, head.scale)
+
+
+def head_facts(head: OutputHead) -> dict[str, Any]:
+    """The fields of `Manifest` that describe it."""
+    tensors = {"weight": head.weight} | ({} if head.bias is None else {"bias": head.bias})
+    return {
+        "width": int(head.weight.shape[1]),
+        "softcap": head.softcap,
+        "scale": head.scale,
+        "head_sha256": tensors_sha256(tensors),
+    }

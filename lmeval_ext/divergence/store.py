@@ -1,0 +1,310 @@
+"""A reference on disk: one folder, whose parts are each written whole or not at all.
+
+    DIR/reference.json          what it is a reference of, and how logits come of it (`Manifest`)
+    DIR/head.safetensors        the output matrix, once (mode "hidden")
+    DIR/windows/KEY.safetensors one file a window, named by its tokens
+
+A window's file has what recovers the distributions of its scored tokens: `hidden` [tokens, width], the final hidden
+states after the last norm (mode "hidden"), or the tensors of `logits_code` (mode "logits"); and what the run that wrote
+it found: `logprobs`, `greedy`, and its own divergence from the stored distributions (`kld`, `agree`,
+`reference_logprobs`, `confidence`), which is the rounding of its engine. So an interrupted run goes on where it was,
+and one folder serves any number of tasks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from lmeval_ext.divergence.head import OutputHead
+from lmeval_ext.errors import UserError
+
+FORMAT, VERSION = "lmeval-ext reference", 1
+_MANIFEST, _HEAD, _WINDOWS = "reference.json", "head.safetensors", "windows"
+_IN_MEMORY = 1 << 30
+SCORES = ("logprobs", "greedy", "kld", "agree", "reference_logprobs", "confidence")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """reference.json.
+
+    model: label, engine, engine_version, dtype, kernel and weights_sha256 of the model that was run. mode: "hidden" or
+    "logits". vocabulary: columns of the softmax. tokenizer_probe: ids of `PROBE`, to recognize the tokenizer by.
+    width, softcap, scale, head_sha256: of the output matrix (`OutputHead`); None in mode "logits".
+    """
+
+    model: dict[str, Any]
+    mode: str
+    vocabulary: int
+    tokenizer_probe: list[int]
+    width: int | None = None
+    softcap: float | None = None
+    scale: float | None = None
+    head_sha256: str | None = None
+    format: str = FORMAT
+    version: int = VERSION
+
+    @property
+    def id(self) -> str:
+        """Two references with the same id have the same distributions. The label is a mere name."""
+        facts = asdict(self)
+        facts["model"] = {k: v for k, v in self.model.items() if k != "label"}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def describe(self) -> str:
+        m = self.model
+        return f"{m.get('label')} ({m.get('engine')} {m.get('engine_version')}, {m.get('dtype')})"
+
+
+@dataclass
+class StoredWindow:
+    """One window of a store. states: `hidden`, or the tensors of `logits_code`; scores: the tensors of `SCORES`."""
+
+    key: str
+    states: dict[str, torch.Tensor] = field(repr=False)
+    scores: dict[str, torch.Tensor] = field(repr=False)
+
+    @property
+    def tokens(self) -> int:
+        return int(self.scores["logprobs"].shape[0])
+
+
+def window_key(ids: Sequence[int], n_context: int) -> str:
+    """What a window is known by: its token ids, and from which on they are scored."""
+    return hashlib.sha256(np.array([n_context, *ids], dtype="<i8").tobytes()).hexdigest()[:32]
+
+
+class ReferenceStore:
+    """A folder with a reference. Raises UserError where it is none, or damaged."""
+
+    def __init__(self, folder: Path | str, manifest: Manifest) -> None:
+        self.folder, self.manifest = Path(folder), manifest
+
+    # ------------------------------------------------------------------ opening and creating
+
+    @classmethod
+    def open(cls, folder: Path | str) -> ReferenceStore:
+        return cls(folder, _read_manifest(Path(folder) / _MANIFEST))
+
+    @classmethod
+    def create(cls, folder: Path | str, manifest: Manifest) -> ReferenceStore:
+        """The store in `folder`, begun or gone on with. UserError where another model's reference is there."""
+        folder = Path(folder)
+        path = folder / _MANIFEST
+        if path.exists():
+            there = _read_manifest(path)
+            if there.id != manifest.id:
+                raise UserError(
+                    f"save_reference={folder}: holds the reference of another model or setting, {there.describe()} "
+                    f"({_difference(there, manifest)}); name another folder, or delete that one"
+                )
+            return cls(folder, there)
+        try:
+            (folder / _WINDOWS).mkdir(parents=True, exist_ok=True)
+            write_atomically(path, json.dumps({**asdict(manifest), "id": manifest.id}, indent=2).encode())
+        except OSError as error:
+            raise _unwritable(folder, error) from error
+        return cls(folder, manifest)
+
+    # ------------------------------------------------------------------ the output matrix
+
+    def has_head(self) -> bool:
+        return (self.folder / _HEAD).exists()
+
+    def write_head(self, head: OutputHead) -> None:
+        tensors = {"weight": head.weight} | ({} if head.bias is None else {"bias": head.bias})
+        _write_tensors(self.folder / _HEAD, tensors, {})
+
+    def head(self) -> OutputHead:
+        """Checked against the manifest's sum."""
+        path = self.folder / _HEAD
+        tensors, _ = _read_tensors(path)
+        if "weight" not in tensors or tensors_sha256(tensors) != self.manifest.head_sha256:
+            raise _damaged(path, "its contents are not what reference.json says")
+        m = self.manifest
+        return OutputHead(tensors["weight"], tensors.get("bias"), m.softcap, 1.0 if m.scale is None else m.scale)
+
+    # ------------------------------------------------------------------ windows
+
+    def path(self, key: str) -> Path:
+        return self.folder / _WINDOWS / f"{key}.safetensors"
+
+    def __contains__(self, key: str) -> bool:
+        return self.path(key).exists()
+
+    def __len__(self) -> int:
+        return sum(1 for _ in (self.folder / _WINDOWS).glob("*.safetensors"))
+
+    def write(self, window: StoredWindow) -> None:
+        tensors = {**window.states, **window.scores}
+        _write_tensors(self.path(window.key), tensors, {"key": window.key, "reference": self.manifest.id})
+
+    def read(self, key: str) -> StoredWindow:
+        path = self.path(key)
+        tensors, about = _read_tensors(path)
+        if about.get("sha256") != tensors_sha256(tensors):
+            raise _damaged(path, "its checksum is wrong")
+        if about.get("key") != key or about.get("reference") != self.manifest.id:
+            raise _damaged(path, "it belongs to another window or another reference")
+        states = {name: t for name, t in tensors.items() if name not in SCORES}
+        scores = {name: tensors[name] for name in SCORES if name in tensors}
+        lengths = {t.shape[0] for t in tensors.values()}
+        if set(scores) != set(SCORES) or len(lengths) != 1 or set(states) != set(_STATES[self.manifest.mode]):
+            raise _damaged(path, f"it has the tensors {', '.join(tensors)}")
+        return StoredWindow(key, states, scores)
+
+    def own_kld(self, key: str) -> torch.Tensor:
+        """Of a window that has been read and checked: the writing engine's own divergence, float32 [tokens]."""
+        with safe_open(self.path(key), framework="pt") as file:
+            found: torch.Tensor = file.get_tensor("kld")
+        return found
+
+    def windows(self, keys: Iterable[str]) -> Windows:
+        """These windows, each read and checked once by now."""
+        return Windows(self, list(dict.fromkeys(keys)))
+
+
+class Windows(Mapping[str, StoredWindow]):
+    """Windows of a store: in memory up to 1 GiB of them, the rest read again when asked for, one at a time."""
+
+    def __init__(self, store: ReferenceStore, keys: list[str]) -> None:
+        self._store, self._keys, self._held = store, keys, dict[str, StoredWindow]()
+        self._last: StoredWindow | None = None
+        room, threads = _IN_MEMORY, min(8, os.cpu_count() or 1)
+        with ThreadPoolExecutor(threads) as pool:  # hashing releases the interpreter's lock
+            for start in range(0, len(keys), threads):
+                for window in pool.map(store.read, keys[start : start + threads]):
+                    room -= sum(t.nbytes for t in window.states.values())
+                    if room >= 0:
+                        self._held[window.key] = window
+
+    def __getitem__(self, key: str) -> StoredWindow:
+        if key in self._held:
+            return self._held[key]
+        if key not in self._keys:
+            raise KeyError(key)
+        if self._last is None or self._last.key != key:
+            self._last = None  # room first
+            self._last = self._store.read(key)
+        return self._last
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+_STATES = {"hidden": ("hidden",), "logits": ("codes", "range", "top_ids", "top_values")}
+
+
+def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
+    """Over names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous().cpu()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """The whole file, or what was there before: under another name first, then renamed."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+    Path(file.name).chmod(0o666 & ~_umask())
+    Path(file.name).replace(path)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _write_tensors(path: Path, tensors: dict[str, torch.Tensor], about: dict[str, str]) -> None:
+    plain = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
+    about = {**about, "format": FORMAT, "version": str(VERSION), "sha256": tensors_sha256(plain)}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, save(plain, about))
+    except OSError as error:
+        raise _unwritable(path.parent, error) from error
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise _damaged(path, "it is missing") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _damaged(path, str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+
+
+def _read_manifest(path: Path) -> Manifest:
+    if not path.exists():
+        raise UserError(
+            f"reference={path.parent}: no {_MANIFEST} there; give a folder that a run with save_reference= has written"
+        )
+    try:
+        said = json.loads(path.read_bytes())
+        version = said.get("version") if isinstance(said, dict) else None
+        if said["format"] == FORMAT and version != VERSION:
+            raise UserError(
+                f"{path}: version {version} of the reference format; this release reads version {VERSION}: save the "
+                "reference anew"
+            )
+        claimed = said.pop("id")
+        manifest = Manifest(**said)
+        sound = (
+            manifest.format == FORMAT
+            and manifest.mode in _STATES
+            and isinstance(manifest.model, dict)
+            and isinstance(manifest.vocabulary, int)
+            and manifest.id == claimed
+        )
+    except UserError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise _damaged(path, f"{type(error).__name__}: {error}") from error
+    if not sound:
+        raise _damaged(path, "its contents do not fit its id")
+    return manifest
+
+
+def _difference(there: Manifest, wanted: Manifest) -> str:
+    a, b = ({**{k: v for k, v in asdict(m).items() if k != "model"}, **m.model} for m in (there, wanted))
+    names = [n for n in a if a[n] != b.get(n) and n not in ("label", "tokenizer_probe")]
+    short = [f"{n}: {str(a[n])[:20]}, here {str(b.get(n))[:20]}" for n in names]
+    return "; ".join(short) or "another tokenizer"
+
+
+def _damaged(path: Path, why: str) -> UserError:
+    return UserError(
+        f"{path}: the stored reference is damaged ({why}); run the same task with save_reference= again, which "
+        "writes anew what is missing or damaged (delete the file if it is reference.json or the head)"
+    )
+
+
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    return UserError(f"save_reference={folder}: cannot be written to ({error.strerror or error}); name another folder")
