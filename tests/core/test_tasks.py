@@ -93,7 +93,8 @@ def test_limit_is_the_first_windows_and_the_record_says_so(tiny_llama: Path) -> 
 def test_samples_hold_the_logprobs(tiny_llama: Path) -> None:
     result = evaluate(Uniform(), "sample_strided", limit=2, metadata={"tokenizer": str(tiny_llama), **SMALL})
     sample = json.loads(json.dumps(result["samples"]["sample_strided"][1]))
-    total, all_greedy, logprobs, greedy = sample["resps"][0][0]
+    total, all_greedy, logprobs, greedy, divergence = sample["resps"][0][0]
+    assert divergence is None  # no reference
     assert len(logprobs) == len(greedy) == 63
     assert total == pytest.approx(sum(logprobs))
     assert (all_greedy, greedy[0], greedy[1]) == (False, True, False)
