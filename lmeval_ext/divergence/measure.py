@@ -58,18 +58,32 @@ def _blockwise(
     for start in range(0, count, step):
         block = slice(start, start + step)
         p, q = reference[block, :vocabulary].float(), logits[block, :vocabulary].float()
-        top_p, top_q = p.max(dim=1, keepdim=True), q.max(dim=1, keepdim=True)
-        picked = p.gather(1, targets[block, None])[:, 0] - top_p.values[:, 0]
-        agree[block] = (top_p.indices == top_q.indices)[:, 0]
-        a, b = p - top_p.values, q - top_q.values
+        first_p, first_q = _first_choices(p), _first_choices(q)
+        a, b = p - p.gather(1, first_p), q - q.gather(1, first_q)
         weights = a.exp()
         total, other = weights.sum(1), b.exp().sum(1)
-        # Not 0 × ∞ where the reference rules a token out
-        moved = torch.where(weights == 0, 0.0, weights * (a - b)).sum(1)
-        kld[block] = moved / total + (other / total).log()
-        logprobs[block] = picked - total.log()
+        kld[block] = weights.mul_(a - b).sum(1) / total + (other / total).log()
+        odd = ~kld[block].isfinite()
+        if bool(odd.any()):
+            kld[block][odd] = _with_infinities(p[odd], q[odd])
+        agree[block] = (first_p == first_q)[:, 0]
+        logprobs[block] = a.gather(1, targets[block, None])[:, 0] - total.log()
         confidence[block] = 1 / total
     return TokenDivergence(kld, agree, logprobs, confidence)
+
+
+def _first_choices(rows: torch.Tensor) -> torch.Tensor:
+    """The lowest id of the largest value, int64 [tokens, 1]."""
+    if rows.device.type != "cpu":
+        return rows.argmax(1, keepdim=True)
+    return torch.from_numpy(rows.numpy().argmax(1))[:, None]  # eight times as fast as PyTorch's
+
+
+def _with_infinities(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """D_KL of rows where a model rules something out: not 0 × ∞ where that is the reference."""
+    a, b = p.log_softmax(1), q.log_softmax(1)
+    weights = a.exp()
+    return torch.where(weights == 0, 0.0, weights * (a - b)).sum(1)
 
 
 @functools.cache
