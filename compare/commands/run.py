@@ -26,6 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tasks", type=lambda text: text.split(","), metavar="A,B", help="harness tasks, instead of the specs'"
     )
     spec.add_argument("--limit", type=_limit, metavar="N", help="first N windows or samples of each task (a test run)")
+    spec.add_argument(
+        "--log-samples", action="store_true", help="keep each window's or sample's figures with the results"
+    )
     plot = parser.add_argument_group("the plot")
     plot.add_argument("-p", "--plot", action="store_true", help="draw the plot in a window (or see -pf)")
     plot.add_argument("-pf", "--plot-file", "--plot_file", type=Path, metavar="FILE", help="write the plot to FILE")

@@ -46,6 +46,7 @@ class Job:
     limit: float | None = None
     gpus: int = 1
     first: bool = False
+    log_samples: bool = False
     source: str = ""
     unavailable: str | None = None
 
@@ -78,12 +79,15 @@ class Job:
         for name, value in self.options.items():
             if value is not False:
                 words += [f"--{name}"] if value is True else [f"--{name}", _text(value)]
+        if self.log_samples:
+            words.append("--log_samples")
         return [*words, "--output_path", str(output / "results.json")]
 
     def key(self) -> str:
         """Names this computation: spec, task settings, content of every file named, engine and its version.
 
-        Label, family and told figures take no part, nor do paths. Raises OSError where a file cannot be read.
+        Label, family and told figures take no part, nor do paths, nor logged samples, which lie beside a result or do
+        not. Raises OSError where a file cannot be read.
         """
         said = {
             "model": self.model,
@@ -126,6 +130,7 @@ class Plan:
     data_file: Path | None = None
     tasks: tuple[str, ...] = ()
     limit: float | None = None
+    log_samples: bool = False
 
     def job(self, entry: Entry) -> Job:
         """What `entry` asks for. Raises CompareError where nothing says which task to run."""
@@ -172,6 +177,7 @@ class Plan:
             limit=self.limit,
             gpus=spec.gpus,
             first=first,
+            log_samples=self.log_samples,
             source=entry.source,
             unavailable=unavailable or missing,
         )

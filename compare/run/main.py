@@ -67,7 +67,7 @@ def run_command(arguments: argparse.Namespace) -> int:
 
 def _plan(arguments: argparse.Namespace) -> Plan:
     data = load_data(arguments.data) if arguments.data else None
-    return Plan(data, arguments.data, tuple(arguments.tasks or ()), arguments.limit)
+    return Plan(data, arguments.data, tuple(arguments.tasks or ()), arguments.limit, arguments.log_samples)
 
 
 def _jobs(arguments: argparse.Namespace, plan: Plan) -> list[Job]:
@@ -111,7 +111,7 @@ def _kept(tasks: Sequence[Task], store: Store, display: Display) -> tuple[dict[s
     results: dict[str, Path] = {}
     missing: list[Task] = []
     for task in tasks:
-        found = store.result(task.key)
+        found = store.result(task.key, task.job.log_samples)
         if found is None:
             missing.append(task)
         else:
@@ -138,7 +138,7 @@ def _say_plan(
 ) -> None:
     store = Store(root) if root.is_dir() else None
     for task in tasks:
-        done = store is not None and store.result(task.key) is not None
+        done = store is not None and store.result(task.key, task.job.log_samples) is not None
         for job in task.jobs:
             print(f"{job.label}: {'kept' if done else 'to run'} ({job.source}, key {task.key})")
         print(f"    {shlex.join([*harness, *task.job.arguments(root / task.key)])}")

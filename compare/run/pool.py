@@ -196,7 +196,7 @@ def _start(task: Task, store: Store, harness: Sequence[str], gpus: Sequence[str]
 def _finish(run: _Running, code: int, store: Store) -> Outcome:
     seconds, log = run.process.elapsed, run.process.log
     try:
-        result = store.publish(run.task.key, run.work) if code == 0 else None
+        result = store.publish(run.task.key, run.work, run.task.job.log_samples) if code == 0 else None
     except CompareError as error:
         return failure(run.task, seconds, log, code, why=str(error))
     finally:

@@ -60,7 +60,8 @@ def evaluate(job: Job, harness: Sequence[str] | None) -> Returned:
         process = Process([*(harness or HARNESS), *job.arguments(output)], log, {})
         while (code := process.poll()) is None:
             time.sleep(_WAIT_SECONDS)
-        files = {file.name: file.read_bytes() for file in output.rglob("results_*.json")}
+        written = [*output.rglob("results_*.json"), *output.rglob("samples_*.jsonl")]
+        files = {file.name: file.read_bytes() for file in written}
         return Returned(code, files, log.read_bytes(), process.elapsed, platform.node())
 
 
@@ -136,7 +137,7 @@ def _collect(ray: Any, reference: Any, task: Task, began: float, store: Store) -
         try:
             for name, content in returned.files.items():
                 (work / name).write_bytes(content)
-            result = store.publish(task.key, work) if returned.code == 0 else None
+            result = store.publish(task.key, work, task.job.log_samples) if returned.code == 0 else None
         finally:
             store.discard(work)
     except (OSError, CompareError) as error:

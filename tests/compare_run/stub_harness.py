@@ -49,19 +49,24 @@ def main() -> int:
     if (model / "silent").exists():
         print("Could not save results aggregated: [Errno 28] No space left on device")
         return 0
+    if "--log_samples" in ARGUMENTS:
+        for task in tasks():
+            output.with_name(f"samples_{task}_2026-01-01.jsonl").write_text("{}\n")
     text = json.dumps(result(args))
     output.with_name("results_2026-01-01.json").write_text(text[:100] if (model / "half").exists() else text)
     return 0
 
 
+def tasks() -> list[str]:
+    return option("--tasks").split(",")
+
+
 def result(args: dict[str, object]) -> dict[str, object]:
     bits = float((Path(str(args["pretrained"])) / "bits").read_text())
-    tasks = option("--tasks").split(",")
+    figures = {"token_perplexity,none": 30 / bits, "token_perplexity_stderr,none": 0.25}
     return {
-        "results": {
-            t: {"alias": t, "token_perplexity,none": 30 / bits, "token_perplexity_stderr,none": 0.25} for t in tasks
-        },
-        "configs": {t: {"metadata": {"protocol": "exllama", "tokens_sha256": "ab", "eval_len": 64}} for t in tasks},
+        "results": {t: {"alias": t, **figures} for t in tasks()},
+        "configs": {t: {"metadata": {"protocol": "exllama", "tokens_sha256": "ab", "eval_len": 64}} for t in tasks()},
         "config": {
             "model": option("--model"),
             "model_args": args,

@@ -292,3 +292,17 @@ def test_limit_reaches_the_harness_digit_by_digit(workshop: Workshop, capsys: py
     assert workshop.run("--dry-run", "--limit", "1234567") == 0
     shown = capsys.readouterr()
     assert "--limit 1234567 " in shown.out + shown.err + " "
+
+
+def test_samples_lie_beside_results(workshop: Workshop) -> None:
+    assert workshop.run("-mask", "Model a") == 0
+    workshop.calls()
+    assert workshop.run("--log-samples", "--limit", "2") == 0
+    assert workshop.calls() == ["a", "b", "c"]
+    assert len(list(workshop.results.glob("*/samples_wiki2_strided_*.jsonl"))) == 3
+    assert workshop.run("--log-samples", "-mask", "Model a") == 0
+    assert workshop.calls() == ["a"]  # the result without samples does not serve
+    assert workshop.run("--log-samples", "-mask", "Model a") == 0
+    assert workshop.run("-mask", "Model a") == 0
+    assert workshop.calls() == []  # the one with samples serves both
+    assert workshop.labels().count("Model a") == 2  # limited and whole; not a third one
