@@ -6,6 +6,7 @@
     RESULTS/KEY/results_2026-….json     one finished computation, as the harness wrote it
     RESULTS/KEY/samples_TASK_….jsonl    its samples, if they were asked for
     RESULTS/logs/LABEL-KEY.log          what its process said, finished or failed
+    RESULTS/reference/MODEL/            a reference store, if no other place is named (`compare.run.divergence`)
     RESULTS/.work/KEY-HOST-PID/         where a running harness writes; swept once its `compare run` is gone
 
 A result is there or not: the harness writes into `.work`, the folder is checked, and then renamed.
