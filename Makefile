@@ -33,4 +33,4 @@ demo: install
 	$(BIN)/python demo/demo.py
 
 clean:
-	rm -rf $(VENV) demo/work demo/plot.png demo/table.md
+	rm -rf $(VENV) demo/work demo/plot.png demo/kld.png demo/table.md demo/kld.md demo/versus.md

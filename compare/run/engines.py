@@ -43,14 +43,18 @@ LOAD_FNS: dict[str, LoadFn] = {
 
 FWD_FNS = tuple(dict.fromkeys(name for row in LOAD_FNS.values() for name in row.fwd_fns))
 
-# Our adapters take label=, which then stands in the result file itself; stock models would stumble over it.
-TAKES_LABEL = {"vllm_nvfp4", "hf_quant", "llamacpp", "exllamav2", "exllamav3"}
+# Our adapters take label=, which then stands in the result file itself, and save_reference= and reference=, which write
+# a reference and measure the divergence from it; stock models would stumble over them.
+OURS = ("vllm_nvfp4", "hf_quant", "llamacpp", "exllamav2", "exl2", "exllamav3", "exl3")
+
+# The adapter of ours that runs what a stock model runs.
+OURS_FOR = {"hf": "hf_quant", "huggingface": "hf_quant", "hf-multimodal": "hf_quant", "vllm": "vllm_nvfp4"}
 
 # Harness models whose tasks must be told the tokenizer of the data spec as a model argument, too.
 TAKES_TOKENIZER = {"llamacpp"}
 
 # Arguments that name files or folders; relative ones count from the spec file.
-PATH_ARGUMENTS = ("pretrained", "tokenizer", "peft", "delta", "lora_local_path", "override_tensors")
+PATH_ARGUMENTS = ("pretrained", "tokenizer", "peft", "delta", "lora_local_path", "override_tensors", "reference")
 
 # harness model -> packages, the first one installed is the engine whose version counts
 _ENGINES: dict[str, tuple[str, ...]] = {
@@ -62,7 +66,9 @@ _ENGINES: dict[str, tuple[str, ...]] = {
     "hf-multimodal": ("transformers",),
     "llamacpp": ("llama-cpp-python",),
     "exllamav2": ("exllamav2",),
+    "exl2": ("exllamav2",),
     "exllamav3": ("exllamav3",),
+    "exl3": ("exllamav3",),
     "sglang": ("sglang",),
     "lmeval-ext": ("lmeval-ext",),  # no engine: whose windows and metrics they are
 }

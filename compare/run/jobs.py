@@ -5,17 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from compare.errors import CompareError
 from compare.presentation import Presentation
-from compare.run.engines import LOAD_FNS, PATH_ARGUMENTS, TAKES_LABEL, TAKES_TOKENIZER, engine_version
+from compare.run.engines import LOAD_FNS, OURS, PATH_ARGUMENTS, TAKES_TOKENIZER, engine_version
 from compare.run.fingerprint import fingerprint
 from compare.run.loading import Entry
-from compare.run.paths import exists, resolve, trained_context
+from compare.run.paths import absolute, exists, resolve, trained_context
 from compare.run.schema import DataSpec, GuideModel, HarnessOptions
+from compare.run.windows import window_tasks
 
 GIB = 1024**3
 
@@ -30,11 +31,28 @@ _HEADROOM = 512
 
 
 @dataclass(frozen=True)
+class Divergence:
+    """A job's part in measuring divergence: it writes the reference store in `folder`, or is measured against it.
+
+    reference: names the model that wrote it (`Job.fingerprint`), in keys; the folder does not, and may be another one.
+    """
+
+    folder: Path
+    reference: str
+    writes: bool = False
+
+    @property
+    def named(self) -> bool:
+        """Whether a person chose the folder; others have the name of what they hold."""
+        return self.folder.name != self.reference
+
+
+@dataclass(frozen=True)
 class Job:
     """One run of the harness.
 
-    first: before all others, as the model whose logits the others are compared with. unavailable: why it cannot be
-    run at all, None where it can be tried.
+    first: its entry is the reference that the others are measured against; before all others. out_logits: the folder
+    that its entry wants references kept in. unavailable: why it cannot be run at all, None where it can be tried.
     """
 
     shown: Presentation
@@ -46,6 +64,9 @@ class Job:
     limit: float | None = None
     gpus: int = 1
     first: bool = False
+    out_logits: Path | None = None
+    divergence: Divergence | None = None
+    log_samples: bool = False
     source: str = ""
     unavailable: str | None = None
 
@@ -64,9 +85,16 @@ class Job:
         value = self.metadata.get("eval_len")
         return value if isinstance(value, int) else None
 
+    @property
+    def windows(self) -> frozenset[str]:
+        """Its tasks that score token windows: those in which a divergence can be measured."""
+        return window_tasks(self.tasks)
+
     def arguments(self, output: Path) -> list[str]:
         """The arguments of `lm_eval`; it writes its result file into `output`."""
-        args = {"label": self.label, **self.args} if self.model in TAKES_LABEL else self.args
+        args = {"label": self.label, **self.args} if self.model in OURS else dict(self.args)
+        if self.divergence is not None:
+            args["save_reference" if self.divergence.writes else "reference"] = str(self.divergence.folder)
         words = ["run", "--model", self.model]
         if args:
             words += ["--model_args", json.dumps(args, ensure_ascii=False)]
@@ -78,14 +106,17 @@ class Job:
         for name, value in self.options.items():
             if value is not False:
                 words += [f"--{name}"] if value is True else [f"--{name}", _text(value)]
+        if self.log_samples:
+            words.append("--log_samples")
         return [*words, "--output_path", str(output / "results.json")]
 
     def key(self) -> str:
         """Names this computation: spec, task settings, content of every file named, engine and its version.
 
-        Label, family and told figures take no part, nor do paths. Raises OSError where a file cannot be read.
+        Label, family and told figures take no part, nor do paths, nor logged samples, which lie beside a result or do
+        not. Of divergence, the reference counts. Raises OSError where a file cannot be read.
         """
-        said = {
+        said: dict[str, Any] = {
             "model": self.model,
             "args": {name: _content(name, value) for name, value in self.args.items() if name != "label"},
             "tasks": sorted(self.tasks),
@@ -95,7 +126,16 @@ class Job:
             "engine": engine_version(self.model),
             "protocol": engine_version("lmeval-ext"),  # windows, tokens and metrics are ours
         }
+        if self.divergence is not None:  # left out elsewhere: results of runs without it keep their keys
+            said["divergence"] = ["writes" if self.divergence.writes else "against", self.divergence.reference]
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:20]
+
+    def fingerprint(self) -> str:
+        """Names the model as it is run, whatever the tasks: a store tells windows by their tokens, but not models.
+
+        Raises OSError where a file cannot be read.
+        """
+        return replace(self, tasks=(), metadata={}, limit=None, divergence=None).key()
 
 
 def _text(value: Any) -> str:
@@ -126,6 +166,7 @@ class Plan:
     data_file: Path | None = None
     tasks: tuple[str, ...] = ()
     limit: float | None = None
+    log_samples: bool = False
 
     def job(self, entry: Entry) -> Job:
         """What `entry` asks for. Raises CompareError where nothing says which task to run."""
@@ -140,8 +181,9 @@ class Plan:
             else:
                 args["pretrained"] = spec.model_dir
             reference, first = False, spec.out_logits is not None
+            out_logits = absolute(spec.out_logits, folder) if spec.out_logits else None
         else:
-            model, args, reference, first = spec.model, {}, spec.reference, spec.reference
+            model, args, reference, first, out_logits = spec.model, {}, spec.reference, spec.reference, None
         args |= spec.args
         args, missing = resolve(args, folder)
         tasks = self._tasks(entry)
@@ -172,6 +214,8 @@ class Plan:
             limit=self.limit,
             gpus=spec.gpus,
             first=first,
+            out_logits=out_logits,
+            log_samples=self.log_samples,
             source=entry.source,
             unavailable=unavailable or missing,
         )

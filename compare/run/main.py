@@ -9,6 +9,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
@@ -18,9 +19,19 @@ from compare.run.display import Display
 from compare.run.fingerprint import fingerprint
 from compare.run.harness import HARNESS
 from compare.run.jobs import Job, Plan
-from compare.run.loading import load_data, load_models
-from compare.run.pool import Outcome, Task, run_local
+from compare.run.planning import (
+    as_measured_before,
+    forget,
+    kept_and_missing,
+    load_jobs,
+    make_plan,
+    make_tasks,
+    select,
+    with_divergence,
+)
+from compare.run.pool import run_local
 from compare.run.store import Store
+from compare.run.tasks import Outcome, Task
 
 SOME_FAILED = 3
 INTERRUPTED = 130
@@ -28,34 +39,36 @@ INTERRUPTED = 130
 
 def run_command(arguments: argparse.Namespace) -> int:
     """Run ``compare run`` and return its exit code. Raises CompareError for what the user can mend."""
-    if arguments.kld or arguments.logits_file:
-        raise CompareError("-kld and -lf: KL divergence is not available yet; leave them out to compare perplexities")
     plot_file = _plot_file(arguments)
     fingerprint.cache_clear()  # files may have changed since an earlier command in this process
-    plan = _plan(arguments)
-    jobs = _select(_jobs(arguments, plan), arguments.mask)
-    tasks, unavailable = _tasks(jobs)
+    plan = make_plan(arguments)
+    every = load_jobs(arguments, plan)
+    jobs, reference = with_divergence(arguments, every, select(every, arguments.mask))
+    store = None if arguments.dry_run and not arguments.results.is_dir() else Store(arguments.results)
+    if reference is None and store is not None and not arguments.clear_cache:
+        jobs = as_measured_before(arguments, every, jobs, store)
+    tasks, unavailable = make_tasks(jobs)
     harness = tuple(shlex.split(arguments.harness)) if arguments.harness else HARNESS
-    if arguments.dry_run:
-        _say_plan(arguments.results, tasks, unavailable, harness)
+    if store is None or arguments.dry_run:
+        _say_plan(arguments.results, tasks, unavailable, harness, store)
         return 0
-    store = Store(arguments.results)
     if arguments.clear_cache:
-        for task in tasks:
-            store.forget(task.key)
-    store.show({task.key: [job.shown for job in task.jobs] for task in tasks})
+        forget(tasks, store)
     _say_data(plan)
+    if reference is not None:
+        print(f"Reference: {reference.label}, kept in {reference.folder}", flush=True)
     try:
         with _interruptible(), Display(len(tasks) + len(unavailable)) as display:
-            results, missing = _kept(tasks, store, display)
             for job, reason in unavailable:
                 display.unavailable(job.label, reason, job.source)
-            outcomes = _launch(arguments, missing, store, display, harness)
+            evaluation = _Evaluation(arguments, store, display, harness)
+            results, dropped = evaluation.run(tasks)
+            if dropped:
+                tasks = evaluation.go_on(tasks, dropped, results)
     except KeyboardInterrupt:
         done = sum(store.result(task.key) is not None for task in tasks)
         say(f"stopped: {done} of {len(tasks)} done and kept; the same command goes on from here")
         return INTERRUPTED
-    results |= {outcome.task.key: outcome.result for outcome in outcomes if outcome.result}
     files = [results[task.key] for task in tasks if task.key in results]
     failed = len(unavailable) + len(tasks) - len(files)
     say(f"{len(files)} of {len(tasks) + len(unavailable)} models have a result; see: compare table {arguments.results}")
@@ -65,59 +78,41 @@ def run_command(arguments: argparse.Namespace) -> int:
     return plotted or (SOME_FAILED if failed and not arguments.continue_on_error else 0)
 
 
-def _plan(arguments: argparse.Namespace) -> Plan:
-    data = load_data(arguments.data) if arguments.data else None
-    return Plan(data, arguments.data, tuple(arguments.tasks or ()), arguments.limit)
+@dataclass(frozen=True)
+class _Evaluation:
+    """Runs what is missing."""
 
+    arguments: argparse.Namespace
+    store: Store
+    display: Display
+    harness: Sequence[str]
 
-def _jobs(arguments: argparse.Namespace, plan: Plan) -> list[Job]:
-    entries, problems = load_models(arguments.models)
-    if problems and not (arguments.continue_on_error and entries):
-        raise CompareError("; ".join(problems))
-    for problem in problems:
-        say(f"left out: {problem}")
-    return [plan.job(entry) for entry in entries]
+    def run(self, tasks: Sequence[Task]) -> tuple[dict[str, Path], list[Task]]:
+        """Results by key, kept ones and new ones; and tasks that were dropped, since their reference failed."""
+        self.store.show({task.key: [job.shown for job in task.jobs] for task in tasks})
+        results, missing = kept_and_missing(tasks, self.store)
+        for task in tasks:
+            if task.key in results:
+                self.display.kept(task, results[task.key])
+        outcomes = _launch(self.arguments, missing, self.store, self.display, self.harness)
+        results |= {outcome.task.key: outcome.result for outcome in outcomes if outcome.result}
+        return results, [outcome.task for outcome in outcomes if outcome.dropped]
 
+    def go_on(self, tasks: list[Task], dropped: list[Task], results: dict[str, Path]) -> list[Task]:
+        """Run `dropped` without divergence, if that is still of use; `tasks` as they are then. Adds to `results`.
 
-def _select(jobs: Sequence[Job], mask: str | None) -> list[Job]:
-    """Jobs whose label contains a string of `mask`, any case; references first, as in compare_q."""
-    wanted = [part.upper() for part in (mask or "").split(";") if part]
-    chosen = [job for job in jobs if not wanted or any(part in job.label.upper() for part in wanted)]
-    if not chosen:
-        labels = ", ".join(job.label for job in jobs[:12])
-        raise CompareError(f'-mask "{mask}": no label contains any of these strings; labels: {labels}')
-    return sorted(chosen, key=lambda job: not job.first)
-
-
-def _tasks(jobs: Sequence[Job]) -> tuple[list[Task], list[tuple[Job, str]]]:
-    """Jobs by key, and those that cannot be run, each with the reason."""
-    by_key: dict[str, list[Job]] = {}
-    unavailable: list[tuple[Job, str]] = []
-    for job in jobs:
-        if job.unavailable:
-            unavailable.append((job, job.unavailable))
-            continue
-        try:
-            by_key.setdefault(job.key(), []).append(job)
-        except OSError as error:
-            unavailable.append((job, f"{error.filename}: cannot be read ({error.strerror or error})"))
-    for same in by_key.values():
-        if len(same) > 1:
-            say(f"{', '.join(job.label for job in same)}: the same model; run once, shown under each label")
-    return [Task(key, tuple(same)) for key, same in by_key.items()], unavailable
-
-
-def _kept(tasks: Sequence[Task], store: Store, display: Display) -> tuple[dict[str, Path], list[Task]]:
-    results: dict[str, Path] = {}
-    missing: list[Task] = []
-    for task in tasks:
-        found = store.result(task.key)
-        if found is None:
-            missing.append(task)
-        else:
-            results[task.key] = found
-            display.kept(task, found)
-    return results, missing
+        Where divergence was asked for by a flag, perplexities alone are not what hours of evaluation are for.
+        """
+        asked = self.arguments.kld or self.arguments.logits_file
+        if asked and not self.arguments.continue_on_error:
+            reason = "not run: the reference failed; mend it, or run the others without divergence: --continue-on-error"
+            self.display.dropped(dropped, reason, failed=True)
+            return tasks
+        self.display.dropped(dropped, "run without divergence: the reference failed", failed=False)
+        instead, _ = make_tasks([replace(job, divergence=None) for task in dropped for job in task.jobs])
+        found, _ = self.run(instead)
+        results |= found
+        return [task for task in tasks if task not in dropped] + instead
 
 
 def _launch(
@@ -134,13 +129,20 @@ def _launch(
 
 
 def _say_plan(
-    root: Path, tasks: Sequence[Task], unavailable: Sequence[tuple[Job, str]], harness: Sequence[str]
+    root: Path,
+    tasks: Sequence[Task],
+    unavailable: Sequence[tuple[Job, str]],
+    harness: Sequence[str],
+    store: Store | None,
 ) -> None:
-    store = Store(root) if root.is_dir() else None
+    missing = list(tasks) if store is None else kept_and_missing(tasks, store)[1]
+    to_run = {task.key: task for task in missing}
     for task in tasks:
-        done = store is not None and store.result(task.key) is not None
+        state = "to run" if task.key in to_run else "kept"
+        if task.key in to_run and task.after in to_run:
+            state += f" after {to_run[task.after].label}"
         for job in task.jobs:
-            print(f"{job.label}: {'kept' if done else 'to run'} ({job.source}, key {task.key})")
+            print(f"{job.label}: {state} ({job.source}, key {task.key})")
         print(f"    {shlex.join([*harness, *task.job.arguments(root / task.key)])}")
     for job, reason in unavailable:
         print(f"{job.label}: not run: {reason} ({job.source})")
@@ -188,6 +190,8 @@ def _plot(arguments: argparse.Namespace, files: Sequence[Path], plot_file: Path 
         value = getattr(arguments, name)
         if value is not None:
             words.append(f"--{name.replace('_', '-')}={value}")
+    if arguments.kld:
+        words += ["--metric", "kld"]
     if arguments.dark:
         words.append("--dark")
     if plot_file is not None:

@@ -38,6 +38,16 @@ def resolve(
     return resolved, missing
 
 
+def absolute(text: str, folder: Path) -> Path:
+    """The path that `text` means, counted from `folder`, whether it is there or not."""
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError:  # "~" and a user that is not there
+        path = Path(text)
+    # links stay: the hub's cache keeps suffixes in their names
+    return Path(os.path.abspath(folder / path))  # noqa: PTH100
+
+
 def exists(path: Path) -> bool:
     """Whether a path is there; a text that cannot be a path, such as one too long, is none."""
     try:
@@ -48,12 +58,8 @@ def exists(path: Path) -> bool:
 
 def _path(text: str, folder: Path) -> tuple[str, str | None]:
     """An existing path as an absolute one; a name that is none stays: it is a hub id, if it can be one."""
-    try:
-        path = Path(text).expanduser()
-    except RuntimeError:  # "~" and a user that is not there
-        path = Path(text)
-    path = path if path.is_absolute() else folder / path
+    path = absolute(text, folder)
     if exists(path):
-        return os.path.abspath(path), None  # noqa: PTH100  (links stay: the hub's cache keeps suffixes in their names)
+        return str(path), None
     looks_local = text.startswith((".", "~", "/")) or text.count("/") > 1 or text.endswith((".gguf", ".safetensors"))
-    return (text, f"no such file or folder: {os.path.normpath(path)}") if looks_local else (text, None)
+    return (text, f"no such file or folder: {path}") if looks_local else (text, None)

@@ -9,69 +9,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 from compare.errors import CompareError
-from compare.run.harness import HARNESS, Process, last_lines
-from compare.run.hints import explain, own_error, reason
-from compare.run.jobs import Job
+from compare.run.harness import HARNESS, Process
+from compare.run.hints import explain
 from compare.run.store import Store
+from compare.run.tasks import Outcome, Reporter, Task, Waiting, settle
 
 POLL_SECONDS = 0.2
-
-
-@dataclass(frozen=True)
-class Task:
-    """One computation and all entries that ask for it (several labels for one model are one computation)."""
-
-    key: str
-    jobs: tuple[Job, ...]
-
-    @property
-    def job(self) -> Job:
-        return self.jobs[0]
-
-    @property
-    def label(self) -> str:
-        return self.job.label
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a task ended. result: the published file; else reason, the log's last lines and a hint say why not."""
-
-    task: Task
-    seconds: float
-    log: Path | None = None
-    result: Path | None = None
-    reason: str = ""
-    lines: tuple[str, ...] = ()
-    hint: str | None = None
-
-
-class Reporter(Protocol):
-    """Who is told how it goes."""
-
-    def started(self, task: Task) -> None: ...
-
-    def running(self, states: Sequence[tuple[Task, str]], waiting: Sequence[Task]) -> None:
-        """What each running task is at, in words."""
-
-    def finished(self, outcome: Outcome) -> None: ...
-
-
-def failure(task: Task, seconds: float, log: Path, code: int | None, why: str = "") -> Outcome:
-    """An outcome from an exit code and a log. why: what is known already."""
-    lines = last_lines(log)
-    said = own_error(lines)
-    return Outcome(
-        task=task,
-        seconds=seconds,
-        log=log,
-        reason=why or said or reason(code, lines),
-        lines=() if said else tuple(lines),
-        hint=None if said else explain(code, lines),
-    )
 
 
 @dataclass
@@ -137,26 +82,28 @@ def run_local(
     harness: Sequence[str] = HARNESS,
     gpus: Callable[[], list[str]] = visible_gpus,
 ) -> list[Outcome]:
-    """Run `tasks`, `jobs` at a time; a task that fails stops no other. Outcomes come in the order of ending.
+    """Run `tasks`, `jobs` at a time; one that fails stops only those that wait for its reference.
+
+    Outcomes come in the order of ending.
 
     Whatever ends this function, an interrupt included, ends the processes it started.
     """
-    waiting = list(tasks)
+    waiting = Waiting(tasks)
     running: list[_Running] = []
     outcomes: list[Outcome] = []
     pool = GpuPool.of(gpus() if jobs > 1 else [], jobs)
 
     def ended(outcome: Outcome) -> None:
-        outcomes.append(outcome)
         reporter.finished(outcome)
+        outcomes.extend([outcome, *waiting.ended(outcome)])
 
     try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                taken = pool.take(waiting[0].job.gpus)
+        while waiting.tasks or running:
+            while len(running) < jobs and (task := waiting.next()):
+                taken = pool.take(task.job.gpus)
                 if taken is None:
                     break
-                task = waiting.pop(0)
+                waiting.take(task)
                 reporter.started(task)
                 try:
                     running.append(_start(task, store, harness, taken))
@@ -170,7 +117,7 @@ def run_local(
                     running.remove(run)
                     pool.give_back(run.gpus)
                     ended(_finish(run, code, store))
-            reporter.running([(run.task, run.process.state(run.task.job.eval_len)) for run in running], waiting)
+            reporter.running([(run.task, run.process.state(run.task.job.eval_len)) for run in running], waiting.tasks)
             if running:
                 time.sleep(POLL_SECONDS)
     finally:
@@ -194,11 +141,4 @@ def _start(task: Task, store: Store, harness: Sequence[str], gpus: Sequence[str]
 
 
 def _finish(run: _Running, code: int, store: Store) -> Outcome:
-    seconds, log = run.process.elapsed, run.process.log
-    try:
-        result = store.publish(run.task.key, run.work) if code == 0 else None
-    except CompareError as error:
-        return failure(run.task, seconds, log, code, why=str(error))
-    finally:
-        store.discard(run.work)
-    return Outcome(run.task, seconds, log, result) if result else failure(run.task, seconds, log, code)
+    return settle(run.task, run.process.elapsed, run.process.log, code, run.work, store)

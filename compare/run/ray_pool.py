@@ -21,8 +21,8 @@ from typing import Any
 from compare.errors import CompareError
 from compare.run.harness import HARNESS, Process
 from compare.run.jobs import GIB, Job
-from compare.run.pool import Outcome, Reporter, Task, failure
 from compare.run.store import Store
+from compare.run.tasks import Outcome, Reporter, Task, Waiting, failure, settle
 
 # A worker or node that is lost has its task run again elsewhere, so often; a model that fails is not run again.
 RETRIES = 3
@@ -60,7 +60,8 @@ def evaluate(job: Job, harness: Sequence[str] | None) -> Returned:
         process = Process([*(harness or HARNESS), *job.arguments(output)], log, {})
         while (code := process.poll()) is None:
             time.sleep(_WAIT_SECONDS)
-        files = {file.name: file.read_bytes() for file in output.rglob("results_*.json")}
+        written = [*output.rglob("results_*.json"), *output.rglob("samples_*.jsonl")]
+        files = {file.name: file.read_bytes() for file in written}
         return Returned(code, files, log.read_bytes(), process.elapsed, platform.node())
 
 
@@ -79,28 +80,35 @@ def run_on_ray(
     """
     ray = _connect(address)
     pending: dict[Any, tuple[Task, float]] = {}
+    waiting = Waiting(tasks)
     try:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         work = ray.remote(evaluate)
-        for task in tasks:
-            needs = fitting(needs_of(task.job, gpu_gb), nodes)
-            options = {"num_gpus": needs.gpus, "memory": needs.memory or None, "max_retries": RETRIES}
-            reference = work.options(name=f"compare {task.label}", **options).remote(task.job, harness)
-            pending[reference] = (task, time.monotonic())
-            reporter.started(task)
-        outcomes = []
+
+        def submit() -> None:
+            while task := waiting.next():
+                waiting.take(task)
+                needs = fitting(needs_of(task.job, gpu_gb), nodes)
+                options = {"num_gpus": needs.gpus, "memory": needs.memory or None, "max_retries": RETRIES}
+                handle = work.options(name=f"compare {task.label}", **options).remote(task.job, harness)
+                pending[handle] = (task, time.monotonic())
+                reporter.started(task)
+
+        submit()
+        outcomes: list[Outcome] = []
         while pending:
             done, _ = ray.wait(list(pending), num_returns=1, timeout=_WAIT_SECONDS)
-            for reference in done:
-                task, began = pending.pop(reference)
-                outcome = _collect(ray, reference, task, began, store)
-                outcomes.append(outcome)
+            for handle in done:
+                task, began = pending.pop(handle)
+                outcome = _collect(ray, handle, task, began, store)
                 reporter.finished(outcome)
-            reporter.running([(task, "on the cluster") for task, _ in pending.values()], ())
+                outcomes.extend([outcome, *waiting.ended(outcome)])
+            submit()  # what waited for a reference that is written now
+            reporter.running([(task, "on the cluster") for task, _ in pending.values()], waiting.tasks)
         return outcomes
     except KeyboardInterrupt:
-        for reference in pending:
-            ray.cancel(reference, force=True)
+        for handle in pending:
+            ray.cancel(handle, force=True)
         raise
     finally:
         ray.shutdown()
@@ -121,29 +129,26 @@ def _connect(address: str | None) -> Any:
     return ray
 
 
-def _collect(ray: Any, reference: Any, task: Task, began: float, store: Store) -> Outcome:
+def _collect(ray: Any, handle: Any, task: Task, began: float, store: Store) -> Outcome:
     log = store.log(task.label, task.key)
     try:
-        returned: Returned = ray.get(reference)
+        returned: Returned = ray.get(handle)
     except ray.exceptions.RayError as error:
         lines = tuple(str(error).strip().splitlines()[-3:])
         return Outcome(
             task, time.monotonic() - began, reason=f"lost on the cluster ({type(error).__name__})", lines=lines
         )
+    work: Path | None = None
     try:
         log.write_bytes(returned.log)
         work = store.work(task.key)
-        try:
-            for name, content in returned.files.items():
-                (work / name).write_bytes(content)
-            result = store.publish(task.key, work) if returned.code == 0 else None
-        finally:
-            store.discard(work)
+        for name, content in returned.files.items():
+            (work / name).write_bytes(content)
     except (OSError, CompareError) as error:
+        if work is not None:
+            store.discard(work)
         return failure(task, returned.seconds, log, returned.code, why=str(error))
-    return (
-        Outcome(task, returned.seconds, log, result) if result else failure(task, returned.seconds, log, returned.code)
-    )
+    return settle(task, returned.seconds, log, returned.code, work, store)
 
 
 def needs_of(job: Job, gpu_gb: float | None) -> Needs:

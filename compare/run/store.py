@@ -4,7 +4,9 @@
 
     RESULTS/compare_run.json            labels by key (`compare.presentation`)
     RESULTS/KEY/results_2026-….json     one finished computation, as the harness wrote it
+    RESULTS/KEY/samples_TASK_….jsonl    its samples, if they were asked for
     RESULTS/logs/LABEL-KEY.log          what its process said, finished or failed
+    RESULTS/reference/MODEL/            a reference store, if no other place is named (`compare.run.divergence`)
     RESULTS/.work/KEY-HOST-PID/         where a running harness writes; swept once its `compare run` is gone
 
 A result is there or not: the harness writes into `.work`, the folder is checked, and then renamed.
@@ -38,8 +40,13 @@ class Store:
             (root / _WORK).mkdir(exist_ok=True)
         self._sweep()
 
-    def result(self, key: str) -> Path | None:
-        """The finished result file of `key`; None where there is none, or none that can be read."""
+    def result(self, key: str, samples: bool = False) -> Path | None:
+        """The finished result file of `key`; None where there is none, or none that can be read.
+
+        samples: only one that has its samples beside it.
+        """
+        if samples and not any((self.root / key).glob("samples_*.jsonl")):
+            return None
         for file in sorted((self.root / key).glob("results_*.json"), reverse=True):
             if _is_result(file):
                 return file
@@ -63,10 +70,11 @@ class Store:
         slug = re.sub(r"[^\w.+-]+", "-", label).strip("-.")[:60] or "model"
         return self.root / "logs" / f"{slug}-{key}.log"
 
-    def publish(self, key: str, work: Path) -> Path | None:
+    def publish(self, key: str, work: Path, samples: bool = False) -> Path | None:
         """Make what the harness wrote into `work` the result of `key`; None where it wrote no whole result file.
 
-        Raises CompareError where the folder cannot be written to.
+        samples: it takes the place of a result without samples. Raises CompareError where the folder cannot be
+        written to.
         """
         files = [file for file in work.rglob("results_*.json") if _is_result(file)]
         if not files:
@@ -75,7 +83,7 @@ class Store:
         with _said(self.root), _locked(self.root / _LOCK):
             _to_disk(newest)
             target = self.root / key
-            if self.result(key) is None:  # another run of the same command may have been faster
+            if self.result(key, samples) is None:  # another run of the same command may have been faster
                 shutil.rmtree(target, ignore_errors=True)
                 work.rename(target)
         return self.result(key)

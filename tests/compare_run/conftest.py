@@ -103,9 +103,13 @@ class Workshop:
 
     def calls(self) -> list[str]:
         """Models that the harness was called for since the last time, in order."""
+        return [call["model"] for call in self.told() if "model" in call]
+
+    def told(self) -> list[dict[str, Any]]:
+        """What the stub told of its runs since the last time: each one's arguments, and its end if it came so far."""
         lines = self.calls_file.read_text().splitlines() if self.calls_file.exists() else []
         self.calls_file.unlink(missing_ok=True)
-        return [json.loads(line)["model"] for line in lines]
+        return [json.loads(line) for line in lines]
 
     def labels(self) -> list[str]:
         """Labels in the table of the results folder."""

@@ -2,7 +2,11 @@
 
 Files beside a model's config.json say how its run goes; none of them takes part in the model's fingerprint:
 `boom` (printed, then exit 1), `exit` (its number), `hang` (never ends), `silent` (ends well, writes nothing),
-`fill` (writes until the disk is full), `half` (writes half a result file). Every run is a line in $STUB_CALLS.
+`fill` (writes until the disk is full), `half` (writes half a result file), `slow` (takes so many seconds), `forgetful`
+(writes no reference). Every run is two lines in $STUB_CALLS, at its beginning and at its end.
+
+A reference store is one file a task here, beside a reference.json that names the model; as with the adapters, a model
+is refused whose tasks the store does not hold.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 ARGUMENTS = sys.argv[1:]
@@ -25,8 +30,8 @@ def main() -> int:
     args = json.loads(option("--model_args"))
     output = Path(option("--output_path"))
     model = Path(args["pretrained"])
-    with Path(os.environ["STUB_CALLS"]).open("a") as calls:
-        calls.write(f"{json.dumps({'model': model.name, 'gpus': os.environ.get('CUDA_VISIBLE_DEVICES')})}\n")
+    told = {"model": model.name, "gpus": os.environ.get("CUDA_VISIBLE_DEVICES"), "model_args": args}
+    tell(told | {"arguments": ARGUMENTS})
     print("Loading weights:  50%|#####     | 1/2 [00:00<00:00, 9.0it/s]", file=sys.stderr)
     print("Scoring windows (x):  25%|##5       | 5/20 [00:02<00:06,  2.50window/s]", file=sys.stderr, flush=True)
     if (model / "hang").exists():
@@ -41,6 +46,17 @@ def main() -> int:
     if (model / "exit").exists():
         code = int((model / "exit").read_text())
         os.kill(os.getpid(), -code) if code < 0 else os._exit(code)
+    if (model / "slow").exists():
+        time.sleep(float((model / "slow").read_text()))
+    if "reference" in args and (missing := [t for t in tasks() if not stored(args["reference"], t).exists()]):
+        print(f"lmeval-ext: error: reference={args['reference']}: holds no windows of {missing}; write them first")
+        return 1
+    if "save_reference" in args and not (model / "forgetful").exists():
+        folder = Path(args["save_reference"])
+        (folder / "windows").mkdir(parents=True, exist_ok=True)
+        (folder / "reference.json").write_text(json.dumps({"model": model.name}))
+        for task in tasks():
+            stored(folder, task).write_text("")
     output.parent.mkdir(parents=True, exist_ok=True)
     if (model / "fill").exists():
         with output.with_name("big").open("wb", buffering=0) as big:
@@ -49,19 +65,35 @@ def main() -> int:
     if (model / "silent").exists():
         print("Could not save results aggregated: [Errno 28] No space left on device")
         return 0
+    if "--log_samples" in ARGUMENTS:
+        for task in tasks():
+            output.with_name(f"samples_{task}_2026-01-01.jsonl").write_text("{}\n")
     text = json.dumps(result(args))
     output.with_name("results_2026-01-01.json").write_text(text[:100] if (model / "half").exists() else text)
+    tell({"ended": model.name})
     return 0
+
+
+def tell(line: dict[str, object]) -> None:
+    with Path(os.environ["STUB_CALLS"]).open("a") as calls:
+        calls.write(f"{json.dumps(line)}\n")
+
+
+def tasks() -> list[str]:
+    return option("--tasks").split(",")
+
+
+def stored(folder: str | Path, task: str) -> Path:
+    return Path(folder) / "windows" / task
 
 
 def result(args: dict[str, object]) -> dict[str, object]:
     bits = float((Path(str(args["pretrained"])) / "bits").read_text())
-    tasks = option("--tasks").split(",")
+    measured = {"kld,none": 0.1 / bits, "kld_stderr,none": 0.0005} if "reference" in args else {}
+    figures = {"token_perplexity,none": 30 / bits, "token_perplexity_stderr,none": 0.25, **measured}
     return {
-        "results": {
-            t: {"alias": t, "token_perplexity,none": 30 / bits, "token_perplexity_stderr,none": 0.25} for t in tasks
-        },
-        "configs": {t: {"metadata": {"protocol": "exllama", "tokens_sha256": "ab", "eval_len": 64}} for t in tasks},
+        "results": {t: {"alias": t, **figures} for t in tasks()},
+        "configs": {t: {"metadata": {"protocol": "exllama", "tokens_sha256": "ab", "eval_len": 64}} for t in tasks()},
         "config": {
             "model": option("--model"),
             "model_args": args,

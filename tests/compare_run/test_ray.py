@@ -76,6 +76,31 @@ def test_failures_and_interrupts_on_the_cluster(workshop: Workshop, cluster: Any
     _ended(alive)
 
 
+@pytest.mark.ray
+def test_models_wait_for_their_reference_on_the_cluster(workshop: Workshop, cluster: Any) -> None:
+    """Two nodes: the second one is idle while the reference is written. Samples come back with the results."""
+    workshop.entries[2]["out_logits"] = "refs"
+    workshop.write()
+    command = ("--launcher", "ray", "--ray-address", cluster.address, "-kld", "--log-samples")
+    workshop.mark("c", "boom", "RuntimeError: no such kernel")
+    process = workshop.start(*command)
+    out, _ = process.communicate(timeout=150)
+    assert process.returncode == 2
+    assert "Model a, Model b: not run: the reference failed" in out
+    assert workshop.calls() == ["c"]
+    (workshop.root / "models/c/boom").unlink()
+    workshop.mark("c", "slow", "2")
+    process = workshop.start(*command)
+    out, err = process.communicate(timeout=150)
+    assert process.returncode == 0, out + err
+    events = [("+", line["model"]) if "model" in line else ("-", line["ended"]) for line in workshop.told()]
+    assert events[:2] == [("+", "c"), ("-", "c")]
+    assert out.count("KL divergence") == 2
+    assert len(list(workshop.results.glob("*/samples_*.jsonl"))) == 3
+    assert workshop.run("-kld", "--log-samples") == 0
+    assert workshop.calls() == []
+
+
 def _node_of(pid: int, cluster: Any) -> Any:
     """The cluster's node that a process descends from."""
     raylets = {node.all_processes["raylet"][0].process.pid: node for node in cluster.worker_nodes}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -216,14 +215,6 @@ def test_where_the_plot_cannot_go_is_said_before_anything_runs(workshop: Worksho
     assert workshop.calls() == []
 
 
-@pytest.mark.parametrize("flag", [("-kld",), ("-lf", "file")])
-def test_divergence_is_not_there_yet(workshop: Workshop, capsys: Any, flag: tuple[str, ...]) -> None:
-    assert workshop.run(*flag) == 1
-    error = capsys.readouterr().err
-    assert "not available yet" in error
-    assert error.count("\n") == 1
-
-
 def test_result_of_another_run_is_not_broken_by_an_index_that_is_none(workshop: Workshop, capsys: Any) -> None:
     workshop.run()
     (workshop.results / "compare_run.json").write_text("[]")
@@ -248,8 +239,8 @@ def test_hostile_labels_stay_text(workshop: Workshop, capsys: Any) -> None:
 def test_jobs_share_out_the_gpus(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     assert workshop.run("--jobs", "3") == 0
-    lines = [json.loads(line) for line in workshop.calls_file.read_text().splitlines()]
-    assert sorted(line["gpus"] for line in lines) in (["3", "3", "5"], ["3", "5", "5"])
+    gpus = [call["gpus"] for call in workshop.told() if "gpus" in call]
+    assert sorted(gpus) in (["3", "3", "5"], ["3", "5", "5"])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     workshop.run("--jobs", "2", "-cc")
 
@@ -292,3 +283,17 @@ def test_limit_reaches_the_harness_digit_by_digit(workshop: Workshop, capsys: py
     assert workshop.run("--dry-run", "--limit", "1234567") == 0
     shown = capsys.readouterr()
     assert "--limit 1234567 " in shown.out + shown.err + " "
+
+
+def test_samples_lie_beside_results(workshop: Workshop) -> None:
+    assert workshop.run("-mask", "Model a") == 0
+    workshop.calls()
+    assert workshop.run("--log-samples", "--limit", "2") == 0
+    assert workshop.calls() == ["a", "b", "c"]
+    assert len(list(workshop.results.glob("*/samples_wiki2_strided_*.jsonl"))) == 3
+    assert workshop.run("--log-samples", "-mask", "Model a") == 0
+    assert workshop.calls() == ["a"]  # the result without samples does not serve
+    assert workshop.run("--log-samples", "-mask", "Model a") == 0
+    assert workshop.run("-mask", "Model a") == 0
+    assert workshop.calls() == []  # the one with samples serves both
+    assert workshop.labels().count("Model a") == 2  # limited and whole; not a third one

@@ -350,6 +350,19 @@ def test_demo_specs_are_the_demos_models() -> None:
     assert WORK in paths[0].parents
 
 
+def test_the_demo_measures_all_against_its_first_model() -> None:
+    demo = runpy.run_path(str(ROOT / "demo" / "demo.py"))
+    commands = [command for _, _, command in demo["evaluating"]()]
+    said = [command[command.index("--model_args") + 1].split(",")[-1] for command in commands]
+    folder = demo["REFERENCE"]
+    assert said == [f"save_reference={folder}", *[f"reference={folder}"] * (len(demo["CANDIDATES"]) - 1)]
+    assert all("--log_samples" in command for command in commands)
+    shown = [" ".join(command[1:]) for _, _, command in demo["showing"]()]
+    results = demo["WORK"] / "results"
+    assert any(line.startswith(f"plot {results} --metric kld") and line.endswith("kld.png") for line in shown)
+    assert f"table {results} --versus Q8_0 --metric kld --format md -o {demo['DEMO'] / 'versus.md'}" in shown
+
+
 def test_data_specs_among_the_models_are_passed_over(folder: Path) -> None:
     models = write(folder, [{"load_fn": "vllm", "label": "x", "model_dir": "model"}])
     data = write(folder, GUIDE_DATA, "wiki2.json")

@@ -1,0 +1,31 @@
+"""Which tasks of the harness score token windows: ours, read from the task files without importing any of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+
+_LINE = re.compile(r"^(task|tag): *(\S+) *$", re.MULTILINE)
+
+
+def window_tasks(names: Iterable[str]) -> frozenset[str]:
+    """The tasks with token windows among `names`; a tag stands for its tasks."""
+    known = _known()
+    return frozenset().union(*(known.get(name, frozenset()) for name in names))
+
+
+@lru_cache(maxsize=1)
+def _known() -> dict[str, frozenset[str]]:
+    """Tasks by the names that `--tasks` takes. Empty where lmeval-ext is not installed beside `compare`."""
+    package = find_spec("lmeval_ext")  # finds, and does not import
+    if package is None or package.origin is None:
+        return {}
+    by_name: dict[str, frozenset[str]] = {}
+    for file in sorted((Path(package.origin).parent / "tasks").glob("*.yaml")):
+        said = dict(_LINE.findall(file.read_text(encoding="utf-8")))
+        for name in said.values():
+            by_name[name] = by_name.get(name, frozenset()) | {said["task"]}
+    return by_name
