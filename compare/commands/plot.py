@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compare.commands.common import add_choice, add_selection, load_comparisons, say
+from compare.commands.common import add_choice, add_log_y, add_selection, load_comparisons, say
 from compare.errors import NOTHING_USABLE, CompareError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_choice(parser)
     parser.add_argument("--title", help="heading of the picture (default: the metric against the axis)")
     parser.add_argument("--dark", action="store_true", help="light on dark")
-    parser.add_argument("--log-y", action="store_true", help="logarithmic metric axis")
+    add_log_y(parser)
     parser.add_argument(
         "-o",
         "--output",
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
     panels = _panels(comparisons, arguments.log_y)
     from compare.plot import figure
 
-    settings = figure.Settings(title=arguments.title, dark=arguments.dark, log_y=arguments.log_y)
+    settings = figure.Settings(title=arguments.title, dark=arguments.dark)
     if output is None:
         figure.show(panels, settings, say)
         return 0
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _panels(comparisons: list[Comparison], log_y: bool) -> list[tuple[Comparison, Drawing]]:
+def _panels(comparisons: list[Comparison], log_y: bool | None) -> list[tuple[Comparison, Drawing]]:
     """What can be drawn, a panel a metric; what cannot is said."""
     from compare.plot import series
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from compare.commands.common import add_choice, add_selection, compare_records, load_records, say
+from compare.commands.common import add_choice, add_log_y, add_selection, compare_records, load_records, say
 from compare.errors import CompareError
 
 HELP = "write one HTML page: plots, sortable table, settings, the command behind each result"
@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_selection(parser)
     add_choice(parser)
     parser.add_argument("--title", help="heading of the page (default: the metric)")
-    parser.add_argument("--log-y", action="store_true", help="logarithmic metric axis")
+    add_log_y(parser)
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", required=True, help="write the page to FILE.html")
 
 

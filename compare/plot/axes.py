@@ -17,7 +17,7 @@ from compare.plot.words import y_label
 _CROWD = 200  # points; beyond, lines and bars step back so that the markers can be seen
 
 
-def draw_data(ax: Any, comparison: Comparison, drawing: Drawing, theme: style.Theme, log_y: bool) -> None:
+def draw_data(ax: Any, comparison: Comparison, drawing: Drawing, theme: style.Theme) -> None:
     """Everything but the labels."""
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
@@ -29,7 +29,8 @@ def draw_data(ax: Any, comparison: Comparison, drawing: Drawing, theme: style.Th
     _references(ax, drawing, theme)
     for series in drawing.series:
         _series(ax, drawing, series, theme)
-    _limits(ax, drawing, log_y)
+    _limits(ax, drawing)
+    _floor(ax, drawing, theme)
     _frontiers(ax, drawing, theme)
     _choice(ax, drawing, theme)
     if not drawing.points:
@@ -90,6 +91,20 @@ def _series(ax: Any, drawing: Drawing, series: Series, theme: style.Theme) -> No
         )
 
 
+def _floor(ax: Any, drawing: Drawing, theme: style.Theme) -> None:
+    """The noise floor, shaded to the edge of the axes where it begins at zero and the axis has none."""
+    if drawing.floor is None:
+        return
+    low, high = drawing.floor.low, drawing.floor.high
+    bottom = ax.get_ylim()[0]
+    if drawing.log_y and high <= bottom:
+        return
+    ax.axhspan(bottom if drawing.log_y else low, high, color=theme.soft, alpha=0.16, linewidth=0, zorder=0.6)
+    for edge in (low, high):
+        if edge > bottom:
+            ax.axhline(edge, color=theme.soft, linewidth=0.9, zorder=1)
+
+
 def _frontiers(ax: Any, drawing: Drawing, theme: style.Theme) -> None:
     """Steps: what the best metric is that a size allows."""
     right = ax.get_xlim()[1]
@@ -112,12 +127,16 @@ def _choice(ax: Any, drawing: Drawing, theme: style.Theme) -> None:
                 markeredgecolor=theme.ink, markeredgewidth=1.6, zorder=5)  # fmt: skip
 
 
-def _limits(ax: Any, drawing: Drawing, log_y: bool) -> None:
+def _limits(ax: Any, drawing: Drawing) -> None:
     """Room around every point, bar and line; a point or two do not make the scale collapse."""
     shown = drawing.points + drawing.references
     ys = [(point.y or 0.0, point.stderr or 0.0) for point in shown]
+    if drawing.floor is not None and drawing.log_y:  # its top; zero is at no place
+        ys += [(drawing.floor.high, 0.0)] if drawing.floor.high > 0 else []
+    elif drawing.floor is not None:
+        ys += [(drawing.floor.low, 0.0), (drawing.floor.high, 0.0)]
     low, high = min(y - e for y, e in ys), max(y + e for y, e in ys)
-    if log_y:
+    if drawing.log_y:
         low = max(low, min(y for y, _ in ys) / 2)
         ax.set_yscale("log")
         factor = (high / low) ** 0.09 if high > low else 1.2

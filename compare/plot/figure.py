@@ -34,7 +34,6 @@ class Settings:
 
     title: str | None = None
     dark: bool = False
-    log_y: bool = False
 
     @property
     def theme(self) -> style.Theme:
@@ -57,7 +56,7 @@ def render_multiples(panels: multiples.Panels, settings: Settings, kind: str, sa
     with _style(settings.theme):
         figure = multiples.new_figure(panels)
         FigureCanvasAgg(figure)
-        _say_unlabelled(multiples.draw(figure, panels, settings.title, settings.theme, settings.log_y), say)
+        _say_unlabelled(multiples.draw(figure, panels, settings.title, settings.theme), say)
         stream = io.BytesIO()
         description = " ".join(f"{c.metric.label}: {alternative_text(c, d)}" for c, d in panels)
         metadata = _metadata(multiples.title_of_all(panels, settings.title), description, kind)
@@ -121,14 +120,14 @@ def show(panels: multiples.Panels, settings: Settings, say: Say) -> None:
         if one:
             _draw(figure, *panels[0], settings, say)
         else:
-            _say_unlabelled(multiples.draw(figure, panels, settings.title, settings.theme, settings.log_y), say)
+            _say_unlabelled(multiples.draw(figure, panels, settings.title, settings.theme), say)
         pyplot.show()
 
 
 def _draw(figure: Figure, comparison: Comparison, drawing: Drawing, settings: Settings, say: Say) -> None:
     layout = draw_texts(figure, texts(comparison, drawing, settings.title), [drawing], settings.theme)
     ax = figure.add_axes(layout.axes_box)
-    draw_data(ax, comparison, drawing, settings.theme, settings.log_y)
+    draw_data(ax, comparison, drawing, settings.theme)
     make_room_for_ticks(figure, ax, layout.axes_box)
     unlabelled = draw_labels(ax, comparison, drawing, settings.theme, layout.legend_shown)
     _say_unlabelled(unlabelled, say)

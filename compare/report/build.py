@@ -34,7 +34,7 @@ def plot_page(panels: Sequence[tuple[Comparison, Drawing]], settings: Settings, 
 
 
 def build(
-    comparisons: Sequence[Sequence[Comparison]], title: str | None, log_y: bool, notices: list[str], note: Say
+    comparisons: Sequence[Sequence[Comparison]], title: str | None, log_y: bool | None, notices: list[str], note: Say
 ) -> bytes:
     """The report; `comparisons` are, a metric each, the same results on each axis that is drawn.
 
@@ -63,7 +63,7 @@ def build(
     return page(heading, body + _FOOTER, colours)
 
 
-def _plots(comparisons: Sequence[Sequence[Comparison]], log_y: bool, note: Say) -> tuple[str, dict[str, str]]:
+def _plots(comparisons: Sequence[Sequence[Comparison]], log_y: bool | None, note: Say) -> tuple[str, dict[str, str]]:
     """The pictures, and their colours; what could not be drawn is noted."""
     plots: list[str] = []
     colours: dict[str, str] = {}
@@ -77,7 +77,7 @@ def _plots(comparisons: Sequence[Sequence[Comparison]], log_y: bool, note: Say) 
                 note(message if one else f"{comparison.metric.label}: {message}")
             if drawing.points:
                 title = None if one else f"{comparison.metric.label} by {comparison.axis.short}"
-                settings = Settings(title=title, log_y=log_y)
+                settings = Settings(title=title)
                 plots.append(picture(comparison, drawing, settings, len(plots) + 1, note))
                 colours |= palette(drawing)
     return "".join(plots), colours

@@ -16,7 +16,8 @@ from compare.plot.figure import Say, Settings, Spot, render_svg
 from compare.plot.labelling import readable
 from compare.plot.series import Drawing
 from compare.plot.words import alternative_text
-from compare.table.columns import metric_text, relative_text
+from compare.table.column import metric_text
+from compare.table.columns import relative_text
 
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "{http://www.w3.org/1999/xlink}href"
 _COLOUR = re.compile(r"#[0-9a-f]{6}(?![0-9a-zA-Z])")
