@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from compare import choice
 from compare.average import Part, average
@@ -25,6 +26,9 @@ from compare.memory import Budget
 from compare.metric_choice import MetricChoice, choose_metrics
 from compare.records import Protocol, Record
 from compare.text import and_more, shorten
+
+if TYPE_CHECKING:
+    from compare.versus import Versus
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,7 @@ class Comparison:
     points: list[Point]
     notices: list[str] = field(default_factory=list)
     options: Options = field(default_factory=Options)
+    versus: Versus | None = None  # with --versus: each point against one of them
 
     @cached_property
     def references(self) -> dict[int | None, Point]:

@@ -11,7 +11,7 @@ from compare.comparison import Comparison, Point
 from compare.divergence import from_reference
 from compare.memory import GIB, fit, memory_bytes
 from compare.records import Quantization
-from compare.table import divergence_columns
+from compare.table import divergence_columns, versus_columns
 from compare.table.column import Column, figure_text, metric_text
 from compare.table.rows import relative
 from compare.text import and_more
@@ -97,6 +97,7 @@ class Section:
     rows: list[list[str]]
     columns: list[Column]
     points: list[Point]
+    note: str = ""  # stands below the table
 
 
 def sections(comparison: Comparison) -> Iterator[Section]:
@@ -115,15 +116,18 @@ def sections(comparison: Comparison) -> Iterator[Section]:
             rows=[[cell for cell, keep in zip(line, used, strict=True) if keep] for line in texts],
             columns=columns,
             points=points,
+            note=comparison.versus.about if comparison.versus is not None else "",
         )
 
 
 def _candidates(comparison: Comparison) -> list[Column]:
-    """`COLUMNS`, and after the metric the tasks of a mean, what stands beside a divergence."""
+    """`COLUMNS`, and after the metric the tasks of a mean, the pairs, what stands beside a divergence."""
     at = next(i for i, column in enumerate(COLUMNS) if column.heading == "Metric") + 1
     tasks = [_task_column(comparison, i) for i in range(len(comparison.parts))]
-    beside = divergence_columns.columns(comparison)
-    return [*COLUMNS[:at], *tasks, *beside, *COLUMNS[at:]]
+    beside = [*versus_columns.columns(comparison), *divergence_columns.columns(comparison)]
+    found = [*COLUMNS[:at], *tasks, *beside, *COLUMNS[at:]]
+    left = versus_columns.replaced(comparison)
+    return [column for column in found if column.heading not in left]
 
 
 def _task_column(comparison: Comparison, index: int) -> Column:

@@ -47,5 +47,7 @@ def render_markdown(comparisons: Sequence[Comparison], title: str | None = None)
         lines.append(f"| {' | '.join(map(markdown, section.headings))} |")
         lines.append(f"|{'|'.join('---:' if right else '---' for right in section.right)}|")
         lines += [f"| {' | '.join(map(markdown, cells))} |" for cells in section.rows]
+        if section.note:
+            lines += ["", markdown(section.note)]
         lines.append("")
     return "\n".join(lines)

@@ -8,6 +8,7 @@ from compare.comparison import Comparison, Point
 from compare.divergence import KLD, OF_A_RUN, from_reference
 from compare.memory import fit, memory_bytes
 from compare.records import PERPLEXITY
+from compare.table import versus_columns
 from compare.values import number
 
 
@@ -39,6 +40,7 @@ def row(comparison: Comparison, point: Point) -> dict[str, Any]:
         **_mean(comparison, point),
         **_chosen(comparison, point),
         **_divergence(comparison, point),
+        **versus_columns.fields(comparison, point),
         "engine": q.engine or None,
         "engine_version": q.engine_version or None,
         "kernel": q.kernel,
