@@ -61,7 +61,7 @@ def floor_of(comparison: Comparison) -> Floor | None:
     if not from_reference(metric) or comparison.metric.averaged:
         return None
     points = [point for point in comparison.points if _defines(point)]
-    found = [(abs(point.y - ideal(metric)), _source(point)) for point in points if point.y is not None]
+    found = [(abs(point.y - ideal(metric)), source(point)) for point in points if point.y is not None]
     if not any(_is_reference(point) for point in points):
         found += _stored_rounding(comparison)
     if not found:
@@ -92,10 +92,15 @@ def _defines(point: Point) -> bool:
     return _is_reference(point) or point.record.quantization.family == FULL_PRECISION
 
 
-def _source(point: Point) -> str:
+def source(point: Point) -> str:
+    """``BF16 in vllm, rounding``: whose noise it is."""
     label, engine = point.record.label, point.record.quantization.engine
     named = label if not engine or engine.casefold() in label.casefold() else f"{label} in {engine}"
     return f"{named}, rounding" if _is_reference(point) else named
+
+
+def sources(points: list[Point]) -> str:
+    return " and ".join(source(point) for point in points)
 
 
 def _stored_rounding(comparison: Comparison) -> Iterator[tuple[float, str]]:

@@ -19,13 +19,7 @@ _CROWD = 200  # points; beyond, lines and bars step back so that the markers can
 
 def draw_data(ax: Any, comparison: Comparison, drawing: Drawing, theme: style.Theme) -> None:
     """Everything but the labels."""
-    for side in ("top", "right"):
-        ax.spines[side].set_visible(False)
-    ax.grid(True, zorder=0)
-    ax.set_axisbelow(True)
-    ax.tick_params(length=0, labelsize=style.TICK, pad=5)
-    ax.set_xlabel(comparison.axis.name, fontsize=style.AXIS, labelpad=8)
-    ax.set_ylabel(y_label(comparison), fontsize=style.AXIS, labelpad=8)
+    frame(ax, comparison.axis.name, y_label(comparison))
     _references(ax, drawing, theme)
     for series in drawing.series:
         _series(ax, drawing, series, theme)
@@ -36,6 +30,17 @@ def draw_data(ax: Any, comparison: Comparison, drawing: Drawing, theme: style.Th
     if not drawing.points:
         ax.set_xticks([])
         ax.set_xlabel("no result with a place on this axis", fontsize=style.AXIS, color=theme.soft)
+
+
+def frame(ax: Any, across: str, upwards: str) -> None:
+    """Grid, ticks without strokes, what is measured."""
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    ax.grid(True, zorder=0)
+    ax.set_axisbelow(True)
+    ax.tick_params(length=0, labelsize=style.TICK, pad=5)
+    ax.set_xlabel(across, fontsize=style.AXIS, labelpad=8)
+    ax.set_ylabel(upwards, fontsize=style.AXIS, labelpad=8)
 
 
 def _references(ax: Any, drawing: Drawing, theme: style.Theme) -> None:
@@ -141,7 +146,7 @@ def _limits(ax: Any, drawing: Drawing) -> None:
         ax.set_yscale("log")
         factor = (high / low) ** 0.09 if high > low else 1.2
         ax.set_ylim(low / factor, high * factor)
-        _log_ticks(ax, high / low)
+        log_ticks(ax, high / low)
     else:
         room = (high - low) * 0.09 or abs(high) * 0.05 or 1.0
         ax.set_ylim(low - room, high + room)
@@ -155,9 +160,11 @@ def _limits(ax: Any, drawing: Drawing) -> None:
     ax.xaxis.set_major_locator(MaxNLocator(nbins=9, steps=[1, 2, 2.5, 5, 10]))
 
 
-def _log_ticks(ax: Any, ratio: float) -> None:
+def log_ticks(ax: Any, ratio: float) -> None:
+    """Plain numbers on a logarithmic axis that spans a factor of `ratio`; single ones where it spans many decades."""
     plain = FuncFormatter(lambda value, _: f"{value:g}")
     many = ratio < 5
-    ax.yaxis.set_major_locator(MaxNLocator(nbins=8) if many else LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))
+    subs = (1.0, 2.0, 3.0, 5.0) if ratio < 3e3 else (1.0, 3.0) if ratio < 3e5 else (1.0,)
+    ax.yaxis.set_major_locator(MaxNLocator(nbins=8) if many else LogLocator(subs=subs, numticks=14))
     ax.yaxis.set_major_formatter(plain)
     ax.yaxis.set_minor_locator(NullLocator())

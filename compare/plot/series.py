@@ -81,14 +81,7 @@ def arrange(comparison: Comparison, log_y: bool | None) -> Drawing:
     with_x = [point for point in drawing.references if point.x is not None]
     if not placed and with_x:  # full precision only: they are the comparison, not its yardstick
         placed, drawing.references = with_x, [point for point in drawing.references if point.x is None]
-    for point in placed + drawing.references:
-        if point.record.colour is not None:
-            if is_colour(point.record.colour):
-                drawing.colours[id(point)] = point.record.colour
-            else:
-                drawing.left_out.append(
-                    f"warning: {point.record.label}: unknown colour [{point.record.colour}], the family's is used"
-                )
+    _colour(drawing, placed + drawing.references)
     drawing.series = _series(placed)
     shown = {id(point) for point in placed}
     drawing.frontiers = [kept for points in comparison.frontiers if (kept := [p for p in points if id(p) in shown])]
@@ -98,6 +91,25 @@ def arrange(comparison: Comparison, log_y: bool | None) -> Drawing:
         drawing.best = comparison.verdict.best
         drawing.limit = comparison.verdict.budget.gib if comparison.axis.key == MEMORY else None
     return drawing
+
+
+def drawing_of(points: list[Point]) -> Drawing:
+    """`points` by family, in their colours, and nothing else."""
+    drawing = Drawing(series=_series(points))
+    _colour(drawing, points)
+    return drawing
+
+
+def _colour(drawing: Drawing, points: list[Point]) -> None:
+    """Colours that labels ask for; those that are none are said."""
+    for point in points:
+        if point.record.colour is not None:
+            if is_colour(point.record.colour):
+                drawing.colours[id(point)] = point.record.colour
+            else:
+                drawing.left_out.append(
+                    f"warning: {point.record.label}: unknown colour [{point.record.colour}], the family's is used"
+                )
 
 
 def _logarithmic(comparison: Comparison) -> bool:

@@ -74,7 +74,10 @@ def caption(comparison: Comparison, drawing: Drawing, alone: bool = True) -> lis
         more = f"; {paired}" if _all_paired(comparison) else independent
         lines.append(f"Error bars: ± 1 standard error{more}.")
     if any(not point.comparable for point in drawing.points):
-        lines.append("Hollow: scored on other tokens or samples or by another protocol, not comparable with the rest.")
+        other = "from another reference or " if from_reference(comparison.metric.metric) else ""
+        lines.append(
+            f"Hollow: {other}scored on other tokens or samples or by another protocol, not comparable with the rest."
+        )
     if drawing.floor is not None:
         lines += _floor(comparison, drawing.floor, "" if alone else f"{comparison.metric.label}: ")
     if comparison.options.pareto:
