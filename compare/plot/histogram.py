@@ -6,7 +6,6 @@ from collections import defaultdict
 from itertools import pairwise
 from typing import Any
 
-from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -70,10 +69,10 @@ def _draw(
     handles: list[Any] = []
     names: list[str] = []
     room = 30 if len(found.points) <= 14 else 36
-    for point, (colour, dashes) in zip(found.points, _strokes(found, theme), strict=True):
+    for point, stroke in zip(found.points, _strokes(found, theme), strict=True):
         steps, heights = _steps(point)
-        ax.plot(steps, heights, color=colour, linestyle=dashes, linewidth=1.7, zorder=3, solid_joinstyle="miter")
-        handles.append(Line2D([], [], color=colour, linestyle=dashes, linewidth=1.9))
+        ax.plot(steps, heights, **stroke, linewidth=1.7, zorder=3, solid_joinstyle="miter")
+        handles.append(Line2D([], [], **stroke, linewidth=1.9))
         names.append(_name(point, shorten(point.record.label, room)))
     for number, point in enumerate(found.floor):
         steps, heights = _steps(point)
@@ -96,17 +95,16 @@ def _name(point: Point, label: str) -> str:
     return f"{label}\n{more}" if more else label
 
 
-def _strokes(found: Distributions, theme: style.Theme) -> list[tuple[str, Any]]:
-    """Colour and dashes of each point: the family's colour, paler and dashed otherwise for each next of a family."""
+def _strokes(found: Distributions, theme: style.Theme) -> list[dict[str, Any]]:
+    """How each line is drawn: in its family's colour, each next of a family paler and dashed otherwise."""
     seen: dict[str, int] = defaultdict(int)
     result = []
     for point, series in found.pairs:
         rank = seen[series.name]
         seen[series.name] += 1
+        paler = (rank + rank // len(_DASHES)) % len(_DASHES)
         colour = found.drawing.colour(point, series, theme.dark)
-        pale = min(0.14 * (rank % 5), 0.5)
-        mixed = [(1 - pale) * c + pale * g for c, g in zip(to_rgb(colour), to_rgb(theme.ground), strict=True)]
-        result.append((str(to_hex(mixed)), _DASHES[rank % len(_DASHES)]))
+        result.append({"color": colour, "alpha": 1 - 0.13 * paler, "linestyle": _DASHES[rank % len(_DASHES)]})
     return result
 
 

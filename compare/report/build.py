@@ -11,7 +11,7 @@ from compare.plot.figure import Settings
 from compare.plot.multiples import title_of_all
 from compare.plot.series import Drawing, arrange
 from compare.plot.words import subtitle, title_of
-from compare.report import content
+from compare.report import content, divergence
 from compare.report.page import page
 from compare.report.pictures import palette, picture
 from compare.text import clean
@@ -34,14 +34,26 @@ def plot_page(panels: Sequence[tuple[Comparison, Drawing]], settings: Settings, 
 
 
 def build(
-    comparisons: Sequence[Sequence[Comparison]], title: str | None, log_y: bool | None, notices: list[str], note: Say
+    comparisons: Sequence[Sequence[Comparison]],
+    divergences: Sequence[Comparison],
+    title: str | None,
+    log_y: bool | None,
+    notices: list[str],
+    note: Say,
 ) -> bytes:
-    """The report; `comparisons` are, a metric each, the same results on each axis that is drawn.
+    """The report; `comparisons` are, a metric each, the same results on each axis that is drawn; `divergences` those of
+    each task that was measured against a reference.
 
     notices: what was said so far; `note` adds to it.
     """
     one = len(comparisons) == 1
     plots, colours = _plots(comparisons, log_y, note)
+    plotted = {by_axis[0].metric for by_axis in comparisons}
+    diverged = ""
+    for number, found in enumerate(divergences, 1):
+        body, more = divergence.section(found, found.metric in plotted, log_y, 1000 * number, note)
+        diverged += body
+        colours |= more
     firsts = [by_axis[0] for by_axis in comparisons]
     first = firsts[0]
     what = first.metric.name if one else f"{len(firsts)} metrics"
@@ -50,6 +62,7 @@ def build(
     parts = [
         ("plots", "Plots", plots + no_plots),
         ("table", "Table", _FILTER + "".join(content.tables(c) for c in firsts)),
+        ("divergence", "Divergence from the reference", diverged),
         ("settings", "Settings", "".join(_named(c, one) + content.settings(c) for c in firsts)),
         ("families", "About the formats", content.families(firsts)),
         ("reproduce", "Reproduce", _REPRODUCE + content.runs(firsts)),
