@@ -84,7 +84,7 @@ def average(
 
 
 def _settings(choice: MetricChoice, record: Record) -> str:
-    return f"{choice.label}: {', '.join(record.protocol.fingerprint)}"
+    return f"{choice.label}: {', '.join(record.comparability(choice.metric))}"
 
 
 def _check(

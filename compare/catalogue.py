@@ -21,6 +21,7 @@ def newest(records: list[Record]) -> tuple[list[Record], list[str]]:
         old, new = sorted((other, record), key=lambda r: (r.date, str(r.file)))
         latest[record.identity] = new
         changed = "" if old.protocol.fingerprint == new.protocol.fingerprint else _changed(old, new)
+        changed += _other_reference(old, new)
         notices.append(
             f"re-run: {new.label}, {new.task}: {new.file} ({_day(new)}) replaces {old.file} ({_day(old)}){changed}"
         )
@@ -30,6 +31,15 @@ def newest(records: list[Record]) -> tuple[list[Record], list[str]]:
 def _changed(old: Record, new: Record) -> str:
     before, after = old.protocol.describe(), new.protocol.describe()
     return f"; other tokens: {after or 'settings unknown'}, before {before or 'unknown'}"
+
+
+def _other_reference(old: Record, new: Record) -> str:
+    if old.divergence is None or old.divergence.reference.id == (
+        new.divergence.reference.id if new.divergence is not None else ""
+    ):
+        return ""
+    after = new.divergence.reference.describe() if new.divergence is not None else "none"
+    return f"; other reference: {after}, before {old.divergence.reference.describe()}"
 
 
 def _day(record: Record) -> str:

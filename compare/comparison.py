@@ -1,7 +1,8 @@
 """From records to what is shown: one metric, one axis, and who may be compared with whom.
 
-Two numbers are comparable only if they are over the same tokens under the same protocol (`Protocol.fingerprint`).
-The largest such group is the comparison; the other points are kept apart: listed, drawn, never joined or ranked.
+Two numbers are comparable only if they are over the same tokens under the same protocol, and a divergence only if it is
+from the same reference (`Record.comparability`). The largest such group is the comparison; the other points are kept
+apart: listed, drawn, never joined or ranked.
 """
 
 from __future__ import annotations
@@ -10,18 +11,24 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from compare import choice
 from compare.average import Part, average
 from compare.axis import Axis, axis_of
 from compare.catalogue import distinct_labels, newest
+from compare.divergence import from_reference
 from compare.errors import NOTHING_USABLE, CompareError
 from compare.families import FAMILIES
+from compare.floor import Floor, floor_of, within
 from compare.identity import size_clusters, size_text
 from compare.memory import Budget
 from compare.metric_choice import MetricChoice, choose_metrics
 from compare.records import Protocol, Record
 from compare.text import and_more, shorten
+
+if TYPE_CHECKING:
+    from compare.versus import Versus
 
 
 @dataclass(frozen=True)
@@ -81,10 +88,13 @@ class Comparison:
     points: list[Point]
     notices: list[str] = field(default_factory=list)
     options: Options = field(default_factory=Options)
+    versus: Versus | None = None  # with --versus: each point against one of them
 
     @cached_property
     def references(self) -> dict[int | None, Point]:
         """The full-precision point of each model size, that the others of that size are measured against."""
+        if from_reference(self.metric.metric):
+            return {}  # every figure is one against the reference already
         candidates = [p for p in self.points if p.comparable and p.record.is_reference and p.y is not None]
         candidates.sort(key=lambda p: (not p.record.quantization.known, p.record.label))
         return {p.size: p for p in reversed(candidates)}
@@ -93,6 +103,11 @@ class Comparison:
     def reference(self) -> Point | None:
         """The reference of the model size that most points have, if there is one."""
         return self.references.get(0)
+
+    @cached_property
+    def floor(self) -> Floor | None:
+        """What differences from the reference are noise; None for figures that do not come of one."""
+        return floor_of(self)
 
     @cached_property
     def frontiers(self) -> list[list[Point]]:
@@ -149,7 +164,8 @@ def build_comparisons(records: list[Record], options: Options) -> list[Compariso
         said: list[str] = []
         found.append(_comparison(points, metric, axis, options, said))
         notices += said if len(choices) == 1 else [f"{metric.label}: {notice}" for notice in said]
-    found[0].notices = notices
+    for comparison in found:
+        comparison.notices = notices if comparison is found[0] else []  # each is said once
     return found
 
 
@@ -169,10 +185,15 @@ def _comparison(
     points = _within_limits(points, options, notices)
     if not points:
         raise CompareError("nothing left to show: --max-x or --max-y leaves out every point", NOTHING_USABLE)
-    points = _grouped(points, options.allow_mixed, notices)
+    points = _grouped(points, metric, options.allow_mixed, notices)
     points = _sized(points, notices)
     points.sort(key=_sort_key(options.sort, metric))
-    return Comparison(metric, axis, points, notices, options)
+    comparison = Comparison(metric, axis, points, notices, options)
+    in_noise = within(comparison)
+    if in_noise:
+        names = and_more([point.record.label for point in in_noise])
+        notices.append(f"within the noise floor, {comparison.floor}: {names}: such a difference may be noise alone")
+    return comparison
 
 
 def _masked(records: list[Record], mask: str | None, notices: list[str]) -> list[Record]:
@@ -205,27 +226,41 @@ def _beyond(name: str, value: float | None, limit: float | None) -> str:
     return f"{name} = {value:.6g} is above --max-{name} {limit:g}"
 
 
-def _grouped(points: list[Point], allow_mixed: bool, notices: list[str]) -> list[Point]:
-    sizes = Counter(p.record.protocol.fingerprint for p in points)
-    with_reference = {p.record.protocol.fingerprint for p in points if p.record.is_reference}
-    order = sorted(sizes, key=lambda f: (-sizes[f], f not in with_reference, f))
+def _grouped(points: list[Point], metric: MetricChoice, allow_mixed: bool, notices: list[str]) -> list[Point]:
+    keys = [point.record.comparability(metric.metric) for point in points]
+    sizes = Counter(keys)
+    with_reference = {key for key, point in zip(keys, points, strict=True) if point.record.is_reference}
+    order = sorted(sizes, key=lambda key: (-sizes[key], key not in with_reference, key))
     if len(order) == 1:
         return points
-    for number, fingerprint in enumerate(order):
-        members = [p.record for p in points if p.record.protocol.fingerprint == fingerprint]
-        settings = members[0].protocol.describe() or ", ".join(fingerprint)
-        tokens = members[0].protocol.tokens_sha256
-        which = f"{settings}{f', tokens {tokens[:8]}' if tokens else ''}"
+    one_text = len({point.record.protocol.fingerprint for point in points}) == 1
+    over = "against the same reference" if one_text else "over the same tokens"
+    for number, key in enumerate(order):
+        members = [point.record for point, own in zip(points, keys, strict=True) if own == key]
+        which = _over(members[0], metric.metric)
         names = and_more([record.label for record in members], limit=8 if number == 0 else 50)
         if allow_mixed:
             notices.append(f"warning: mixed as asked (--allow-mixed): {which}: {names}")
         elif number == 0:
-            notices.append(f"warning: not all results are over the same tokens; compared: {which}: {names}")
+            notices.append(f"warning: not all results are {over}; compared: {which}: {names}")
         else:
             notices.append(f"warning: kept apart, not comparable (--allow-mixed overrides): {which}: {names}")
     if allow_mixed:
         return points
-    return [replace(p, group=order.index(p.record.protocol.fingerprint)) for p in points]
+    return [replace(point, group=order.index(key)) for point, key in zip(points, keys, strict=True)]
+
+
+def _over(record: Record, metric: str) -> str:
+    """``20 × 2048 tokens, stride 512, exllama protocol, tokens 1a2b3c4d, reference BF16 in vllm``."""
+    protocol = record.protocol
+    parts = [protocol.describe() or ", ".join(protocol.fingerprint)]
+    if protocol.tokens_sha256:
+        parts.append(f"tokens {protocol.tokens_sha256[:8]}")
+    if from_reference(metric):
+        found = record.divergence
+        named = found is not None and found.reference.id
+        parts.append(f"reference {found.reference.describe()}" if found and named else "reference not named")
+    return ", ".join(parts)
 
 
 def _sized(points: list[Point], notices: list[str]) -> list[Point]:

@@ -22,10 +22,18 @@ _NAMES = {
     "acc": "Accuracy",
     "acc_norm": "Normalized accuracy",
     "exact_match": "Exact match",
-    "kld": "KL divergence",
+    "kld": "KL divergence (nats)",
+    "kld_median": "Median KL divergence (nats)",
+    "kld_p90": "90th percentile of the KL divergence (nats)",
+    "kld_p99": "99th percentile of the KL divergence (nats)",
+    "kld_p999": "99.9th percentile of the KL divergence (nats)",
+    "kld_max": "Largest KL divergence (nats)",
+    "mean_delta_p": "Mean Δp of the true token",
+    "rms_delta_p": "RMS Δp of the true token",
+    "ppl_ratio": "Perplexity ratio to the reference",
 }
 # For files that do not say which way is up.
-_LOWER_IS_BETTER = ("perplexity", "bits_per_byte", "kld")
+_LOWER_IS_BETTER = ("perplexity", "bits_per_byte", "kld", "rms_delta_p", "ppl_ratio")
 MEAN = "mean"
 
 

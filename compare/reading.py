@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from compare.discover import Problem, find_result_files
+from compare.divergence import read_divergence
 from compare.families import canonical_family
 from compare.groups import Tree, common, group_tree, leaves, total
 from compare.presentation import Relabelling
@@ -119,6 +120,7 @@ def _record(
         run=Run.of(content, task),
         date=number(content.get("date")) or modified,
         file=path,
+        divergence=read_divergence(mapping(mapping(mapping(content, "configs"), task), "metadata")),
     )
 
 

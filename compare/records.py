@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from compare.divergence import Divergence, from_reference
 from compare.families import FULL_PRECISION, arithmetic_run, scheme_arithmetic
 from compare.groups import Tree
 from compare.provenance import Run
@@ -119,6 +120,7 @@ class Record:
     alias: str = ""  # the task's name in the harness' own table
     groups: Tree = field(default_factory=dict, hash=False)  # of the file: direct subtasks by group
     reference: bool = False  # a spec says that others are to be measured against it
+    divergence: Divergence | None = None
 
     @property
     def identity(self) -> tuple[str, ...]:
@@ -132,6 +134,16 @@ class Record:
     @property
     def is_reference(self) -> bool:
         return self.reference or self.quantization.family == FULL_PRECISION
+
+    def comparability(self, metric: str) -> tuple[str, ...]:
+        """What a figure of this metric is over; two figures compare only if it is equal.
+
+        For a divergence that is the stored reference too. Where a file does not name it, it is no other file's.
+        """
+        if not from_reference(metric):
+            return self.protocol.fingerprint
+        known = self.divergence.reference.id if self.divergence is not None else ""
+        return (*self.protocol.fingerprint, f"reference {known or f'not named in {self.file}'}")
 
     def metric(self, key: str) -> Metric:
         return self.metrics.get(key) or Metric(None)

@@ -77,6 +77,15 @@ def add_choice(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_log_y(parser: argparse.ArgumentParser) -> None:
+    """Whether the metric's axis is logarithmic."""
+    parser.add_argument(
+        "--log-y",
+        action=argparse.BooleanOptionalAction,
+        help="logarithmic metric axis (default: for KL divergences only)",
+    )
+
+
 def _amount(text: str) -> float:
     value = float(text)
     if not 0 < value < math.inf:

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compare.commands.common import add_choice, add_selection, load_comparisons, say
+from compare.commands import distribution
+from compare.commands.common import add_choice, add_log_y, add_selection, load_comparisons, say
 from compare.errors import NOTHING_USABLE, CompareError
 
 if TYPE_CHECKING:
@@ -22,9 +23,10 @@ _SUFFIXES = (".png", ".svg", ".pdf", ".html")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_selection(parser)
     add_choice(parser)
+    distribution.add_arguments(parser)
     parser.add_argument("--title", help="heading of the picture (default: the metric against the axis)")
     parser.add_argument("--dark", action="store_true", help="light on dark")
-    parser.add_argument("--log-y", action="store_true", help="logarithmic metric axis")
+    add_log_y(parser)
     parser.add_argument(
         "-o",
         "--output",
@@ -40,13 +42,15 @@ def run(arguments: argparse.Namespace) -> int:
         raise CompareError(f"-o {output}: expected a name that ends in .png, .svg, .pdf or .html")
     if output is None and not _has_display():
         raise CompareError("no display for a window here; name a file: -o plot.png (or .svg, .pdf, .html)")
+    if arguments.spread or arguments.histogram:
+        return distribution.run(arguments, output)
     comparisons = load_comparisons(arguments)
     panels = _panels(comparisons, arguments.log_y)
     from compare.plot import figure
 
-    settings = figure.Settings(title=arguments.title, dark=arguments.dark, log_y=arguments.log_y)
+    settings = figure.Settings(title=arguments.title, dark=arguments.dark)
     if output is None:
-        figure.show(panels, settings, say)
+        figure.show(figure.picture_of(panels, settings), settings, say)
         return 0
     from compare.files import write_atomically
 
@@ -55,10 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
         from compare.report.build import plot_page
 
         content = plot_page(panels, settings, say)
-    elif len(panels) == 1:
-        content = figure.render(*panels[0], settings, kind, say)
     else:
-        content = figure.render_multiples(panels, settings, kind, say)
+        content = figure.render(figure.picture_of(panels, settings), settings, kind, say)
     write_atomically(output, content)
     points, lines = sum(len(d.points) for _, d in panels), sum(len(d.references) for _, d in panels)
     inside = f", {len(panels)} panels" if len(panels) > 1 else ""
@@ -66,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _panels(comparisons: list[Comparison], log_y: bool) -> list[tuple[Comparison, Drawing]]:
+def _panels(comparisons: list[Comparison], log_y: bool | None) -> list[tuple[Comparison, Drawing]]:
     """What can be drawn, a panel a metric; what cannot is said."""
     from compare.plot import series
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
-from compare.commands.common import add_choice, add_selection, compare_records, load_records, say
+from compare.commands.common import add_choice, add_log_y, add_selection, compare_records, load_records, say
+from compare.comparison import Comparison
+from compare.divergence import KLD
 from compare.errors import CompareError
+from compare.records import Record
 
 HELP = "write one HTML page: plots, sortable table, settings, the command behind each result"
 
@@ -15,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_selection(parser)
     add_choice(parser)
     parser.add_argument("--title", help="heading of the page (default: the metric)")
-    parser.add_argument("--log-y", action="store_true", help="logarithmic metric axis")
+    add_log_y(parser)
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", required=True, help="write the page to FILE.html")
 
 
@@ -36,10 +40,29 @@ def run(arguments: argparse.Namespace) -> int:
     )
     by_axis = [compare_records(arguments, records, axis=axis) for axis in axes]
     comparisons = list(zip(*by_axis, strict=True))  # a metric each, on every axis
+    divergences = _divergences(arguments, records, axes[-1] if arguments.x else "bpw", note)
     from compare.files import write_atomically
     from compare.report.build import build
 
-    content = build(comparisons, arguments.title, arguments.log_y, notices, note)
+    content = build(comparisons, divergences, arguments.title, arguments.log_y, notices, note)
     write_atomically(output, content)
     say(f"wrote {output} ({max(len(on[0].points) for on in comparisons)} models)")
     return 0
+
+
+def _divergences(
+    arguments: argparse.Namespace, records: list[Record], axis: str, note: Callable[[str], None]
+) -> list[Comparison]:
+    """A comparison of each task that was measured against a reference, whatever metric the page is of."""
+    tasks = list(dict.fromkeys(r.task for r in records if f"{KLD},none" in r.metrics and r.divergence is not None))
+    found = []
+    for task in tasks:
+        chosen = {"metrics": (f"{task}/{KLD},none",), "subtasks": False, "mean": False, "axis": axis, "max_y": None}
+        try:
+            found += compare_records(arguments, records, **chosen)
+        except CompareError as error:  # --mask or --max-x leave nothing of this task
+            note(f"no section on the divergence of {task}: {error}")
+    for comparison in found:
+        for notice in comparison.notices:
+            note(notice if notice.startswith("re-run") else f"{comparison.metric.label}: {notice}")
+    return found

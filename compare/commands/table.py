@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from compare.commands.common import add_choice, add_selection, load_comparisons, say
-from compare.comparison import SORTS
+from compare.comparison import SORTS, Comparison
 from compare.errors import CompareError
 
 HELP = "list the models of result files with their size and metric"
@@ -18,6 +18,12 @@ _BY_SUFFIX = {".md": "md", ".csv": "csv", ".json": "json", ".txt": "terminal"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_selection(parser)
     add_choice(parser)
+    parser.add_argument(
+        "--versus",
+        metavar="LABEL",
+        help="differences of every model to the one of this label, paired window by window or document by document, "
+        "with 95%% intervals and a mark for those that the data cannot tell apart; needs runs with --log_samples",
+    )
     parser.add_argument("--format", choices=_FORMATS, help="default: by the suffix of -o, or terminal")
     parser.add_argument(
         "--sort", choices=SORTS, default="family", help="family, then x (default); x; metric, best first; label"
@@ -29,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     chosen = arguments.format or _format_of(arguments.output)
     comparisons = load_comparisons(arguments, arguments.sort)
+    if arguments.versus is not None:
+        _measure(comparisons, arguments.versus)
     from compare.table import formats, terminal
 
     renderers = {
@@ -50,6 +58,22 @@ def run(arguments: argparse.Namespace) -> int:
     models = max(len(comparison.points) for comparison in comparisons)
     say(f"wrote {arguments.output} ({models} models)")
     return 0
+
+
+def _measure(comparisons: list[Comparison], label: str) -> None:
+    """Pair the models; why some have no pair is said. CompareError where none has."""
+    from compare.versus import check_formed, measure
+
+    found = []
+    for comparison in comparisons:
+        comparison.versus = measure(comparison, label)
+        found.append(comparison.versus)
+    check_formed(label, found)
+    for comparison, versus in zip(comparisons, found, strict=True):
+        prefix = f"{comparison.metric.label}: " if len(comparisons) > 1 else ""
+        for point in comparison.points:
+            if versus.pair(point).reason:
+                say(f"{prefix}no pair: {point.record.label}: {versus.pair(point).reason}")
 
 
 def _format_of(output: Path | None) -> str:

@@ -17,24 +17,30 @@ from compare.plot.words import y_label
 _CROWD = 200  # points; beyond, lines and bars step back so that the markers can be seen
 
 
-def draw_data(ax: Any, comparison: Comparison, drawing: Drawing, theme: style.Theme, log_y: bool) -> None:
+def draw_data(ax: Any, comparison: Comparison, drawing: Drawing, theme: style.Theme) -> None:
     """Everything but the labels."""
-    for side in ("top", "right"):
-        ax.spines[side].set_visible(False)
-    ax.grid(True, zorder=0)
-    ax.set_axisbelow(True)
-    ax.tick_params(length=0, labelsize=style.TICK, pad=5)
-    ax.set_xlabel(comparison.axis.name, fontsize=style.AXIS, labelpad=8)
-    ax.set_ylabel(y_label(comparison), fontsize=style.AXIS, labelpad=8)
+    frame(ax, comparison.axis.name, y_label(comparison))
     _references(ax, drawing, theme)
     for series in drawing.series:
         _series(ax, drawing, series, theme)
-    _limits(ax, drawing, log_y)
+    _limits(ax, drawing)
+    _floor(ax, drawing, theme)
     _frontiers(ax, drawing, theme)
     _choice(ax, drawing, theme)
     if not drawing.points:
         ax.set_xticks([])
         ax.set_xlabel("no result with a place on this axis", fontsize=style.AXIS, color=theme.soft)
+
+
+def frame(ax: Any, across: str, upwards: str) -> None:
+    """Grid, ticks without strokes, what is measured."""
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    ax.grid(True, zorder=0)
+    ax.set_axisbelow(True)
+    ax.tick_params(length=0, labelsize=style.TICK, pad=5)
+    ax.set_xlabel(across, fontsize=style.AXIS, labelpad=8)
+    ax.set_ylabel(upwards, fontsize=style.AXIS, labelpad=8)
 
 
 def _references(ax: Any, drawing: Drawing, theme: style.Theme) -> None:
@@ -90,6 +96,20 @@ def _series(ax: Any, drawing: Drawing, series: Series, theme: style.Theme) -> No
         )
 
 
+def _floor(ax: Any, drawing: Drawing, theme: style.Theme) -> None:
+    """The noise floor, shaded to the edge of the axes where it begins at zero and the axis has none."""
+    if drawing.floor is None:
+        return
+    low, high = drawing.floor.low, drawing.floor.high
+    bottom = ax.get_ylim()[0]
+    if drawing.log_y and high <= bottom:
+        return
+    ax.axhspan(bottom if drawing.log_y else low, high, color=theme.soft, alpha=0.16, linewidth=0, zorder=0.6)
+    for edge in (low, high):
+        if edge > bottom:
+            ax.axhline(edge, color=theme.soft, linewidth=0.9, zorder=1)
+
+
 def _frontiers(ax: Any, drawing: Drawing, theme: style.Theme) -> None:
     """Steps: what the best metric is that a size allows."""
     right = ax.get_xlim()[1]
@@ -112,17 +132,21 @@ def _choice(ax: Any, drawing: Drawing, theme: style.Theme) -> None:
                 markeredgecolor=theme.ink, markeredgewidth=1.6, zorder=5)  # fmt: skip
 
 
-def _limits(ax: Any, drawing: Drawing, log_y: bool) -> None:
+def _limits(ax: Any, drawing: Drawing) -> None:
     """Room around every point, bar and line; a point or two do not make the scale collapse."""
     shown = drawing.points + drawing.references
     ys = [(point.y or 0.0, point.stderr or 0.0) for point in shown]
+    if drawing.floor is not None and drawing.log_y:  # its top; zero is at no place
+        ys += [(drawing.floor.high, 0.0)] if drawing.floor.high > 0 else []
+    elif drawing.floor is not None:
+        ys += [(drawing.floor.low, 0.0), (drawing.floor.high, 0.0)]
     low, high = min(y - e for y, e in ys), max(y + e for y, e in ys)
-    if log_y:
+    if drawing.log_y:
         low = max(low, min(y for y, _ in ys) / 2)
         ax.set_yscale("log")
         factor = (high / low) ** 0.09 if high > low else 1.2
         ax.set_ylim(low / factor, high * factor)
-        _log_ticks(ax, high / low)
+        log_ticks(ax, high / low)
     else:
         room = (high - low) * 0.09 or abs(high) * 0.05 or 1.0
         ax.set_ylim(low - room, high + room)
@@ -136,9 +160,11 @@ def _limits(ax: Any, drawing: Drawing, log_y: bool) -> None:
     ax.xaxis.set_major_locator(MaxNLocator(nbins=9, steps=[1, 2, 2.5, 5, 10]))
 
 
-def _log_ticks(ax: Any, ratio: float) -> None:
+def log_ticks(ax: Any, ratio: float) -> None:
+    """Plain numbers on a logarithmic axis that spans a factor of `ratio`; single ones where it spans many decades."""
     plain = FuncFormatter(lambda value, _: f"{value:g}")
     many = ratio < 5
-    ax.yaxis.set_major_locator(MaxNLocator(nbins=8) if many else LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))
+    subs = (1.0, 2.0, 3.0, 5.0) if ratio < 3e3 else (1.0, 3.0) if ratio < 3e5 else (1.0,)
+    ax.yaxis.set_major_locator(MaxNLocator(nbins=8) if many else LogLocator(subs=subs, numticks=14))
     ax.yaxis.set_major_formatter(plain)
     ax.yaxis.set_minor_locator(NullLocator())

@@ -34,33 +34,49 @@ class Settings:
 
     title: str | None = None
     dark: bool = False
-    log_y: bool = False
 
     @property
     def theme(self) -> style.Theme:
         return style.DARK if self.dark else style.LIGHT
 
 
-def render(comparison: Comparison, drawing: Drawing, settings: Settings, kind: str, say: Say) -> bytes:
+@dataclass(frozen=True)
+class Picture:
+    """Something to draw: its size in inches, its words for the file, and how."""
+
+    size: tuple[float, float]
+    title: str
+    description: str
+    draw: Callable[[Figure, Settings, Say], None]
+
+
+def picture_of(panels: multiples.Panels, settings: Settings) -> Picture:
+    """A panel a metric, or the one plot. Raises CompareError for more panels than can be read."""
+    if len(panels) == 1:
+        comparison, drawing = panels[0]
+        return Picture(
+            (style.WIDTH, style.HEIGHT),
+            title_of(comparison, settings.title),
+            alternative_text(comparison, drawing),
+            lambda figure, settings, say: _draw(figure, comparison, drawing, settings, say),
+        )
+
+    def draw(figure: Figure, settings: Settings, say: Say) -> None:
+        _say_unlabelled(multiples.draw(figure, panels, settings.title, settings.theme), say)
+
+    width, height = multiples.new_figure(panels).get_size_inches()
+    description = " ".join(f"{c.metric.label}: {alternative_text(c, d)}" for c, d in panels)
+    return Picture((width, height), multiples.title_of_all(panels, settings.title), description, draw)
+
+
+def render(picture: Picture, settings: Settings, kind: str, say: Say) -> bytes:
     """The picture as the bytes of a ``png``, ``svg`` or ``pdf`` file."""
     with _style(settings.theme):
-        figure = Figure(figsize=(style.WIDTH, style.HEIGHT), dpi=style.DPI)
+        figure = Figure(figsize=picture.size, dpi=style.DPI)
         FigureCanvasAgg(figure)
-        _draw(figure, comparison, drawing, settings, say)
+        picture.draw(figure, settings, say)
         stream = io.BytesIO()
-        figure.savefig(stream, format=kind, dpi=style.DPI, metadata=_metadata_of(comparison, drawing, settings, kind))
-    return stream.getvalue()
-
-
-def render_multiples(panels: multiples.Panels, settings: Settings, kind: str, say: Say) -> bytes:
-    """A panel a metric, as the bytes of a ``png``, ``svg`` or ``pdf`` file."""
-    with _style(settings.theme):
-        figure = multiples.new_figure(panels)
-        FigureCanvasAgg(figure)
-        _say_unlabelled(multiples.draw(figure, panels, settings.title, settings.theme, settings.log_y), say)
-        stream = io.BytesIO()
-        description = " ".join(f"{c.metric.label}: {alternative_text(c, d)}" for c, d in panels)
-        metadata = _metadata(multiples.title_of_all(panels, settings.title), description, kind)
+        metadata = _metadata(picture.title, picture.description, kind)
         figure.savefig(stream, format=kind, dpi=style.DPI, metadata=metadata)
     return stream.getvalue()
 
@@ -85,7 +101,8 @@ def render_svg(comparison: Comparison, drawing: Drawing, settings: Settings, say
         _draw(figure, comparison, drawing, settings, say)
         spots = _spots(figure, drawing)
         stream = io.BytesIO()
-        figure.savefig(stream, format="svg", dpi=style.DPI, metadata=_metadata_of(comparison, drawing, settings, "svg"))
+        metadata = _metadata(title_of(comparison, settings.title), alternative_text(comparison, drawing), "svg")
+        figure.savefig(stream, format="svg", dpi=style.DPI, metadata=metadata)
     return stream.getvalue(), spots
 
 
@@ -104,31 +121,26 @@ def _spots(figure: Figure, drawing: Drawing) -> list[Spot]:
     return spots
 
 
-def show(panels: multiples.Panels, settings: Settings, say: Say) -> None:
+def show(picture: Picture, settings: Settings, say: Say) -> None:
     """Open a window and wait for it. CompareError where matplotlib finds no toolkit for windows."""
     from matplotlib import pyplot
     from matplotlib.backends import BackendFilter, backend_registry
 
     with _style(settings.theme):
-        one = len(panels) == 1
-        size = (style.WIDTH, style.HEIGHT) if one else tuple(multiples.new_figure(panels).get_size_inches())
         try:
-            figure = pyplot.figure(figsize=size, dpi=style.DPI / 2)
+            figure = pyplot.figure(figsize=picture.size, dpi=style.DPI / 2)
         except Exception as error:  # each toolkit fails in its own way when the display is not there
             raise CompareError("no window could be opened; name a file: -o plot.png (or .svg, .pdf)") from error
         if pyplot.get_backend().lower() not in backend_registry.list_builtin(BackendFilter.INTERACTIVE):
             raise CompareError("no toolkit for windows (PyQt, tkinter …) here; name a file: -o plot.png")
-        if one:
-            _draw(figure, *panels[0], settings, say)
-        else:
-            _say_unlabelled(multiples.draw(figure, panels, settings.title, settings.theme, settings.log_y), say)
+        picture.draw(figure, settings, say)
         pyplot.show()
 
 
 def _draw(figure: Figure, comparison: Comparison, drawing: Drawing, settings: Settings, say: Say) -> None:
     layout = draw_texts(figure, texts(comparison, drawing, settings.title), [drawing], settings.theme)
     ax = figure.add_axes(layout.axes_box)
-    draw_data(ax, comparison, drawing, settings.theme, settings.log_y)
+    draw_data(ax, comparison, drawing, settings.theme)
     make_room_for_ticks(figure, ax, layout.axes_box)
     unlabelled = draw_labels(ax, comparison, drawing, settings.theme, layout.legend_shown)
     _say_unlabelled(unlabelled, say)
@@ -146,10 +158,6 @@ def _style(theme: style.Theme) -> Iterator[None]:
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(style.rc(theme))
         yield
-
-
-def _metadata_of(comparison: Comparison, drawing: Drawing, settings: Settings, kind: str) -> dict[str, Any]:
-    return _metadata(title_of(comparison, settings.title), alternative_text(comparison, drawing), kind)
 
 
 def _metadata(title: str, description: str, kind: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from compare.plot.words import WEIGHT_ONLY_MARK, point_label
 from compare.text import shorten
 
 MAX_LABELS, IN_A_CROWD = 60, 24
-_MAX_LENGTH = 34
+_MAX_LENGTH, _MAX_FLOOR = 34, 90
 
 
 def draw_labels(
@@ -30,6 +30,7 @@ def draw_labels(
     obstacles = _obstacles(ax, drawing, 6.5 * scale)
     _limit_label(ax, drawing, theme, obstacles)
     _reference_labels(ax, drawing, theme, obstacles)
+    _floor_label(ax, drawing, theme, obstacles)
     chosen = {id(point) for point in _labelled(comparison, drawing, most)}
     texts, anchors, colours = [], [], []
     for series in drawing.series:
@@ -61,6 +62,10 @@ def _obstacles(ax: Any, drawing: Drawing, radius: float) -> Obstacles:
     for point in drawing.references:
         y = ax.transData.transform((0, point.y))[1]
         segments.append((extent.x0, y, extent.x1, y))
+    if drawing.floor is not None:
+        for edge in {drawing.floor.low, drawing.floor.high}:
+            y = ax.transData.transform((0, edge if edge > 0 or not drawing.log_y else ax.get_ylim()[0]))[1]
+            segments.append((extent.x0, y, extent.x1, y))
     if drawing.limit is not None:
         x = ax.transData.transform((drawing.limit, 0))[0]
         segments.append((x, extent.y0, x, extent.y1))
@@ -140,6 +145,30 @@ def _limit_label(ax: Any, drawing: Drawing, theme: style.Theme, obstacles: Obsta
         )
         for end in (1, 0)
         for align in ("right", "left")
+    ]
+    _keep_cheapest(ax, tried, obstacles)
+
+
+def _floor_label(ax: Any, drawing: Drawing, theme: style.Theme, obstacles: Obstacles) -> None:
+    """``noise floor: BF16 in vllm, rounding`` along the band's edge, inside or outside, where less is in the way."""
+    if drawing.floor is None or not ax.get_ylim()[0] < drawing.floor.high:
+        return
+    tried = [
+        ax.annotate(
+            shorten(f"noise floor: {drawing.floor.words}", _MAX_FLOOR),
+            (end, drawing.floor.high),
+            xycoords=ax.get_yaxis_transform(),
+            xytext=(-6 if end else 6, 4 if side == "bottom" else -4),
+            textcoords="offset points",
+            fontsize=style.LABEL,
+            color=theme.soft,
+            ha="right" if end else "left",
+            va=side,
+            zorder=6,
+            path_effects=[withStroke(linewidth=2.6, foreground=theme.ground)] if side == "bottom" else [],
+        )
+        for side in ("top", "bottom")
+        for end in (0, 1)
     ]
     _keep_cheapest(ax, tried, obstacles)
 

@@ -46,7 +46,7 @@ def new_figure(panels: Panels) -> Figure:
     return Figure(figsize=(columns * _PANEL_WIDTH, height), dpi=style.DPI)
 
 
-def draw(figure: Figure, panels: Panels, title: str | None, theme: style.Theme, log_y: bool) -> int:
+def draw(figure: Figure, panels: Panels, title: str | None, theme: style.Theme) -> int:
     """Draw everything; returns how many points stay without a label."""
     models = len({p.record.identity[1:] for _, drawing in panels for p in drawing.points + drawing.references})
     texts = Texts(title_of_all(panels, title), f"{models} models", _captions(panels))
@@ -54,7 +54,7 @@ def draw(figure: Figure, panels: Panels, title: str | None, theme: style.Theme, 
     unlabelled = 0
     for box, (comparison, drawing) in zip(_boxes(figure, layout.axes_box, len(panels)), panels, strict=True):
         ax = figure.add_axes(_inner(figure, box))
-        draw_data(ax, comparison, drawing, theme, log_y)
+        draw_data(ax, comparison, drawing, theme)
         _shorten(ax)
         make_room_for_ticks(figure, ax, _inner(figure, box))
         _heading(figure, box, comparison, theme)
@@ -72,7 +72,7 @@ def title_of_all(panels: Panels, title: str | None) -> str:
 
 def _captions(panels: Panels) -> list[str]:
     """What the marks mean, each statement once, and the best model of each metric within a budget."""
-    lines = dict.fromkeys(line for panel in panels for line in caption(*panel, verdict=False))
+    lines = dict.fromkeys(line for panel in panels for line in caption(*panel, alone=False))
     verdicts = [
         f"{comparison.metric.label}: {comparison.verdict.headline(comparison)}."
         for comparison, _ in panels

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 from compare.axis import MEMORY
 from compare.comparison import Comparison, Point
+from compare.divergence import KLD, from_reference
 from compare.families import DOMINATED, Family, family_style
+from compare.floor import Floor
 from compare.memory import why_unknown
 from compare.text import is_colour
 
@@ -40,6 +42,8 @@ class Drawing:
     frontiers: list[list[Point]] = field(default_factory=list)
     best: Point | None = None
     limit: float | None = None  # the budget, where it is a place on x
+    log_y: bool = False
+    floor: Floor | None = None  # a band, instead of the points that define it
 
     @property
     def points(self) -> list[Point]:
@@ -52,15 +56,23 @@ class Drawing:
         return self.colours.get(id(point)) or (series.style.dark if dark else series.style.light)
 
 
-def arrange(comparison: Comparison, log_y: bool) -> Drawing:
-    """Sort the points of a comparison into lines, references and what has no place in a plot."""
-    drawing = Drawing()
+def arrange(comparison: Comparison, log_y: bool | None) -> Drawing:
+    """Sort the points of a comparison into lines, references, noise floor and what has no place in a plot.
+
+    log_y: None leaves it to the metric: divergences span decades.
+    """
+    drawing = Drawing(log_y=_logarithmic(comparison) if log_y is None else log_y, floor=comparison.floor)
+    floor = {id(point) for point in drawing.floor.points} if drawing.floor is not None else set()
+    if floor and all(id(point) in floor for point in comparison.points if point.comparable):
+        floor, drawing.floor = set(), None  # full precision only: they are what is compared
     placed: list[Point] = []
     for point in comparison.points:
-        reason = _unplottable(point, comparison, log_y)
+        if id(point) in floor:
+            continue
+        reason = _unplottable(point, comparison, drawing.log_y)
         if reason:
             drawing.left_out.append(f"not drawn: {point.record.label}: {reason}")
-        elif point.record.is_reference and point.comparable:
+        elif _is_line(point, comparison):
             drawing.references.append(point)
             assumed = [note for note in point.record.quantization.notes if note.startswith("assumed")]
             drawing.left_out.extend(f"note: {point.record.label}: {note}" for note in assumed)
@@ -69,14 +81,7 @@ def arrange(comparison: Comparison, log_y: bool) -> Drawing:
     with_x = [point for point in drawing.references if point.x is not None]
     if not placed and with_x:  # full precision only: they are the comparison, not its yardstick
         placed, drawing.references = with_x, [point for point in drawing.references if point.x is None]
-    for point in placed + drawing.references:
-        if point.record.colour is not None:
-            if is_colour(point.record.colour):
-                drawing.colours[id(point)] = point.record.colour
-            else:
-                drawing.left_out.append(
-                    f"warning: {point.record.label}: unknown colour [{point.record.colour}], the family's is used"
-                )
+    _colour(drawing, placed + drawing.references)
     drawing.series = _series(placed)
     shown = {id(point) for point in placed}
     drawing.frontiers = [kept for points in comparison.frontiers if (kept := [p for p in points if id(p) in shown])]
@@ -88,12 +93,41 @@ def arrange(comparison: Comparison, log_y: bool) -> Drawing:
     return drawing
 
 
+def drawing_of(points: list[Point]) -> Drawing:
+    """`points` by family, in their colours, and nothing else."""
+    drawing = Drawing(series=_series(points))
+    _colour(drawing, points)
+    return drawing
+
+
+def _colour(drawing: Drawing, points: list[Point]) -> None:
+    """Colours that labels ask for; those that are none are said."""
+    for point in points:
+        if point.record.colour is not None:
+            if is_colour(point.record.colour):
+                drawing.colours[id(point)] = point.record.colour
+            else:
+                drawing.left_out.append(
+                    f"warning: {point.record.label}: unknown colour [{point.record.colour}], the family's is used"
+                )
+
+
+def _logarithmic(comparison: Comparison) -> bool:
+    """Whether a logarithmic axis is the better one, and there is something to see on it."""
+    return comparison.metric.metric.startswith(KLD) and any((point.y or 0) > 0 for point in comparison.points)
+
+
+def _is_line(point: Point, comparison: Comparison) -> bool:
+    """Full precision is a horizontal line; not where it is itself compared with a reference."""
+    return point.record.is_reference and point.comparable and not from_reference(comparison.metric.metric)
+
+
 def _unplottable(point: Point, comparison: Comparison, log_y: bool) -> str:
     if point.y is None:
         return f"{comparison.metric.name.lower()} is not a finite number in {point.record.file}"
     if log_y and point.y <= 0:
-        return f"{point.y:g} has no place on a logarithmic axis"
-    if point.x is not None or (point.record.is_reference and point.comparable):
+        return f"{point.y:g} has no place on a logarithmic axis; --no-log-y draws it"
+    if point.x is not None or _is_line(point, comparison):
         return ""
     if comparison.axis.key == MEMORY:
         return why_unknown(point.record.quantization)

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 from compare.choice import Verdict
 from compare.comparison import Comparison, Point
+from compare.divergence import from_reference
+from compare.floor import Floor, within
 from compare.plot.series import Drawing
 from compare.records import Protocol
-from compare.table.columns import metric_text
+from compare.table.column import metric_text
 from compare.text import and_more, clean
 
 WEIGHT_ONLY_MARK = " †"
@@ -37,7 +39,14 @@ def subtitle(comparison: Comparison) -> str:
         return "  ·  ".join(choice.label for choice in comparison.metric.averaged)
     protocol, metric = comparison.protocol, comparison.metric
     filtered = "" if metric.filter_name in ("", "none") else metric.filter_name
-    return "  ·  ".join(filter(None, (protocol.text or metric.task, filtered, *settings_of(protocol))))
+    against = f"reference: {reference_of(comparison)}" if from_reference(metric.metric) else ""
+    return "  ·  ".join(filter(None, (protocol.text or metric.task, filtered, *settings_of(protocol), against)))
+
+
+def reference_of(comparison: Comparison) -> str:
+    """The stored reference of the comparable points: ``BF16 in vllm 0.26.0 (bfloat16), 1a2b3c4d``."""
+    found = next((p.record.divergence for p in comparison.points if p.comparable and p.record.divergence), None)
+    return found.reference.describe() if found is not None else "not named"
 
 
 def settings_of(protocol: Protocol) -> list[str]:
@@ -54,8 +63,9 @@ def settings_of(protocol: Protocol) -> list[str]:
     return parts
 
 
-def caption(comparison: Comparison, drawing: Drawing, verdict: bool = True) -> list[str]:
-    """What the marks mean, only those that are there, one statement a line; with `verdict`, that on the budget too."""
+def caption(comparison: Comparison, drawing: Drawing, alone: bool = True) -> list[str]:
+    """What the marks mean, only those that are there, one statement a line. A picture that is not `alone` is a panel of
+    several: what is said of one metric names it, and the verdict on the budget is said elsewhere."""
     lines = []
     shown = drawing.points + drawing.references
     if any(point.stderr for point in shown):
@@ -64,15 +74,33 @@ def caption(comparison: Comparison, drawing: Drawing, verdict: bool = True) -> l
         more = f"; {paired}" if _all_paired(comparison) else independent
         lines.append(f"Error bars: ± 1 standard error{more}.")
     if any(not point.comparable for point in drawing.points):
-        lines.append("Hollow: scored on other tokens or samples or by another protocol, not comparable with the rest.")
+        other = "from another reference or " if from_reference(comparison.metric.metric) else ""
+        lines.append(
+            f"Hollow: {other}scored on other tokens or samples or by another protocol, not comparable with the rest."
+        )
+    if drawing.floor is not None:
+        lines += _floor(comparison, drawing.floor, "" if alone else f"{comparison.metric.label}: ")
     if comparison.options.pareto:
         lines.append(
             "Steps: the Pareto frontier. Grey: another model is no larger and no worse, and better in one of the two."
         )
-    if verdict and comparison.verdict is not None:
+    if alone and comparison.verdict is not None:
         lines += _verdict(comparison, comparison.verdict)
     if any(point.record.quantization.runs_other_than_named for point in drawing.points):
         lines.append("† checkpoint with quantized activations, run weight-only: not what the format gives.")
+    return lines
+
+
+def _floor(comparison: Comparison, floor: Floor, prefix: str) -> list[str]:
+    """What the band is, and who is in it; as a number too, for it may be too thin to be seen."""
+    lines = ["Shaded: the noise floor, by how much full precision differs from the reference"]
+    lines[0] += f"{'' if prefix else f', {floor.range}'}: {floor.words}."
+    inside = within(comparison)
+    if inside:
+        names = and_more([p.record.label for p in inside])
+        lines.append(
+            f"{prefix}{'within' if prefix else 'Within'} the noise floor, so perhaps no more than that: {names}."
+        )
     return lines
 
 
@@ -91,8 +119,11 @@ def _all_paired(comparison: Comparison) -> bool:
 
 
 def y_label(comparison: Comparison) -> str:
-    better = {True: " (higher is better)", False: " (lower is better)", None: ""}[comparison.metric.higher_is_better]
-    return comparison.metric.name + better
+    name = comparison.metric.name
+    better = {True: "higher is better", False: "lower is better", None: ""}[comparison.metric.higher_is_better]
+    if not better:
+        return name
+    return f"{name[:-1]}; {better})" if name.endswith(")") else f"{name} ({better})"
 
 
 def point_label(point: Point, family_known: bool) -> str:

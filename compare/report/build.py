@@ -11,7 +11,7 @@ from compare.plot.figure import Settings
 from compare.plot.multiples import title_of_all
 from compare.plot.series import Drawing, arrange
 from compare.plot.words import subtitle, title_of
-from compare.report import content
+from compare.report import content, divergence
 from compare.report.page import page
 from compare.report.pictures import palette, picture
 from compare.text import clean
@@ -34,14 +34,26 @@ def plot_page(panels: Sequence[tuple[Comparison, Drawing]], settings: Settings, 
 
 
 def build(
-    comparisons: Sequence[Sequence[Comparison]], title: str | None, log_y: bool, notices: list[str], note: Say
+    comparisons: Sequence[Sequence[Comparison]],
+    divergences: Sequence[Comparison],
+    title: str | None,
+    log_y: bool | None,
+    notices: list[str],
+    note: Say,
 ) -> bytes:
-    """The report; `comparisons` are, a metric each, the same results on each axis that is drawn.
+    """The report; `comparisons` are, a metric each, the same results on each axis that is drawn; `divergences` those of
+    each task that was measured against a reference.
 
     notices: what was said so far; `note` adds to it.
     """
     one = len(comparisons) == 1
     plots, colours = _plots(comparisons, log_y, note)
+    plotted = {by_axis[0].metric for by_axis in comparisons}
+    diverged = ""
+    for number, found in enumerate(divergences, 1):
+        body, more = divergence.section(found, found.metric in plotted, log_y, 1000 * number, note)
+        diverged += body
+        colours |= more
     firsts = [by_axis[0] for by_axis in comparisons]
     first = firsts[0]
     what = first.metric.name if one else f"{len(firsts)} metrics"
@@ -50,6 +62,7 @@ def build(
     parts = [
         ("plots", "Plots", plots + no_plots),
         ("table", "Table", _FILTER + "".join(content.tables(c) for c in firsts)),
+        ("divergence", "Divergence from the reference", diverged),
         ("settings", "Settings", "".join(_named(c, one) + content.settings(c) for c in firsts)),
         ("families", "About the formats", content.families(firsts)),
         ("reproduce", "Reproduce", _REPRODUCE + content.runs(firsts)),
@@ -63,7 +76,7 @@ def build(
     return page(heading, body + _FOOTER, colours)
 
 
-def _plots(comparisons: Sequence[Sequence[Comparison]], log_y: bool, note: Say) -> tuple[str, dict[str, str]]:
+def _plots(comparisons: Sequence[Sequence[Comparison]], log_y: bool | None, note: Say) -> tuple[str, dict[str, str]]:
     """The pictures, and their colours; what could not be drawn is noted."""
     plots: list[str] = []
     colours: dict[str, str] = {}
@@ -77,7 +90,7 @@ def _plots(comparisons: Sequence[Sequence[Comparison]], log_y: bool, note: Say) 
                 note(message if one else f"{comparison.metric.label}: {message}")
             if drawing.points:
                 title = None if one else f"{comparison.metric.label} by {comparison.axis.short}"
-                settings = Settings(title=title, log_y=log_y)
+                settings = Settings(title=title)
                 plots.append(picture(comparison, drawing, settings, len(plots) + 1, note))
                 colours |= palette(drawing)
     return "".join(plots), colours

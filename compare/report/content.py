@@ -90,7 +90,7 @@ def settings(comparison: Comparison) -> str:
         ("Task version, samples, shots", "" if protocol.name or averaged else ", ".join(protocol.harness)),
         ("Harness", f"lm-evaluation-harness {run.harness_version}" if run.harness_version else ""),
     ]
-    return _pairs([(name, text) for name, text in rows if text])
+    return pairs([(name, text) for name, text in rows if text])
 
 
 _NAMES = {
@@ -115,7 +115,7 @@ def families(comparisons: Sequence[Comparison]) -> str:
     """A note on each family that is there."""
     present = sorted({p.record.quantization.family for c in comparisons for p in c.points}, key=family_order)
     rows = [(name, FAMILY_NOTES[name]) for name in present if name in FAMILY_NOTES]
-    return _pairs(
+    return pairs(
         [*(r for r in rows if r[0] != FULL_PRECISION), *(r for r in rows if r[0] == FULL_PRECISION)], "families"
     )
 
@@ -179,7 +179,8 @@ def notices(lines: Sequence[str]) -> str:
     return f'<ul class="notices">{"".join(f"<li>{escape(show_controls(line))}</li>" for line in lines)}</ul>'
 
 
-def _pairs(rows: Sequence[tuple[str, str]], kind: str = "") -> str:
+def pairs(rows: Sequence[tuple[str, str]], kind: str = "") -> str:
+    """Names and what is said of each."""
     items = "".join(f"<dt>{escape(name)}</dt><dd>{escape(show_controls(text))}</dd>" for name, text in rows)
     return f'<dl class="pairs {kind}">{items}</dl>'
 

@@ -12,11 +12,12 @@ from compare.comparison import Comparison, Point
 from compare.families import DOMINATED, FAMILIES
 from compare.memory import GIB
 from compare.plot import style
-from compare.plot.figure import Say, Settings, Spot, render_svg
+from compare.plot.figure import Picture, Say, Settings, Spot, render, render_svg
 from compare.plot.labelling import readable
 from compare.plot.series import Drawing
 from compare.plot.words import alternative_text
-from compare.table.columns import metric_text, relative_text
+from compare.table.column import metric_text
+from compare.table.columns import relative_text
 
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "{http://www.w3.org/1999/xlink}href"
 _COLOUR = re.compile(r"#[0-9a-f]{6}(?![0-9a-zA-Z])")
@@ -25,11 +26,22 @@ _KEYBOARD = 200  # points; beyond, the Tab key does not stop at each
 
 
 def picture(comparison: Comparison, drawing: Drawing, settings: Settings, number: int, say: Say) -> str:
-    """``<figure>`` with picture `number` of a page and what its points say, for page.js.
-
-    The SVG's names get the picture's number, so that several share a page; comments and metadata are left out.
-    """
+    """``<figure>`` with picture `number` of a page and what its points say, for page.js."""
     svg, spots = render_svg(comparison, drawing, settings, say)
+    facts = [dict(_facts(comparison, spot.point)) for spot in spots]
+    return _embed(svg, drawing, settings, number, alternative_text(comparison, drawing, limit=20), spots, facts)
+
+
+def still(shown: Picture, drawing: Drawing, settings: Settings, number: int, say: Say) -> str:
+    """A picture whose parts say nothing on hover; `drawing` has its colours."""
+    return _embed(render(shown, settings, "svg", say), drawing, settings, number, shown.description, [], [])
+
+
+def _embed(
+    svg: bytes, drawing: Drawing, settings: Settings, number: int, spoken: str, spots: list[Spot],
+    facts: list[dict[str, str]],
+) -> str:  # fmt: skip
+    """The SVG's names get the picture's number, so that several share a page; comments and metadata are left out."""
     root = ElementTree.fromstring(svg)
     for metadata in root.findall(f"{{{_SVG}}}metadata"):
         root.remove(metadata)
@@ -39,10 +51,9 @@ def picture(comparison: Comparison, drawing: Drawing, settings: Settings, number
         _adapt(element, f"p{number}-", colours)
     for name in ("width", "height", "version"):
         root.attrib.pop(name, None)
-    root.attrib |= {"xmlns": _SVG, "role": "group", "aria-label": alternative_text(comparison, drawing, limit=20)}
+    root.attrib |= {"xmlns": _SVG, "role": "group" if spots else "img", "aria-label": spoken}
     _, _, width, height = (float(part) for part in root.attrib["viewBox"].split())
     root.append(_spots(spots, width, height))
-    facts = [dict(_facts(comparison, spot.point)) for spot in spots]
     data = for_script({"points": facts})
     return (
         f'<figure class="plot">{ElementTree.tostring(root, encoding="unicode")}'

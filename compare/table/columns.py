@@ -2,53 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from compare.axis import MEMORY
 from compare.comparison import Comparison, Point
+from compare.divergence import from_reference
 from compare.memory import GIB, fit, memory_bytes
 from compare.records import Quantization
+from compare.table import divergence_columns, versus_columns
+from compare.table.column import Column, figure_text, metric_text
 from compare.table.rows import relative
 from compare.text import and_more
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column for readers: its heading, its text for a point, and whether a table without any such text needs it.
-
-    number: the figure behind the text, where there is one; sorting goes by it.
-    """
-
-    heading: str
-    text: Callable[[Comparison, Point], str]
-    number: Callable[[Comparison, Point], float | None] | None = None
-    always: bool = False
-
-    @property
-    def right(self) -> bool:
-        """Whether the column is aligned to the right, as figures are."""
-        return self.number is not None
-
-
-def _figure(value: float | None, digits: str) -> str:
-    return "–" if value is None else format(value, digits)
-
-
-def metric_text(value: float | None, stderr: float | None = None) -> str:
-    """``25.0648 ± 0.87``: four decimals (four digits where they would vanish), the error to two digits."""
-    if value is None:
-        return "–"
-    text = f"{value:.4f}" if abs(value) >= 0.1 or value == 0 else f"{value:.4g}"
-    return text if stderr is None else f"{text} ± {_two_digits(stderr)}"
-
-
-def _two_digits(value: float) -> str:
-    if value < 1e-4:
-        return f"{value:.2g}"
-    return f"{value:.{max(0, 1 - math.floor(math.log10(value)))}f}"
 
 
 def relative_text(comparison: Comparison, point: Point) -> str:
@@ -67,7 +33,7 @@ def _kernel_text(_: Comparison, point: Point) -> str:
 def _bits(digits: str, value: Callable[[Quantization], float | None]) -> dict[str, Any]:
     """Text and number of a figure of the quantization block."""
     return {
-        "text": lambda c, p: _figure(value(p.record.quantization), digits),
+        "text": lambda c, p: figure_text(value(p.record.quantization), digits),
         "number": lambda c, p: value(p.record.quantization),
     }
 
@@ -95,7 +61,7 @@ _AXIS_HEADINGS = {"file_bpw": "File bpw", "size": "Size GB", MEMORY: "Memory GB"
 def _axis_text(comparison: Comparison, point: Point) -> str:
     """The axis asked for, where the other columns do not show it; with a budget, the memory it is compared with."""
     shown = comparison.verdict is not None or comparison.axis.key in _AXIS_HEADINGS
-    return _figure(_axis_number(comparison, point), ".3f") if shown else ""
+    return figure_text(_axis_number(comparison, point), ".3f") if shown else ""
 
 
 def _axis_number(comparison: Comparison, point: Point) -> float | None:
@@ -131,6 +97,7 @@ class Section:
     rows: list[list[str]]
     columns: list[Column]
     points: list[Point]
+    note: str = ""  # stands below the table
 
 
 def sections(comparison: Comparison) -> Iterator[Section]:
@@ -149,14 +116,18 @@ def sections(comparison: Comparison) -> Iterator[Section]:
             rows=[[cell for cell, keep in zip(line, used, strict=True) if keep] for line in texts],
             columns=columns,
             points=points,
+            note=comparison.versus.about if comparison.versus is not None else "",
         )
 
 
 def _candidates(comparison: Comparison) -> list[Column]:
-    """`COLUMNS`, and the tasks of a mean after the mean."""
+    """`COLUMNS`, and after the metric the tasks of a mean, the pairs, what stands beside a divergence."""
     at = next(i for i, column in enumerate(COLUMNS) if column.heading == "Metric") + 1
     tasks = [_task_column(comparison, i) for i in range(len(comparison.parts))]
-    return [*COLUMNS[:at], *tasks, *COLUMNS[at:]]
+    beside = [*versus_columns.columns(comparison), *divergence_columns.columns(comparison)]
+    found = [*COLUMNS[:at], *tasks, *beside, *COLUMNS[at:]]
+    left = versus_columns.replaced(comparison)
+    return [column for column in found if column.heading not in left]
 
 
 def _task_column(comparison: Comparison, index: int) -> Column:
@@ -180,5 +151,9 @@ def _caption(comparison: Comparison, point: Point) -> str:
         parts.append(f"{protocol.scored_tokens:,} tokens scored")
     if point.comparable and comparison.reference is not None:
         parts.append(f"ref. = {comparison.reference.record.label}")
+    if from_reference(metric.metric) and point.record.divergence is not None:
+        parts.append(f"reference: {point.record.divergence.reference.describe()}")
+    if point.comparable and comparison.floor is not None:
+        parts.append(f"noise floor: {comparison.floor}")
     caption = ", ".join(part for part in parts if part)
     return caption if point.comparable else f"Not comparable with the above: {caption}"

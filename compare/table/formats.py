@@ -31,8 +31,9 @@ def render_csv(comparisons: Sequence[Comparison], title: str | None = None) -> s
             record |= {label: figure["value"], f"{label} stderr": figure["stderr"]}
         if "averaged" in record:
             record["averaged"] = "; ".join(record["averaged"])
+    fields = list(dict.fromkeys(name for record in records for name in record))  # metrics differ in what stands beside
     stream = io.StringIO()
-    writer = csv.DictWriter(stream, fieldnames=list(records[0]), lineterminator="\n")
+    writer = csv.DictWriter(stream, fieldnames=fields, lineterminator="\n")
     writer.writeheader()
     for record in records:
         writer.writerow({k: csv_cell(v) if isinstance(v, str) else v for k, v in record.items()})
@@ -46,5 +47,7 @@ def render_markdown(comparisons: Sequence[Comparison], title: str | None = None)
         lines.append(f"| {' | '.join(map(markdown, section.headings))} |")
         lines.append(f"|{'|'.join('---:' if right else '---' for right in section.right)}|")
         lines += [f"| {' | '.join(map(markdown, cells))} |" for cells in section.rows]
+        if section.note:
+            lines += ["", markdown(section.note)]
         lines.append("")
     return "\n".join(lines)

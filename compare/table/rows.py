@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from compare.comparison import Comparison, Point
+from compare.divergence import KLD, OF_A_RUN, from_reference
 from compare.memory import fit, memory_bytes
 from compare.records import PERPLEXITY
+from compare.table import versus_columns
 from compare.values import number
 
 
@@ -37,6 +39,8 @@ def row(comparison: Comparison, point: Point) -> dict[str, Any]:
         "kv_cache_dtype": q.kv_cache_dtype or None,
         **_mean(comparison, point),
         **_chosen(comparison, point),
+        **_divergence(comparison, point),
+        **versus_columns.fields(comparison, point),
         "engine": q.engine or None,
         "engine_version": q.engine_version or None,
         "kernel": q.kernel,
@@ -81,6 +85,28 @@ def _mean(comparison: Comparison, point: Point) -> dict[str, Any]:
             part.choice.label: {"value": part.figure.value, "stderr": part.figure.stderr} for part in point.parts
         },
     }
+
+
+def _divergence(comparison: Comparison, point: Point) -> dict[str, Any]:
+    """What a figure comes of, where it comes of a reference; for the divergence all that a run says of it."""
+    metric, found = comparison.metric, point.record.divergence
+    if metric.averaged or not from_reference(metric.metric):
+        return {}
+    floor = comparison.floor if point.comparable else None
+    said: dict[str, Any] = {
+        "reference": found.reference.label or None if found is not None else None,
+        "reference_id": found.reference.id or None if found is not None else None,
+        "reference_engine": found.reference.engine or None if found is not None else None,
+        "role": found.role or None if found is not None else None,
+        "noise_floor_low": floor.low if floor is not None else None,
+        "noise_floor_high": floor.high if floor is not None else None,
+    }
+    if metric.metric == KLD:
+        suffix = f",{metric.filter_name}" if metric.filter_name else ""
+        for name in OF_A_RUN:
+            figure = point.record.metric(f"{name}{suffix}")
+            said |= {name: figure.value, f"{name}_stderr": figure.stderr}
+    return said
 
 
 def _chosen(comparison: Comparison, point: Point) -> dict[str, Any]:

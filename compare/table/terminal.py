@@ -6,7 +6,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from typing import IO
+from typing import IO, Any
 
 from compare.comparison import Comparison
 from compare.table.columns import Section, sections
@@ -32,6 +32,7 @@ def print_terminal(comparisons: Sequence[Comparison], title: str | None = None, 
         console.print(Text(section.caption, style="dim" if section.caption.startswith("Not") else ""))
         if len(section.rows) > _MANY_ROWS:
             stream.write(_plain(section))
+            _note(console, section)
             continue
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
         for heading, right in zip(section.headings, section.right, strict=True):
@@ -41,7 +42,15 @@ def print_terminal(comparisons: Sequence[Comparison], title: str | None = None, 
         for cells in section.rows:
             table.add_row(*(Text(shorten(cell, _MAX_LABEL)) for cell in cells))
         console.print(table)
+        _note(console, section)
         console.print()
+
+
+def _note(console: Any, section: Section) -> None:
+    from rich.text import Text
+
+    if section.note:
+        console.print(Text(section.note, style="dim"))
 
 
 def _plain(section: Section) -> str:

@@ -463,3 +463,78 @@ def test_assets_are_small_and_our_own():
         text = (folder / name).read_text()
         assert len(text) < 12_000
         assert "http" not in text
+
+
+def section_of(text: str, name: str) -> str:
+    return text.partition(f'<section id="{name}">')[2].partition("</section>")[0]
+
+
+def test_a_report_on_results_with_a_reference_shows_the_divergence(folder, report):
+    from divergence_files import LADDER, TASK, fill
+
+    fill(folder, samples=False)
+    text = report("--metric", "token_perplexity").decode()
+    section, page = section_of(text, "divergence"), Page(text)
+    assert section.count("<svg") == 3, "means, spread, histogram"
+    assert sum(tag == "svg" for tag, _ in page.tags) == 5
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    said = unescape(section)
+    for words in ("BF16 in vllm 0.26.0 (bfloat16)", "BF16 in vllm, rounding; BF16 GGUF in llama.cpp",
+                  "not to be told from", "Median", "Top-1 agreement", "PPL ratio", "Σ p ln(p / q)",
+                  "0.95 to 1"):  # fmt: skip
+        assert words in said
+    tables = section.split('<table class="sortable">')[1:]
+    assert len(tables) == 3, "figures; divergence and agreement by confidence"
+    content = json.loads(next(f for f in folder.path.rglob("*.json") if "Q4_K_M" in f.read_text()).read_text())
+    buckets = content["configs"][TASK]["metadata"]["divergence"]["by_confidence"]
+    for table, key in zip(tables[1:], ("kld", "top1_agreement"), strict=True):
+        rows = {row.partition("</i>")[2].partition("<")[0]: row for row in table.split("<tr>")[2:]}
+        assert set(rows) == {label for _, label, _, _ in LADDER} | {"BF16", "BF16 GGUF"}
+        values = [float(value) for value in re.findall(r'data-v="([^"]+)"', rows["GGUF Q4_K_M"])]
+        assert values == [bucket[key] for bucket in buckets]
+
+
+def test_a_report_of_the_divergence_does_not_show_it_twice(folder, report):
+    from divergence_files import fill
+
+    fill(folder, samples=False)
+    text = report("--metric", "kld", "--x", "bpw").decode()
+    assert section_of(text, "divergence").count("<svg") == 2
+    assert section_of(text, "plots").count("<svg") == 1
+
+
+def test_a_report_without_a_reference_has_no_such_section(folder, report):
+    fill_with_ladders(folder)
+    assert 'id="divergence"' not in report().decode()
+
+
+def test_hostile_buckets_and_references_stay_text(folder, report):
+    from divergence_files import TASK, divergent
+
+    for number, label in enumerate(HOSTILE):
+        content, _ = divergent(label, bpw=2.0 + number / 4, scheme=f"s{number}", engine=label, seed=number)
+        block = content["configs"][TASK]["metadata"]["divergence"]
+        block["reference"] |= {"label": label, "engine": label, "dtype": label}
+        block["rounding"] = {"kld": 1e-6, "engine": label}
+        folder.write(content)
+    text = report("--metric", "token_perplexity").decode()
+    page = Page(text)
+    assert section_of(text, "divergence").count("<svg") == 3
+    kinds = [a.get("type") for tag, a in page.tags if tag == "script"]
+    assert kinds.count(None) == 1
+    assert set(kinds) <= {None, "application/json"}
+    for tag, attributes in page.tags:
+        assert tag not in ("img", "iframe", "object", "embed", "base", "form", "foreignobject")
+        assert not [name for name in attributes if name.startswith("on")]
+
+
+def test_divergences_that_hold_nothing_sound_stop_no_report(folder, report):
+    from divergence_files import TASK, divergent
+
+    content, _ = divergent("q")
+    content["configs"][TASK]["metadata"]["divergence"] = {"quantiles": 3, "histogram": [], "by_confidence": {}}
+    content["results"][TASK]["kld,none"] = None
+    folder.write(content)
+    text = report("--metric", "token_perplexity").decode()
+    assert "not drawn: q" in unescape(section_of(text, "left-out"))

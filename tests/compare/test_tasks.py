@@ -247,7 +247,7 @@ def panels_of(folder, *metrics, **options):
     with _style(style.LIGHT):
         figure = multiples.new_figure(panels)
         FigureCanvasAgg(figure)
-        assert multiples.draw(figure, panels, None, style.LIGHT, False) == 0
+        assert multiples.draw(figure, panels, None, style.LIGHT) == 0
         figure.draw_without_rendering()
     return figure
 

@@ -154,9 +154,10 @@ def _config(random: Random) -> dict[str, bytes]:
 
 def _results() -> list[dict[str, Any]]:
     from conftest import result
+    from divergence_files import divergent
     from harness_files import suite
 
-    return [result(), suite(), result(quantized=False)]
+    return [result(), suite(), result(quantized=False), divergent()[0], divergent("BF16", "full precision")[0]]
 
 
 def _result(random: Random) -> dict[str, bytes]:
@@ -179,6 +180,7 @@ def _read_results(folder: Path) -> None:
             raise Unsound(f"expected one line, got {problem.reason[:300]!r}")
     for record in reading.records:
         command(record.run, record.task)
+    _draw_distributions(reading.records)
     task = reading.records[0].task
     metric = next(iter(reading.records[0].metrics))
     for options in (Options(metrics=(f"{task}/{metric}",), pareto=True, budget=8.0, context=100),
@@ -191,6 +193,68 @@ def _read_results(folder: Path) -> None:
             continue
         for render in (render_json, render_csv, render_markdown):
             render(found)
+
+
+def _draw_distributions(records: list[Any]) -> None:
+    """What is drawn of a divergence, as far as the points and their places."""
+    from compare.comparison import Options, build_comparison
+    from compare.errors import CompareError
+    from compare.plot import distributions, histogram, series, spread
+
+    try:
+        comparison = build_comparison(records, Options(metrics=("wiki2_strided/kld",)))
+    except CompareError as error:
+        check_message(str(error), "", 20_000)
+        return
+    series.arrange(comparison, None)
+    spread.lowest(distributions.boxes(comparison), True)
+    for point in distributions.histograms(comparison).points:
+        histogram.outside(point)
+        histogram._steps(point)
+
+
+def _samples(random: Random) -> dict[str, bytes]:
+    """Two runs with samples, those of the second damaged: as JSON a line at a time, or as bytes."""
+    files: dict[str, bytes] = {}
+    for number, (content, lines) in enumerate(_cached(_runs)):
+        files[f"results_{number}.json"] = json.dumps(content).encode()
+        raw = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+        if number:
+            raw = damage(raw, random) if random.random() < 0.4 else b"\n".join(_damaged(lines, random))
+        files[f"samples_wiki2_strided_{number}.jsonl"] = raw
+    return files
+
+
+def _damaged(lines: list[dict[str, Any]], random: Random) -> list[bytes]:
+    chosen = random.randrange(len(lines))
+    return [dump(damage_json(line, random), random) if i == chosen else json.dumps(line).encode()
+            for i, line in enumerate(lines)]  # fmt: skip
+
+
+def _runs() -> list[Any]:
+    from divergence_files import divergent
+
+    return [divergent("a", windows=20), divergent("b", windows=20, size=0.05, seed=2)]
+
+
+def _read_samples(folder: Path) -> None:
+    from compare.comparison import Options, build_comparisons
+    from compare.errors import CompareError
+    from compare.reading import read_results
+    from compare.table.formats import render_csv, render_json, render_markdown
+    from compare.versus import check_formed, measure
+
+    for comparison in build_comparisons(read_results([folder]).records, Options(metrics=("kld", "token_perplexity"))):
+        comparison.versus = measure(comparison, "a")
+        for pair in comparison.versus.pairs.values():
+            if pair.reason:
+                check_message(pair.reason, "")
+        try:
+            check_formed("a", [comparison.versus])
+        except CompareError as error:
+            check_message(str(error), "")
+        for render in (render_json, render_csv, render_markdown):
+            render([comparison])
 
 
 MODELS: list[dict[str, Any]] = [
@@ -277,6 +341,7 @@ READERS = {
         Reader("index", _index, _inspect("")),
         Reader("config", _config, _inspect("")),
         Reader("result", _result, _read_results),
+        Reader("samples", _samples, _read_samples),
         Reader("spec", _spec, _read_specs),
         Reader("labels", _labels, _read_labels),
     )

@@ -1,0 +1,115 @@
+"""The noise floor of a figure that comes of a reference: how far full precision is from itself.
+
+The same weights in another engine, or rounded as the reference's own engine rounds, are no better and no worse than the
+reference; still they differ from it. A model that differs by no more cannot be told from the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from compare.divergence import KLD, REFERENCE, from_reference
+from compare.families import FULL_PRECISION
+
+if TYPE_CHECKING:
+    from compare.comparison import Comparison, Point
+
+
+@dataclass(frozen=True)
+class Floor:
+    """From `low` to `high` lies noise. `sources` says whose; `points` are those that define it."""
+
+    low: float
+    high: float
+    sources: tuple[str, ...]
+    points: tuple[Point, ...] = ()
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value <= self.high
+
+    def __str__(self) -> str:
+        return f"{self.range} ({self.words})"
+
+    @property
+    def range(self) -> str:
+        """``0 to 0.000284``; ``1 ± 0.00013`` where noise goes both ways."""
+        middle = (self.low + self.high) / 2
+        if abs(middle - round(middle)) <= 1e-9 * (self.high - self.low):
+            return f"{middle:g} ± {self.high - middle:.3g}"
+        return f"{self.low:.4g} to {self.high:.3g}"
+
+    @property
+    def words(self) -> str:
+        """``BF16 in vllm, rounding; BF16 in llama.cpp``."""
+        return "; ".join(self.sources)
+
+
+def ideal(metric: str) -> float:
+    """The figure of a model that does not differ from the reference at all."""
+    return 1.0 if metric in ("top1_agreement", "ppl_ratio") else 0.0
+
+
+def floor_of(comparison: Comparison) -> Floor | None:
+    """The largest deviation from `ideal` among the full-precision results; None where nothing tells it.
+
+    Signed figures (mean_delta_p, ppl_ratio) get it on both sides. Where no result of the reference itself is there, its
+    rounding counts as the others' files repeat it.
+    """
+    metric = comparison.metric.metric
+    if not from_reference(metric) or comparison.metric.averaged:
+        return None
+    points = [point for point in comparison.points if _defines(point)]
+    found = [(abs(point.y - ideal(metric)), source(point)) for point in points if point.y is not None]
+    if not any(_is_reference(point) for point in points):
+        found += _stored_rounding(comparison)
+    if not found:
+        return None
+    deviation, best = max(value for value, _ in found), ideal(metric)
+    low = best - deviation if metric in ("top1_agreement", "mean_delta_p", "ppl_ratio") else best
+    high = best if metric == "top1_agreement" else best + deviation
+    return Floor(low, high, tuple(dict.fromkeys(source for _, source in found)), tuple(points))
+
+
+def within(comparison: Comparison) -> list[Point]:
+    """The models that differ from the reference by no more than full precision does."""
+    floor = comparison.floor
+    if floor is None:
+        return []
+    own = {id(point) for point in floor.points}
+    return [p for p in comparison.points if p.comparable and id(p) not in own and p.y is not None and p.y in floor]
+
+
+def _is_reference(point: Point) -> bool:
+    return point.record.divergence is not None and point.record.divergence.role == REFERENCE
+
+
+def _defines(point: Point) -> bool:
+    """A model of another size in full precision is no noise; one of unknown size is taken for the same."""
+    if not point.comparable or point.y is None or point.record.divergence is None or point.size not in (0, None):
+        return False
+    return _is_reference(point) or point.record.quantization.family == FULL_PRECISION
+
+
+def source(point: Point) -> str:
+    """``BF16 in vllm, rounding``: whose noise it is."""
+    label, engine = point.record.label, point.record.quantization.engine
+    named = label if not engine or engine.casefold() in label.casefold() else f"{label} in {engine}"
+    return f"{named}, rounding" if _is_reference(point) else named
+
+
+def sources(points: list[Point]) -> str:
+    return " and ".join(source(point) for point in points)
+
+
+def _stored_rounding(comparison: Comparison) -> Iterator[tuple[float, str]]:
+    for point in comparison.points:
+        found = point.record.divergence
+        if not point.comparable or found is None or found.rounding is None:
+            continue
+        figures = {KLD: found.rounding.kld, "kld_max": found.rounding.kld_max}
+        value = figures.get(comparison.metric.metric)
+        if value is not None:
+            engine = found.rounding.engine or found.reference.engine
+            yield abs(value), f"{found.reference.label or 'the reference'}{f' in {engine}' if engine else ''}, rounding"
