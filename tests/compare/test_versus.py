@@ -234,6 +234,23 @@ def test_the_date_of_a_file_named_otherwise(folder, compare):
     assert json_of(out)["b"]["difference"] is not None
 
 
+@pytest.mark.parametrize("path", ["out", "out/own.json"])
+def test_files_that_the_harness_itself_named(tmp_path, compare, path):
+    """Its own tracker writes results and samples, into a folder, and beside a file that was named."""
+    from lm_eval.loggers import EvaluationTracker
+
+    for number, label in enumerate(("base", "b")):
+        content, lines = divergent(label, size=0.01 * (number + 1), seed=number)
+        tracker = EvaluationTracker(output_path=str(tmp_path / str(number) / path))
+        tracker.general_config_tracker.model_name_sanitized = label
+        tracker.save_results_aggregated(results=content, samples={TASK: lines})
+        tracker.save_results_samples(TASK, [{**line, "arguments": [("x",)], "resps": [["y"]]} for line in lines])
+    files = sorted(tmp_path.rglob("*.json"))
+    assert len(files) == 2
+    out = compare("table", *files, "--metric", "kld", "--versus", "base", "--format", "json")
+    assert json_of(out)["b"]["difference"] is not None, out.err
+
+
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
