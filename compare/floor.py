@@ -60,7 +60,7 @@ def floor_of(comparison: Comparison) -> Floor | None:
     metric = comparison.metric.metric
     if not from_reference(metric) or comparison.metric.averaged:
         return None
-    points = [point for point in comparison.points if _defines(point)]
+    points = sorted(filter(_defines, comparison.points), key=lambda p: (not _is_reference(p), p.record.label))
     found = [(abs(point.y - ideal(metric)), source(point)) for point in points if point.y is not None]
     if not any(_is_reference(point) for point in points):
         found += _stored_rounding(comparison)

@@ -168,7 +168,9 @@ def _choices(pairs: list[tuple[str, str]]) -> str:
 
 
 def _direction(records: list[Record], task: str, key: str, notices: list[str]) -> bool | None:
-    """What the files say; where they contradict each other, nothing."""
+    """What the files say; where they contradict each other, nothing. A mean Δp is best at 0: neither way is better."""
+    if key.partition(",")[0] == "mean_delta_p":
+        return None
     said = {record.metric(key).higher_is_better for record in records if record.task == task} - {None}
     if len(said) == 2:
         notices.append(f"warning: {task}/{key}: some files say higher is better, others lower; taken as unknown")

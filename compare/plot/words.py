@@ -140,4 +140,5 @@ def alternative_text(comparison: Comparison, drawing: Drawing, limit: int = 200)
     """The picture in words, for screen readers and search: stored in the file."""
     points = [f"{p.record.label}: {p.x:.4g}, {metric_text(p.y)}" for p in drawing.points[:limit]]
     references = [f"{p.record.label} (reference line): {metric_text(p.y)}" for p in drawing.references[:limit]]
-    return f"{comparison.metric.name} against {comparison.axis.name}. {'; '.join(references + points)}."
+    floor = f" Noise floor: {drawing.floor}." if drawing.floor is not None else ""
+    return f"{comparison.metric.name} against {comparison.axis.name}. {'; '.join(references + points)}.{floor}"

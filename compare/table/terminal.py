@@ -14,6 +14,7 @@ from compare.text import shorten
 
 _MAX_LABEL = 72
 _MANY_ROWS = 500
+_FOLDED = {"Model": 14, "Verdict": 15}  # columns that need more room than other texts
 
 
 def print_terminal(comparisons: Sequence[Comparison], title: str | None = None, stream: IO[str] | None = None) -> None:
@@ -28,22 +29,36 @@ def print_terminal(comparisons: Sequence[Comparison], title: str | None = None, 
     console = Console(file=stream, highlight=False, markup=False, emoji=False, width=None if narrow else 240)
     if title:
         console.print(Text(title, style="bold"))
-    for comparison, section in ((c, section) for c in comparisons for section in sections(c)):
+    for section in (section for comparison in comparisons for section in sections(comparison)):
         console.print(Text(section.caption, style="dim" if section.caption.startswith("Not") else ""))
         if len(section.rows) > _MANY_ROWS:
             stream.write(_plain(section))
             _note(console, section)
             continue
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-        for heading, right in zip(section.headings, section.right, strict=True):
-            essential = heading in ("Model", comparison.metric.name)
+        needed = _least_widths(section)
+        for heading, right, width in zip(section.headings, section.right, needed, strict=True):
             table.add_column(Text(heading), justify="right" if right else "left", no_wrap=right, overflow="fold",
-                             min_width=14 if essential and not right else None)  # fmt: skip
+                             min_width=width)  # fmt: skip
         for cells in section.rows:
             table.add_row(*(Text(shorten(cell, _MAX_LABEL)) for cell in cells))
+        shown = console.width
+        console.width = max(shown, sum(needed) + 3 * len(needed) + 2)
         console.print(table)
+        console.width = shown
         _note(console, section)
         console.print()
+
+
+def _least_widths(section: Section) -> list[int]:
+    """Columns of a figure are never cut: a terminal that is too narrow for them wraps the line. Others fold."""
+    from rich.cells import cell_len
+
+    widths = []
+    for i, (heading, right) in enumerate(zip(section.headings, section.right, strict=True)):
+        widest = max(cell_len(text) for text in (heading, *(cells[i] for cells in section.rows)))
+        widths.append(widest if right else min(widest, _FOLDED.get(heading, 6)))
+    return widths
 
 
 def _note(console: Any, section: Section) -> None:

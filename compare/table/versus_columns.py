@@ -10,9 +10,10 @@ from compare.comparison import Comparison, Point
 from compare.table.column import Column
 from compare.text import shorten
 
+NOT_APART = "not told apart"
 # Columns that make room for these; the JSON and CSV tables keep every figure.
-_REPLACED = {"Scheme", "Head bpw", "VRAM GB", "vs. ref.", "Kernel", "Engine", "Median", "99 %", "Top-1 agreement",
-             "PPL ratio"}  # fmt: skip
+_REPLACED = {"Family", "Scheme", "Head bpw", "VRAM GB", "vs. ref.", "Kernel", "Engine", "Median", "99 %",
+             "Top-1 agreement", "PPL ratio"}  # fmt: skip
 
 
 def replaced(comparison: Comparison) -> set[str]:
@@ -29,21 +30,21 @@ def columns(comparison: Comparison) -> Iterator[Column]:
     yield Column(f"Δ to {shorten(comparison.versus.label, 24)}", _difference, _difference_number, always=True)
     yield Column("95 % interval", _interval, lambda c, p: _low(c, p), always=True)
     yield Column("p (Holm)", _p, _p_number, always=True)
-    yield Column("Verdict", verdict, always=True)
+    yield Column("Verdict", lambda c, p: "≈" if verdict(c, p) == NOT_APART else verdict(c, p), always=True)
 
 
 def verdict(comparison: Comparison, point: Point) -> str:
-    """``better``, ``worse``, ``≈ not told apart``, ``too few windows`` …"""
+    """``better``, ``worse``, ``not told apart``, ``too few windows`` …"""
     assert comparison.versus is not None
     pair, higher = comparison.versus.pair(point), comparison.metric.higher_is_better
     if pair.baseline:
-        return "compared with"
+        return "baseline"
     if pair.verdict is None:
         return "no pair"
     if pair.separated is None:
         return "too few windows" if point.record.protocol.name else "too few documents"
     if not pair.separated:
-        return "≈ not told apart"
+        return NOT_APART
     if higher is None:
         return "differs"
     return "better" if (pair.verdict.difference > 0) == higher else "worse"

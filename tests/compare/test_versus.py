@@ -162,10 +162,10 @@ def test_differences_in_pairs_on_windows(folder, compare):
         assert found["p"] == pytest.approx(expected.pvalue, rel=0.15)
         assert "5 blocks of 4 windows" in found["versus_method"]
     assert (records["far"]["verdict"], records["far"]["separated"]) == ("worse", True)
-    assert (records["near"]["verdict"], records["near"]["separated"]) == ("≈ not told apart", False)
+    assert (records["near"]["verdict"], records["near"]["separated"]) == ("not told apart", False)
     assert records["far"]["p_holm"] == pytest.approx(2 * records["far"]["p"])
     assert records["base"]["difference"] is None
-    assert records["base"]["verdict"] == "compared with"
+    assert records["base"]["verdict"] == "baseline"
 
 
 def test_direction_makes_better_or_worse(folder, compare):
@@ -192,6 +192,23 @@ def test_every_format(folder, compare, tmp_path):
     assert len(rows) == len(records) == 26
     assert [row["verdict"] for row in rows] == [record["verdict"] for record in records]
     assert rows[2]["difference"] == str(records[2]["difference"])
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 200])
+def test_a_narrow_terminal_loses_no_verdict(folder, compare, monkeypatch, width):
+    fill(folder)
+    monkeypatch.setenv("COLUMNS", str(width))
+    for versus in ([], ["--versus", "q4_k_m"]):
+        out = compare("table", folder.path, "--metric", "kld", *versus).out
+        (headings,) = [line for line in out.splitlines() if line.startswith("Model ")]
+        assert "KL divergence (nats)" in headings
+        assert ("Verdict" in headings) == bool(versus)
+        records = compare("table", folder.path, "--metric", "kld", *versus, "--format", "json").json
+        figures = [f"{record['value']:.4g}" for record in records if record["value"] < 0.1]
+        assert all(figure in out for figure in figures)
+        assert "within" in out
+        if versus:
+            assert out.count(" worse") == sum(record["verdict"] == "worse" for record in records)
 
 
 def test_too_few_windows(folder, compare):
@@ -232,6 +249,23 @@ def test_the_date_of_a_file_named_otherwise(folder, compare):
     files = sorted(folder.path.glob("own_*.json"))
     out = compare("table", *files, "--metric", "kld", "--versus", "base", "--format", "json")
     assert json_of(out)["b"]["difference"] is not None
+
+
+@pytest.mark.parametrize("path", ["out", "out/own.json"])
+def test_files_that_the_harness_itself_named(tmp_path, compare, path):
+    """Its own tracker writes results and samples, into a folder, and beside a file that was named."""
+    from lm_eval.loggers import EvaluationTracker
+
+    for number, label in enumerate(("base", "b")):
+        content, lines = divergent(label, size=0.01 * (number + 1), seed=number)
+        tracker = EvaluationTracker(output_path=str(tmp_path / str(number) / path))
+        tracker.general_config_tracker.model_name_sanitized = label
+        tracker.save_results_aggregated(results=content, samples={TASK: lines})
+        tracker.save_results_samples(TASK, [{**line, "arguments": [("x",)], "resps": [["y"]]} for line in lines])
+    files = sorted(tmp_path.rglob("*.json"))
+    assert len(files) == 2
+    out = compare("table", *files, "--metric", "kld", "--versus", "base", "--format", "json")
+    assert json_of(out)["b"]["difference"] is not None, out.err
 
 
 @pytest.mark.parametrize(
@@ -285,7 +319,7 @@ def test_other_tokens_and_other_references_make_no_pair(folder, compare):
     for extra in ([], ["--allow-mixed"]):
         out = compare("table", folder.path, "--metric", "kld", "--versus", "base", "--format", "json", *extra)
         assert {label: r["verdict"] for label, r in json_of(out).items()} == {
-            "base": "compared with", "same": "worse", "tokens": "no pair", "reference": "no pair",
+            "base": "baseline", "same": "worse", "tokens": "no pair", "reference": "no pair",
         }  # fmt: skip
         assert "tokens " in json_of(out)["tokens"]["versus_note"]
         assert "reference BF16 in vllm" in json_of(out)["reference"]["versus_note"]
@@ -335,7 +369,7 @@ def test_accuracies_by_mcnemar(folder, compare):
     assert records["other"]["versus_method"] == f"exact McNemar, {b} to {c}"
     assert records["other"]["difference"] == pytest.approx((b - c) / 300)
     assert records["other"]["verdict"] == "worse"
-    assert (records["same"]["verdict"], records["same"]["p"]) == ("≈ not told apart", 1.0)
+    assert (records["same"]["verdict"], records["same"]["p"]) == ("not told apart", 1.0)
 
 
 def test_other_figures_by_a_bootstrap_over_documents(folder, compare):
