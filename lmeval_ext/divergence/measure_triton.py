@@ -60,6 +60,7 @@ def token_divergence_triton(
     reference: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor, vocabulary: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The fields of `TokenDivergence`, for CUDA tensors."""
+    reference = reference.float()  # before its strides are taken: a copy has others
     reference = reference if reference.stride(1) == 1 else reference.contiguous()
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     count = logits.shape[0]
@@ -67,7 +68,7 @@ def token_divergence_triton(
     agree = reference.new_empty(count, dtype=torch.bool)
     with torch.cuda.device_of(logits):
         _row[(count,)](
-            reference.float(), reference.stride(0), logits, logits.stride(0), targets.contiguous(), kld, agree,
-            logprobs, confidence, vocabulary, BLOCK=_BLOCK, num_warps=8,
+            reference, reference.stride(0), logits, logits.stride(0), targets.contiguous(), kld, agree, logprobs,
+            confidence, vocabulary, BLOCK=_BLOCK, num_warps=8,
         )  # fmt: skip
     return kld, agree, logprobs, confidence

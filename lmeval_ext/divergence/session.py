@@ -122,10 +122,9 @@ def _save(model: WindowScoring, windows: dict[str, WindowRequest]) -> dict[str, 
             for start in range(0, len(todo), GROUP):
                 keys = todo[start : start + GROUP]
                 scores = dict(zip(keys, model.score_windows([windows[key] for key in keys]), strict=True))
-                if mode == "hidden":
-                    _check_head(scores, model)
-                    if not store.has_head():
-                        model.write_head(store)
+                _check_distributions(scores, model, mode)
+                if mode == "hidden" and not store.has_head():
+                    model.write_head(store)
                 for key, (states, own) in _stored(model, scores).items():
                     store.write(StoredWindow(key, states, own))
                     found[key] = scores[key]
@@ -191,15 +190,15 @@ def _stored(
     return result
 
 
-def _check_head(scores: dict[str, WindowScores], model: WindowScoring) -> None:
-    """Hidden states × output matrix must give the model's own logits, up to their rounding."""
+def _check_distributions(scores: dict[str, WindowScores], model: WindowScoring, mode: str) -> None:
+    """There must be some, and hidden states × output matrix must give the model's own logits, up to their rounding."""
     kld = np.concatenate([np.asarray((s.divergence or {})["kld"], np.float64) for s in scores.values()])
     if not np.isfinite(kld).all():
         raise UserError(
             f"{model.label}: {int((~np.isfinite(kld)).sum())} of {len(kld)} distributions are not finite; such a model "
             "is no reference (damaged weights, or a dtype that overflows)"
         )
-    if kld.mean() > _NOT_THE_HEAD:
+    if mode == "hidden" and kld.mean() > _NOT_THE_HEAD:
         raise UserError(
             f"{model.label}: hidden states times output matrix do not give this model's logits (mean divergence "
             f"{kld.mean():.3g}): its head does something that is not known here; use reference_mode=logits"

@@ -62,7 +62,7 @@ class Manifest:
         """Two references with the same id have the same distributions. The label is a mere name."""
         facts = asdict(self)
         facts["model"] = {k: v for k, v in self.model.items() if k != "label"}
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        return _json_sha256(facts)
 
     def describe(self) -> str:
         m = self.model
@@ -108,13 +108,15 @@ class ReferenceStore:
             there = _read_manifest(path)
             if there.id != manifest.id:
                 raise UserError(
-                    f"save_reference={folder}: holds the reference of another model or setting, {there.describe()} "
-                    f"({_difference(there, manifest)}); name another folder, or delete that one"
+                    f"save_reference={folder}: holds the reference of another model or setting, {there.describe()}, "
+                    f"not of {manifest.describe()} ({_difference(there, manifest)}); name another folder, or delete "
+                    "that one"
                 )
             return cls(folder, there)
         try:
             (folder / _WINDOWS).mkdir(parents=True, exist_ok=True)
-            write_atomically(path, json.dumps({**asdict(manifest), "id": manifest.id}, indent=2).encode())
+            said = {**asdict(manifest), "id": manifest.id}
+            write_atomically(path, json.dumps({**said, "sha256": _json_sha256(said)}, indent=2).encode())
         except OSError as error:
             raise _unwritable(folder, error) from error
         return cls(folder, manifest)
@@ -131,8 +133,8 @@ class ReferenceStore:
     def head(self) -> OutputHead:
         """Checked against the manifest's sum."""
         path = self.folder / _HEAD
-        tensors, _ = _read_tensors(path)
-        if "weight" not in tensors or tensors_sha256(tensors) != self.manifest.head_sha256:
+        tensors, about = _read_tensors(path)
+        if "weight" not in tensors or about["sha256"] != self.manifest.head_sha256:
             raise _damaged(path, "its contents are not what reference.json says")
         m = self.manifest
         return OutputHead(tensors["weight"], tensors.get("bias"), m.softcap, 1.0 if m.scale is None else m.scale)
@@ -155,8 +157,6 @@ class ReferenceStore:
     def read(self, key: str) -> StoredWindow:
         path = self.path(key)
         tensors, about = _read_tensors(path)
-        if about.get("sha256") != tensors_sha256(tensors):
-            raise _damaged(path, "its checksum is wrong")
         if about.get("key") != key or about.get("reference") != self.manifest.id:
             raise _damaged(path, "it belongs to another window or another reference")
         states = {name: t for name, t in tensors.items() if name not in SCORES}
@@ -211,6 +211,10 @@ class Windows(Mapping[str, StoredWindow]):
 _STATES = {"hidden": ("hidden",), "logits": ("codes", "range", "top_ids", "top_values")}
 
 
+def _json_sha256(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
 def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
     """Over names, dtypes, shapes and bytes."""
     digest = hashlib.sha256()
@@ -224,15 +228,16 @@ def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
 def write_atomically(path: Path, data: bytes) -> None:
     """The whole file, or what was there before: under another name first, then renamed."""
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
+        scratch = Path(file.name)
         try:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+            scratch.chmod(0o666 & ~_umask())
+            scratch.replace(path)
         except BaseException:
-            Path(file.name).unlink(missing_ok=True)
+            scratch.unlink(missing_ok=True)
             raise
-    Path(file.name).chmod(0o666 & ~_umask())
-    Path(file.name).replace(path)
 
 
 def _umask() -> int:
@@ -252,13 +257,24 @@ def _write_tensors(path: Path, tensors: dict[str, torch.Tensor], about: dict[str
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and metadata of a file, checked against the sum in it."""
     try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        while True:  # safetensors opens a file twice: another run may have replaced it in between
+            inode = path.stat().st_ino
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                about = file.metadata() or {}
+            if path.stat().st_ino == inode:
+                break
     except FileNotFoundError as error:
         raise _damaged(path, "it is missing") from error
     except (SafetensorError, OSError, ValueError) as error:
         raise _damaged(path, str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+    if (about.get("format"), about.get("version")) != (FORMAT, str(VERSION)):
+        raise _damaged(path, f"it is no part of a reference of version {VERSION}")
+    if about.get("sha256") != tensors_sha256(tensors):
+        raise _damaged(path, "its checksum is wrong")
+    return tensors, about
 
 
 def _read_manifest(path: Path) -> Manifest:
@@ -274,10 +290,13 @@ def _read_manifest(path: Path) -> Manifest:
                 f"{path}: version {version} of the reference format; this release reads version {VERSION}: save the "
                 "reference anew"
             )
+        checksum = said.pop("sha256")
+        whole = checksum == _json_sha256(said)  # the label too, which is no part of the id
         claimed = said.pop("id")
         manifest = Manifest(**said)
         sound = (
-            manifest.format == FORMAT
+            whole
+            and manifest.format == FORMAT
             and manifest.mode in _STATES
             and isinstance(manifest.model, dict)
             and isinstance(manifest.vocabulary, int)
@@ -288,7 +307,7 @@ def _read_manifest(path: Path) -> Manifest:
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
     if not sound:
-        raise _damaged(path, "its contents do not fit its id")
+        raise _damaged(path, "its contents do not fit its checksum")
     return manifest
 
 
