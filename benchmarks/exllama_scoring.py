@@ -2,6 +2,7 @@
 
     python benchmarks/exllama_scoring.py --model DIR --engine exllamav3 --output small.json
     python benchmarks/exllama_scoring.py --random DIR --shape 8b --windows 24 --output 8b.json
+    python benchmarks/exllama_scoring.py --random DIR --engine exllamav2 --shape small
 
 Three ways, in tokens a second (medians of repeated runs over the same random windows):
 
@@ -10,8 +11,9 @@ one window        one window a call, log-softmax in float32 of all logits, one s
                   and compare_q score
 this project      `score_windows` of the adapter, batch size "auto"
 
---random makes an EXL3 checkpoint of random weights in DIR, once, and takes it for --model: with the shape of Llama 3.1
-8B (6 GB, seconds) or of SmolLM2-135M, widened as EXL3 needs it.
+--random makes a checkpoint of random weights in DIR, once, and takes it for --model: EXL3, or EXL2 for ExLlamaV2, at 4
+bits per weight, with the shape of Llama 3.1 8B (6 GB, seconds) or of SmolLM2-135M, widened as EXL3 needs it. (An EXL2
+that its converter made has several widths in one matrix; here each has one.)
 """
 
 from __future__ import annotations
@@ -46,13 +48,15 @@ SMALL = LLAMA_8B | {
 }  # fmt: skip
 SHAPES = {"8b": LLAMA_8B, "small": SMALL}
 _MUL1 = 0x83DCD12D - (1 << 32)  # the codebook's multiplier, as int32 (exllamav3, exl3_lib/quantize.py)
+_STD = 0.02  # of the weights, near that of initialized ones
+_GROUP = 128  # rows of an EXL2 group
 
 
 # ---------------------------------------------------------------------- a checkpoint of random weights
 
 
 def exl3_linear(name: str, inputs: int, outputs: int, bits: int, device: str) -> dict[str, torch.Tensor]:
-    """Tensors of one EXL3 matrix. Its decoded elements have a standard deviation near 0.02, as initialized ones do."""
+    """Tensors of one EXL3 matrix."""
     tiles = (inputs // 16, outputs // 16, 16 * bits)
 
     def signs(n: int) -> torch.Tensor:
@@ -60,14 +64,35 @@ def exl3_linear(name: str, inputs: int, outputs: int, bits: int, device: str) ->
 
     return {
         f"{name}.suh": signs(inputs).cpu(),
-        f"{name}.svh": (signs(outputs) * 0.02).cpu(),
+        f"{name}.svh": (signs(outputs) * _STD).cpu(),
         f"{name}.trellis": torch.randint(-(2**15), 2**15, tiles, dtype=torch.int16, device=device).cpu(),
         f"{name}.mul1": torch.tensor(_MUL1, dtype=torch.int32),
     }
 
 
-def random_exl3(folder: Path, shape: dict[str, Any], bits: int = 4, head_bits: int = 6) -> None:
-    """An EXL3 checkpoint of a shape: random trellises, embeddings and signs, norms of one."""
+def exl2_linear(name: str, inputs: int, outputs: int, bits: int, device: str) -> dict[str, torch.Tensor]:
+    """Tensors of one EXL2 matrix (lmeval_ext/decoding/exl2.py says what they mean), one width for all its rows."""
+    groups, words = inputs // _GROUP, _GROUP * bits // 32
+
+    def integers(*size: int) -> torch.Tensor:
+        return torch.randint(-(2**31), 2**31, size, dtype=torch.int64, device=device).int().cpu()
+
+    starts = torch.arange(groups) * words
+    # Root mean squares: of the codes (2^bits / √12), and 0.48 of a scale, of which q_scale_max is the largest
+    largest = _STD / (2**bits / 12**0.5) / 0.48
+    return {
+        f"{name}.q_weight": integers(groups * words, outputs),
+        f"{name}.q_scale": integers(groups, outputs // 8),
+        f"{name}.q_scale_max": torch.full((groups,), largest, dtype=torch.float16),
+        f"{name}.q_groups": torch.stack([torch.full_like(starts, bits), starts], dim=1).flatten().short(),
+        f"{name}.q_invperm": torch.randperm(inputs).int(),
+    }
+
+
+def random_checkpoint(
+    folder: Path, shape: dict[str, Any], engine: str = "exllamav3", bits: int = 4, head_bits: int = 6
+) -> None:
+    """A checkpoint of a shape in the engine's own format: random matrices and embeddings, norms of one."""
     from safetensors.torch import save_file
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -76,7 +101,8 @@ def random_exl3(folder: Path, shape: dict[str, Any], bits: int = 4, head_bits: i
         return
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    c, device = shape, "cuda"
+    c, device = shape, "cuda" if torch.cuda.is_available() else "cpu"
+    linear = exl3_linear if engine == "exllamav3" else exl2_linear
     hidden, inner = int(c["hidden_size"]), int(c["intermediate_size"])
     kv = int(c["num_key_value_heads"]) * int(c["head_dim"])
     vocabulary, layers = int(c["vocab_size"]), int(c["num_hidden_layers"])
@@ -85,10 +111,17 @@ def random_exl3(folder: Path, shape: dict[str, Any], bits: int = 4, head_bits: i
         "self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (hidden, inner), "mlp.up_proj": (hidden, inner),
         "mlp.down_proj": (inner, hidden),
     }  # fmt: skip
-    ones = torch.ones(hidden, dtype=torch.bfloat16)
-    embeddings = (torch.randn(vocabulary, hidden, device=device) * 0.02).bfloat16().cpu()
+    dense = torch.bfloat16 if engine == "exllamav3" else torch.float16  # as the converters leave them
+    ones = torch.ones(hidden, dtype=dense)
+    index: dict[str, str] = {}
+
+    def save(file: str, tensors: dict[str, torch.Tensor]) -> None:
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        index.update(dict.fromkeys(tensors, file))
+
+    embeddings = (torch.randn(vocabulary, hidden, device=device) * _STD).to(dense).cpu()
     head = {"model.embed_tokens.weight": embeddings, "model.norm.weight": ones.clone()}
-    save_file(head | exl3_linear("lm_head", hidden, vocabulary, head_bits, device), folder / "model-head.safetensors")
+    save("model-head.safetensors", head | linear("lm_head", hidden, vocabulary, head_bits, device))
     for start in range(0, layers, 8):
         tensors: dict[str, torch.Tensor] = {}
         for layer in range(start, min(start + 8, layers)):
@@ -96,12 +129,17 @@ def random_exl3(folder: Path, shape: dict[str, Any], bits: int = 4, head_bits: i
             for name in ("input_layernorm", "post_attention_layernorm"):
                 tensors[f"{prefix}.{name}.weight"] = ones.clone()
             for name, (inputs, outputs) in shapes.items():
-                tensors |= exl3_linear(f"{prefix}.{name}", inputs, outputs, bits, device)
-        save_file(tensors, folder / f"model-layers-{start:02d}.safetensors")
+                tensors |= linear(f"{prefix}.{name}", inputs, outputs, bits, device)
+        save(f"model-layers-{start:02d}.safetensors", tensors)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     words = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
-    quantization = {"quant_method": "exl3", "version": "1.6.5", "bits": float(bits), "head_bits": head_bits}
-    quantization |= {"codebook": "mul1", "out_scales": "auto"}
+    quantization: dict[str, Any] = {"bits": float(bits), "head_bits": head_bits}
+    quantization |= (
+        {"quant_method": "exl3", "version": "1.6.5", "codebook": "mul1", "out_scales": "auto"}
+        if engine == "exllamav3"
+        else {"quant_method": "exl2", "version": "0.3.2"}
+    )
     # Last: a folder without config.json is made anew
     (folder / "config.json").write_text(json.dumps(c | {"quantization_config": quantization}, indent=2))
 
@@ -205,7 +243,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="checkpoint folder")
     parser.add_argument("--engine", default="exllamav3", choices=("exllamav3", "exllamav2"))
-    parser.add_argument("--random", metavar="DIR", help="make (once) and take a random EXL3 model")
+    parser.add_argument("--random", metavar="DIR", help="make (once) and take a random model")
     parser.add_argument("--shape", choices=SHAPES, default="8b", help="of the random model")
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--length", type=int, default=2048)
@@ -218,7 +256,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.random:
         start = time.perf_counter()
-        random_exl3(Path(options.random), SHAPES[options.shape])
+        random_checkpoint(Path(options.random), SHAPES[options.shape], options.engine)
         print(f"random checkpoint: {time.perf_counter() - start:.1f} s", flush=True)
     folder = options.model or options.random
     if not folder:

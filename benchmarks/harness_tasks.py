@@ -3,7 +3,7 @@
     python benchmarks/harness_tasks.py vllm_nvfp4 MODEL [--output FILE.json] [ENGINE_ARG=VALUE …]
     python benchmarks/harness_tasks.py llamacpp FILE.gguf --small
 
-One engine a process, loaded once; the ways take turns on it. Medians of repeated runs.
+One engine a process, loaded once; the ways take turns on it, each turn begun by another. Medians of repeated runs.
 
 ours      the adapter's own `_loglikelihood_tokens` and `generate_until`
 stock     the harness' class of the same engine (`vllm`, `hf`) on the same loaded model; llama.cpp and ExLlama have none
@@ -47,7 +47,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, help="texts to go on from, of 64 to 128 tokens")
     parser.add_argument("--new-tokens", type=int)
     parser.add_argument("--repeats", type=int)
-    parser.add_argument("--seconds", type=float, default=10, help="no further run of a task's ways after so long")
+    parser.add_argument("--seconds", type=float, default=40, help="no further run of a task's ways after so long")
     parser.add_argument("--batch-size", type=int, default=8, help="of hf_quant and hf")
     parser.add_argument("--only", choices=("choices", "generation"))
     parser.add_argument("--output", type=Path)
@@ -102,14 +102,15 @@ def measure(
     units: in one run, where a way does not say how many it made.
     """
     speeds: dict[str, list[float]] = {name: [] for name in ways}
-    begun = time.perf_counter()
+    begun, names = time.perf_counter(), list(ways)
     for turn in range(repeats + 1):
         if turn > 1 and time.perf_counter() - begun > limit:
             break
-        for name, way in ways.items():
+        first = turn % len(names)  # where speed drifts, no way is always the first to meet it
+        for name in names[first:] + names[:first]:
             prompts = sample()
             start = time.perf_counter()
-            made = way(prompts)
+            made = ways[name](prompts)
             if turn:
                 speeds[name].append((made if isinstance(made, int) else units) / (time.perf_counter() - start))
     return speeds
