@@ -41,7 +41,7 @@ class OutputHead:
         """
         hidden = hidden.to(self.weight.device)
         if hidden.is_cuda and hidden.dtype == self.weight.dtype and hidden.dtype in (torch.bfloat16, torch.float16):
-            logits = torch.mm(hidden, self.weight.t(), out_dtype=torch.float32)
+            logits = _product_of_16_bits(hidden, self.weight)
         else:
             logits = self._product(hidden.float())
         if self.bias is not None:
@@ -63,6 +63,15 @@ class OutputHead:
                 part = slice(start, start + _PART_ROWS)
                 torch.mm(hidden, self.weight[part].float().t(), out=logits[:, part])
             return logits
+
+
+def _product_of_16_bits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    try:
+        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except (TypeError, NotImplementedError, RuntimeError):  # PyTorch before 2.8, or another maker's GPU
+        return hidden.float() @ weight.float().t()
 
 
 # What Transformers' models do to their logits, as their configs name it: key: (softcap, scale) of its value
