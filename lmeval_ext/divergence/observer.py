@@ -106,6 +106,8 @@ class Saving:
         self, spans: Sequence[WindowSpan], hidden: torch.Tensor | None, logits: torch.Tensor, targets: torch.Tensor
     ) -> TokenDivergence:
         parts: list[dict[str, torch.Tensor]] = []
+        if self._head is not None and self._head.weight.device != logits.device:
+            self._head = self._head.to(logits.device)
 
         def reference(part: slice) -> torch.Tensor:
             if self._head is None:

