@@ -48,6 +48,15 @@ def quantized(models: Path, smollm2: Path) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
+def q4_gguf(models: Path, bf16_gguf: Path) -> Path:
+    """Q4_K_M of it by name; its width of 576 makes most tensors Q5_0."""
+    file = models / "SmolLM2-135M-Q4_K_M.gguf"
+    if not file.exists():
+        demo("quantize_gguf.py", bf16_gguf, file, "Q4_K_M")
+    return file
+
+
+@pytest.fixture(scope="session")
 def bf16_gguf(models: Path, smollm2: Path) -> Path:
     file = models / "SmolLM2-135M-BF16.gguf"
     if not file.exists():

@@ -97,6 +97,57 @@ def test_gguf_in_llamacpp(bf16_gguf: Path, smollm2: Path, wikitext: Path) -> Non
     assert (facts(result)["family"], facts(result)["layer_bpw"]) == ("GGUF", 16)
 
 
+# What llama-perplexity (of llama-cpp-python 0.3.36; -c 512 -b 512 -fa off --chunks 8, wiki.test.raw) prints with
+# --kl-divergence for the Q4_K_M file against a --kl-divergence-base of the BF16 file, by the CPU's instruction set:
+# integer products of quantized weights round otherwise. PPL(base) is what the first run prints as its final estimate.
+LLAMA_PERPLEXITY: dict[str, dict[str, float]] = {
+    "AVX512_BF16": {
+        "PPL(Q)": 25.677994, "PPL(base)": 24.4676, "Mean KLD": 0.053101, "Median KLD": 0.038234, "90%": 0.104282,
+        "95%": 0.144039, "99%": 0.312315, "99.9%": 0.661408, "Maximum": 1.343081, "Mean Δp": -0.00478,
+        "RMS Δp": 0.05388, "Same top p": 0.85392,
+    },
+    "AVX2": {
+        "PPL(Q)": 25.786725, "PPL(base)": 24.4745, "Mean KLD": 0.053662, "Median KLD": 0.037593, "90%": 0.107583,
+        "95%": 0.148487, "99%": 0.342817, "99.9%": 0.706167, "Maximum": 1.065520, "Mean Δp": -0.00466,
+        "RMS Δp": 0.05590, "Same top p": 0.85343,
+    },
+}  # fmt: skip
+
+
+def test_divergence_is_llama_perplexitys(bf16_gguf: Path, q4_gguf: Path, wikitext: Path, tmp_path: Path) -> None:
+    """Eight windows. Both code the reference's logits, in a byte here and in two there, which adds 3e-5 here, and
+    llama.cpp cuts them off 16 nats below the largest; it feeds a window's last token, which predicts nothing, and its
+    kernels round the last rows of 511 otherwise than those of 512."""
+    import llama_cpp
+
+    system = llama_cpp.llama_print_system_info().decode()
+    printed = LLAMA_PERPLEXITY["AVX512_BF16" if "AVX512_BF16 = 1" in system else "AVX2"]
+
+    def run_on(file: Path, **arguments: str) -> Any:
+        return score("llamacpp", file, wikitext, windows=8, task="wiki2_llamacpp", **arguments)
+
+    base = run_on(bf16_gguf, save_reference=str(tmp_path))
+    assert perplexity(base, "wiki2_llamacpp") == pytest.approx(printed["PPL(base)"], rel=2e-4)
+    result = run_on(q4_gguf, reference=str(tmp_path))
+    about = result["configs"]["wiki2_llamacpp"]["metadata"]["divergence"]
+    assert about["tokens"] == 8 * 255
+    found = {name.removesuffix(",none"): value for name, value in result["results"]["wiki2_llamacpp"].items()}
+    quantiles = about["quantiles"]
+    assert found["token_perplexity"] == pytest.approx(printed["PPL(Q)"], rel=1e-3)
+    assert found["kld"] == pytest.approx(printed["Mean KLD"], rel=5e-3)
+    assert found["kld_median"] == pytest.approx(printed["Median KLD"], rel=5e-3)
+    assert found["kld_p90"] == pytest.approx(printed["90%"], rel=5e-3)
+    assert quantiles["95"] == pytest.approx(printed["95%"], rel=5e-3)
+    assert found["kld_p99"] == pytest.approx(printed["99%"], rel=1e-2)
+    assert found["kld_p999"] == pytest.approx(printed["99.9%"], rel=1e-2)
+    assert found["kld_max"] == pytest.approx(printed["Maximum"], rel=1e-2)
+    assert found["mean_delta_p"] == pytest.approx(printed["Mean Δp"], abs=1e-4)
+    assert found["rms_delta_p"] == pytest.approx(printed["RMS Δp"], rel=5e-3)
+    assert found["top1_agreement"] == pytest.approx(printed["Same top p"], abs=2.5 / (8 * 255))
+    # Of perplexities: llama.cpp's own "PPL(Q)/PPL(base)" is of the reference that it cut off (1.0515 for 1.0496)
+    assert found["ppl_ratio"] == pytest.approx(printed["PPL(Q)"] / printed["PPL(base)"], rel=5e-4)
+
+
 def test_the_main_command(quantized: Quantized, wikitext: Path, tmp_path: Path) -> None:
     """`lm_eval --model vllm_nvfp4 … && compare plot results/ -o plot.png`, as a user types it."""
     results = tmp_path / "results"

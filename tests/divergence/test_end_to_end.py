@@ -1,0 +1,571 @@
+"""save_reference= and reference= through the harness, against Transformers and numpy; resuming, damage, refusals."""
+
+from __future__ import annotations
+
+import ast
+import json
+import logging
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lm_eval.api.registry import get_model
+from safetensors.torch import load_file, save_file
+
+from lmeval_ext.divergence import session
+from lmeval_ext.divergence.store import ReferenceStore, window_key
+from lmeval_ext.errors import UserError
+from lmeval_ext.models.base import WindowScoring
+from lmeval_ext.requests import WindowRequest, WindowScores
+from tests.conftest import VOCABULARY, evaluate, make_llama, make_tokenizer, run
+from tests.divergence.independent import divergences, figures, log_probabilities, windows_of
+from tests.divergence.stores import same
+from tests.engines.test_adapters import requests_of
+from tests.engines.tiny_engine import TinyExLlama
+
+pytestmark = pytest.mark.engine
+
+TASK = "sample_strided"
+SMALL = {"eval_len": 64, "stride": 64, "max_rows": 12}
+
+
+def scored(model: Any, folder: Path, task: str = TASK, settings: Any = SMALL, **arguments: Any) -> Any:
+    """A result of the harness; `model`: a name, or a model of these arguments."""
+    if isinstance(model, str):
+        return evaluate(model, task, metadata=settings, pretrained=str(folder), **arguments)
+    return evaluate(model, task, metadata={"pretrained": str(folder), **settings})
+
+
+def metrics_of(result: Any) -> dict[str, Any]:
+    """Without the filter's name."""
+    return {name.removesuffix(",none"): value for name, value in result["results"][TASK].items()}
+
+
+def description(result: Any) -> dict[str, Any]:
+    return dict(result["configs"][TASK]["metadata"]["divergence"])
+
+
+def said(result: Any, name: str) -> np.ndarray:
+    """Values of all tokens, from the samples."""
+    return np.concatenate([WindowScores(*s["resps"][0][0]).divergence[name] for s in _samples(result)])  # type: ignore[index]
+
+
+def _samples(result: Any) -> list[Any]:
+    return sorted(result["samples"][TASK], key=lambda s: s["doc"]["window"])
+
+
+def assert_figures(result: Any, expected: dict[str, float], rel: float = 1e-4, **others: float) -> None:
+    found = metrics_of(result)
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, rel=others.get(name, rel), abs=2e-6), name
+
+
+def perturbed(source: Path, target: Path, size: float = 0.05) -> Path:
+    """Another model of the same tokenizer: noise on every matrix."""
+    shutil.copytree(source, target)
+    tensors = load_file(target / "model.safetensors")
+    rng = torch.Generator().manual_seed(1)
+    for name, t in tensors.items():
+        if t.ndim == 2:
+            tensors[name] = t + size * t.std() * torch.randn(t.shape, generator=rng)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+@pytest.fixture(scope="module")
+def other_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return perturbed(tiny_llama, tmp_path_factory.mktemp("models") / "perturbed")
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of tiny_llama in float32."""
+    folder = tmp_path_factory.mktemp("stores") / "float32"
+    scored("hf_quant", tiny_llama, dtype="float32", label="full", save_reference=str(folder))
+    return folder
+
+
+def keys(folder: Path) -> list[str]:
+    return [window_key(w.ids, len(w.context_ids)) for w in windows_of(folder, **SMALL)]
+
+
+@pytest.fixture
+def copied(reference: Path, tmp_path: Path) -> Path:
+    """One to damage."""
+    return Path(shutil.copytree(reference, tmp_path / "store"))
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_llama: Path, other_llama: Path) -> dict[str, np.ndarray]:
+    """other_llama from tiny_llama, both in float32, token by token."""
+    windows = windows_of(tiny_llama, **SMALL)
+    return divergences(*(log_probabilities(f, windows) for f in (tiny_llama, other_llama)), windows)
+
+
+# ---------------------------------------------------------------------- hf_quant
+
+
+def test_bfloat16_from_float32(tiny_llama: Path, reference: Path) -> None:
+    windows = windows_of(tiny_llama, **SMALL)
+    p, q = (log_probabilities(tiny_llama, windows, dtype) for dtype in ("float32", "bfloat16"))
+    by_token = divergences(p, q, windows)
+    result = scored("hf_quant", tiny_llama, dtype="bfloat16", reference=str(reference))
+    assert len(by_token["kld"]) == 12 * 63
+    assert 1e-5 < by_token["kld"].mean() < 1e-2
+    assert_figures(result, figures(by_token), rel=1e-3)
+    np.testing.assert_allclose(said(result, "kld"), by_token["kld"], rtol=1e-3, atol=1e-6)
+    assert (said(result, "agree") == by_token["agree"]).all()
+    np.testing.assert_allclose(said(result, "reference_logprobs"), by_token["reference_logprobs"], rtol=1e-5)
+    np.testing.assert_allclose(said(result, "confidence"), by_token["confidence"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"reference_chunk": 1}, {"reference_chunk": 10, "batch_size": 5}])
+def test_another_model_from_float32(
+    other_llama: Path, reference: Path, expected: dict[str, np.ndarray], arguments: dict[str, Any]
+) -> None:
+    result = scored("hf_quant", other_llama, dtype="float32", reference=str(reference), **arguments)
+    assert_figures(result, figures(expected))
+    found = metrics_of(result)
+    for name in ("kld", "kld_median", "kld_p90", "kld_p99", "top1_agreement", "rms_delta_p", "ppl_ratio"):
+        assert 0 < found[f"{name}_stderr"] < 1, name
+    assert found["kld_p999_stderr"] == found["kld_max_stderr"] == "N/A"
+    about = description(result)
+    assert about["role"] == "comparison"
+    assert about["tokens"] == 12 * 63
+    assert about["vocabulary"] == VOCABULARY
+    assert about["reference"]["label"] == "full"
+    assert (about["reference"]["engine"], about["reference"]["dtype"]) == ("transformers", "float32")
+    assert abs(about["rounding"]["kld"]) < 1e-6  # a float32 engine's own
+
+
+def test_the_run_that_saves_says_its_own_rounding(tiny_llama: Path, tmp_path: Path) -> None:
+    """bfloat16 logits against bfloat16 hidden states × matrix in float32, by hand; later runs repeat it."""
+    from transformers import AutoModelForCausalLM
+
+    windows = windows_of(tiny_llama, **SMALL)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16).eval()
+    exact, rounded = [], []
+    for w in windows:
+        with torch.no_grad():
+            out = model(torch.tensor([w.ids[:-1]]), output_hidden_states=True, use_cache=False)
+        wide = out.hidden_states[-1][0].double() @ model.lm_head.weight.detach().double().T
+        exact.append(torch.log_softmax(wide, 1).numpy())
+        rounded.append(torch.log_softmax(out.logits[0].double(), 1).numpy())
+    by_token = divergences(exact, rounded, windows)
+    saved = scored("hf_quant", tiny_llama, dtype="bfloat16", save_reference=str(tmp_path / "store"))
+    assert by_token["kld"].mean() > 1e-6
+    assert_figures(saved, figures(by_token), rel=1e-2)
+    assert description(saved)["role"] == "reference"
+    again = scored("hf_quant", tiny_llama, dtype="bfloat16", reference=str(tmp_path / "store"))
+    assert said(again, "kld").tolist() == said(saved, "kld").tolist()
+    for result in (saved, again):
+        rounding = description(result)["rounding"]
+        assert rounding["kld"] == pytest.approx(by_token["kld"].mean(), rel=1e-2)
+        assert rounding["kld_max"] == pytest.approx(by_token["kld"].max(), rel=1e-2)
+        assert (rounding["engine"], rounding["dtype"]) == ("transformers", "bfloat16")
+
+
+def test_windows_of_a_batch_are_saved_apart(tiny_llama: Path, reference: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    scored("hf_quant", tiny_llama, dtype="float32", batch_size=5, save_reference=str(store))
+    for key in keys(tiny_llama):
+        a, b = (ReferenceStore.open(folder).read(key).states["hidden"] for folder in (store, reference))
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_coded_logits(tmp_path: Path) -> None:
+    """Mode "logits" where most tokens do not stand exactly. The coding shifts the figure by less than its docstring's
+    4e-5 or a hundredth."""
+    full = make_llama(tmp_path / "full", vocabulary=1500)
+    other, windows = perturbed(full, tmp_path / "other"), windows_of(full, **SMALL)
+    store = tmp_path / "store"
+    saved = scored("hf_quant", full, dtype="float32", save_reference=str(store), reference_mode="logits")
+    assert 0 < metrics_of(saved)["kld"] < 3e-4
+    assert not (store / "head.safetensors").exists()
+    result = scored("hf_quant", other, dtype="float32", reference=str(store))
+    by_token = divergences(*(log_probabilities(f, windows) for f in (full, other)), windows)
+    found = metrics_of(result)
+    assert found["kld"] == pytest.approx(by_token["kld"].mean(), rel=0.01)
+    assert found["top1_agreement"] == by_token["agree"].mean()
+    assert description(result)["reference"]["mode"] == "logits"
+
+
+@pytest.mark.parametrize("more", [0, 64, -20])
+def test_vocabularies_that_differ_by_padding(tiny_llama: Path, reference: Path, tmp_path: Path, more: int) -> None:
+    """Both are renormalized over the tokens in common."""
+    other = make_llama(tmp_path / "other", vocabulary=VOCABULARY + more)
+    make_tokenizer_of(tiny_llama, other)
+    windows, common = windows_of(tiny_llama, **SMALL), VOCABULARY + min(more, 0)
+    if max(max(w.ids) for w in windows) >= common:
+        with pytest.raises(UserError, match="vocabulary of 364"):
+            scored("hf_quant", other, dtype="float32", reference=str(reference))
+        return
+    result = scored("hf_quant", other, dtype="float32", reference=str(reference))
+    p, q = (log_probabilities(f, windows, vocabulary=common) for f in (tiny_llama, other))
+    by_token = divergences(p, q, windows)
+    assert description(result)["vocabulary"] == common
+    np.testing.assert_allclose(said(result, "kld"), by_token["kld"], rtol=1e-4, atol=2e-6)
+
+
+def make_tokenizer_of(source: Path, target: Path) -> None:
+    for file in source.glob("tokenizer*"):
+        shutil.copy(file, target)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scores_are_the_same_with_and_without(tiny_llama: Path, reference: Path, tmp_path: Path, dtype: str) -> None:
+    """To the last bit, samples included."""
+    plain = scored("hf_quant", tiny_llama, dtype=dtype)
+    for arguments in ({"reference": str(reference)}, {"save_reference": str(tmp_path / "store")}):
+        result = scored("hf_quant", tiny_llama, dtype=dtype, **arguments)
+        for name, value in metrics_of(plain).items():
+            assert metrics_of(result)[name] == value, name
+        for a, b in zip(_samples(result), _samples(plain), strict=True):
+            assert a["resps"][0][0][:4] == b["resps"][0][0][:4]
+        ours, theirs = (r["configs"][TASK]["metadata"] for r in (result, plain))
+        assert {k: v for k, v in theirs.items() if k != "standard_error"}.items() <= ours.items()
+    assert "divergence" not in plain["configs"][TASK]["metadata"]
+    assert not any(name.startswith(("kld", "ppl_ratio")) for name in metrics_of(plain))
+
+
+def test_overlapping_windows_and_more_than_one_task(tiny_llama: Path, other_llama: Path, tmp_path: Path) -> None:
+    """One store serves both; windows of the one are no windows of the other."""
+    store, both = tmp_path / "store", ({"eval_len": 64, "stride": 16, "max_rows": 7}, SMALL)
+    for settings in both:
+        scored("hf_quant", tiny_llama, settings=settings, dtype="float32", save_reference=str(store))
+    assert len(ReferenceStore.open(store)) == 7 + 12 - len(
+        {window_key(w.ids, 1) for w in windows_of(tiny_llama, **both[0])}
+        & {window_key(w.ids, 1) for w in windows_of(tiny_llama, **both[1])}
+    )
+    for settings in both:
+        result = scored("hf_quant", other_llama, settings=settings, dtype="float32", reference=str(store))
+        windows = windows_of(tiny_llama, **settings)
+        by_token = divergences(*(log_probabilities(f, windows) for f in (tiny_llama, other_llama)), windows)
+        assert_figures(result, figures(by_token))
+
+
+# ---------------------------------------------------------------------- other engines
+
+
+@pytest.mark.parametrize("memory", [None, 200])
+def test_exllama_saves_and_compares(
+    memory: int | None,
+    tiny_llama: Path,
+    other_llama: Path,
+    tmp_path: Path,
+    expected: dict[str, np.ndarray],
+    caplog: Any,
+) -> None:
+    """The adapters' shared class, halving its batches while it saves and while it measures: 12 windows of 64 tokens do
+    not fit into 200, 3 do."""
+    store = str(tmp_path / "store")
+    saved = scored(TinyExLlama(str(tiny_llama), memory=memory, save_reference=store), tiny_llama)
+    np.testing.assert_allclose(said(saved, "kld"), 0, atol=1e-6)
+    model = TinyExLlama(str(other_llama), memory=memory, reference=store)
+    assert_figures(scored(model, other_llama), figures(expected))
+    assert ("out of GPU memory with 12 × 64 tokens" in caplog.text) == (memory is not None)
+    assert_figures(scored("hf_quant", other_llama, dtype="float32", reference=store), figures(expected))
+
+
+def test_exllama_runs_out_of_memory_half_way_through_the_logits(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """States of the part that was observed before are kept twice; the store holds them once, in their places."""
+    model = TinyExLlama(str(tiny_llama), save_reference=str(tmp_path / "store"))
+    model.batching.logit_bytes = 2 * model.engine.columns * 100  # 100 positions at a time
+    logits, calls = model.engine.logits, list[int]()
+
+    def short(hidden: torch.Tensor) -> torch.Tensor:
+        calls.append(len(hidden))
+        if len(calls) == 4:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. (a test)")
+        return logits(hidden)
+
+    monkeypatch.setattr(model.engine, "logits", short)
+    scored(model, tiny_llama)
+    plain = TinyExLlama(str(tiny_llama), save_reference=str(tmp_path / "plain"))
+    scored(plain, tiny_llama)
+    a, b = (ReferenceStore.open(tmp_path / name) for name in ("store", "plain"))
+    assert len(a) == len(b) == 12
+    for key in keys(tiny_llama):
+        np.testing.assert_allclose(a.read(key).states["hidden"], b.read(key).states["hidden"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def ggufs(tiny_llama: Path, other_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    from tests.engines.conftest import demo
+
+    folder = tmp_path_factory.mktemp("gguf")
+    files = [folder / "tiny-F32.gguf", folder / "other-F32.gguf"]
+    for source, file in zip((tiny_llama, other_llama), files, strict=True):
+        demo("to_gguf.py", source, file, "--type", "F32")
+    return files
+
+
+IN_FLOAT32 = {"type_k": "f32", "type_v": "f32"}
+
+
+def test_llamacpp_saves_and_compares(
+    ggufs: list[Path], other_llama: Path, reference: Path, tmp_path: Path, expected: dict[str, np.ndarray]
+) -> None:
+    """Against its own logits and against hidden states of another engine; batches smaller than a window."""
+    store = str(tmp_path / "store")
+    saved = scored("llamacpp", ggufs[0], save_reference=store, **IN_FLOAT32)
+    np.testing.assert_allclose(said(saved, "kld"), 0, atol=1e-6)  # 384 logits are stored exactly
+    assert description(saved)["reference"]["mode"] == "logits"
+    for folder in (store, str(reference)):
+        result = scored("llamacpp", ggufs[1], reference=folder, n_batch=40, n_ubatch=40, **IN_FLOAT32)
+        assert_figures(result, figures(expected), rel=2e-3)
+    result = scored("hf_quant", other_llama, dtype="float32", reference=store)
+    assert_figures(result, figures(expected), rel=2e-3)
+
+
+def test_llamacpp_shows_no_hidden_states(ggufs: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="reference_mode=hidden: this engine shows no hidden states"):
+        scored("llamacpp", ggufs[0], save_reference=str(tmp_path / "store"), reference_mode="hidden")
+    assert not (tmp_path / "store").exists()
+
+
+# ---------------------------------------------------------------------- resuming and damage
+
+
+class Counting:
+    """Counts the windows that an adapter scores; raises after `limit` of them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, limit: int | None = None) -> None:
+        from lmeval_ext.models.hf_quant import HFQuantized
+
+        self.windows, self.limit = list[str](), limit
+        original = HFQuantized.score_windows
+
+        def counted(model: Any, windows: Sequence[WindowRequest]) -> list[WindowScores]:
+            if self.limit is not None and len(self.windows) >= self.limit:
+                raise KeyboardInterrupt
+            self.windows += [w.arguments[0] for w in windows]
+            return original(model, windows)
+
+        monkeypatch.setattr(HFQuantized, "score_windows", counted)
+
+
+def test_an_interrupted_run_goes_on(
+    tiny_llama: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setattr(session, "GROUP", 3)
+    counting, store = Counting(monkeypatch, limit=6), tmp_path / "store"
+    arguments: dict[str, Any] = {"dtype": "float32", "label": "full", "save_reference": str(store)}
+    with pytest.raises(KeyboardInterrupt):
+        scored("hf_quant", tiny_llama, **arguments)
+    assert len(ReferenceStore.open(store)) == 6
+    counting.limit = None
+    result = scored("hf_quant", tiny_llama, **arguments)
+    assert len(counting.windows) == len(set(counting.windows)) == 12
+    assert "6 of 12 windows are there already" in caplog.text
+    assert sorted(p.name for p in store.rglob("*")) == sorted(p.name for p in reference.rglob("*"))
+    for key in keys(tiny_llama):
+        assert same(ReferenceStore.open(store).read(key), ReferenceStore.open(reference).read(key))
+    once = scored("hf_quant", tiny_llama, **arguments)  # all there: nothing is scored
+    assert len(counting.windows) == 12
+    fresh = scored("hf_quant", tiny_llama, **(arguments | {"save_reference": str(tmp_path / "fresh")}))
+    for other in (once, fresh):
+        assert metrics_of(other) == metrics_of(result)
+        assert [s["resps"] for s in _samples(other)] == [s["resps"] for s in _samples(result)]
+
+
+def test_a_damaged_window_is_written_again_and_refused(
+    tiny_llama: Path, reference: Path, copied: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    counting = Counting(monkeypatch)
+    key = keys(tiny_llama)[3]
+    path = ReferenceStore.open(copied).path(key)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(UserError, match=path.name):
+        scored("hf_quant", tiny_llama, dtype="float32", reference=str(copied))
+    assert counting.windows == []  # before anything was run
+    scored("hf_quant", tiny_llama, dtype="float32", save_reference=str(copied))
+    assert len(counting.windows) == 1
+    assert f"written again: {path}" in caplog.text
+    assert same(ReferenceStore.open(copied).read(key), ReferenceStore.open(reference).read(key))
+    scored("hf_quant", tiny_llama, dtype="float32", reference=str(copied))
+
+
+@pytest.mark.parametrize("name", ["head.safetensors", "reference.json"])
+def test_a_damaged_head_or_manifest_is_refused_by_both(tiny_llama: Path, copied: Path, name: str) -> None:
+    path = copied / name
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20] + bytes([whole[-20] ^ 1]) + whole[-19:])
+    for argument in ("reference", "save_reference"):
+        with pytest.raises(UserError, match=name):
+            scored("hf_quant", tiny_llama, dtype="float32", **{argument: str(copied)})
+
+
+def test_a_missing_head_is_refused(tiny_llama: Path, copied: Path) -> None:
+    (copied / "head.safetensors").unlink()
+    with pytest.raises(UserError, match=r"head\.safetensors: .*it is missing"):
+        scored("hf_quant", tiny_llama, dtype="float32", reference=str(copied))
+
+
+# ---------------------------------------------------------------------- refusals
+
+
+def test_another_model_in_the_same_folder(other_llama: Path, tiny_llama: Path, copied: Path) -> None:
+    for folder, dtype in ((other_llama, "float32"), (tiny_llama, "bfloat16")):
+        with pytest.raises(UserError, match=r"holds the reference of another model or setting, full .*, not of mine"):
+            scored("hf_quant", folder, dtype=dtype, label="mine", save_reference=str(copied))
+
+
+def test_other_windows(tiny_llama: Path, reference: Path) -> None:
+    settings = {**SMALL, "eval_len": 96, "max_rows": 10}
+    with pytest.raises(UserError, match=r"holds 12 windows, but not 10 of the 10 of this task \(first: tokens 0 to 96"):
+        scored("hf_quant", tiny_llama, settings=settings, dtype="float32", reference=str(reference))
+    with pytest.raises(UserError, match="but not 2 of the 14"):
+        scored("hf_quant", tiny_llama, settings={**SMALL, "max_rows": 14}, dtype="float32", reference=str(reference))
+    few = scored("hf_quant", tiny_llama, settings={**SMALL, "max_rows": 5}, dtype="float32", reference=str(reference))
+    assert metrics_of(few)["kld"] == pytest.approx(0, abs=1e-6)  # fewer are no others
+
+
+def test_another_tokenizer(tiny_llama: Path, reference: Path, tmp_path: Path) -> None:
+    other = make_llama(tmp_path / "other")
+    make_tokenizer(other, vocabulary=VOCABULARY - 80)
+    with pytest.raises(UserError, match=r"the reference full \(transformers .*, float32\) has another tokenizer"):
+        scored("hf_quant", other, dtype="float32", reference=str(reference))
+
+
+def test_a_vocabulary_beyond_padding(tiny_llama: Path, reference: Path, tmp_path: Path) -> None:
+    other = make_llama(tmp_path / "other", vocabulary=VOCABULARY + 1024)
+    make_tokenizer_of(tiny_llama, other)
+    with pytest.raises(UserError, match="vocabulary of 384 tokens, this model 1408; they differ by more than padding"):
+        scored("hf_quant", other, dtype="float32", reference=str(reference))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"reference": "a", "save_reference": "b"}, "are two runs"),
+        ({"reference": "/nowhere/store"}, r"reference=/nowhere/store: no reference\.json there"),
+        ({"reference": " "}, "expected a folder"),
+        ({"save_reference": 5}, "save_reference=5: expected a folder"),
+        (
+            {"save_reference": "a", "reference_mode": "states"},
+            "reference_mode='states': expected one of hidden, logits",
+        ),
+        ({"reference": "a", "reference_mode": "logits"}, "a stored reference knows its own"),
+        ({"reference_chunk": 16}, "reference_chunk= is for"),
+        ({"reference": "a", "reference_chunk": 0}, "reference_chunk=0: expected a number of tokens, 1 or more"),
+        ({"reference": "a", "reference_chunk": "many"}, "reference_chunk='many'"),
+        ({"reference": "a", "reference_chunk": True}, "reference_chunk=True"),
+    ],
+)
+@pytest.mark.parametrize("name", ["hf_quant", "tiny"])
+def test_arguments_that_do_not_fit(name: str, arguments: dict[str, Any], words: str, tiny_llama: Path) -> None:
+    def tried() -> None:
+        model = TinyExLlama(str(tiny_llama), **arguments) if name == "tiny" else name
+        scored(model, tiny_llama, **({} if name == "tiny" else arguments))
+
+    with pytest.raises(UserError, match=words) as caught:
+        tried()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("mode", ["hidden", "logits"])
+def test_a_model_of_nan_is_no_reference(tiny_llama: Path, tmp_path: Path, mode: str) -> None:
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "nan"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"][3] = math.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="756 of 756 distributions are not finite"):
+        scored("hf_quant", folder, dtype="float32", save_reference=str(tmp_path / "store"), reference_mode=mode)
+    assert len(ReferenceStore.open(tmp_path / "store")) == 0
+
+
+def test_a_model_of_nan_has_no_figures(tiny_llama: Path, reference: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "nan"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"][3] = math.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    result = scored("hf_quant", folder, dtype="float32", reference=str(reference))
+    for name in ("kld", "kld_median", "kld_max", "top1_agreement", "mean_delta_p", "ppl_ratio", "token_perplexity"):
+        assert metrics_of(result)[name] is None
+    assert description(result)["quantiles"] is None
+
+
+def test_a_head_that_does_something_unknown(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lmeval_ext.models import hf_quant
+
+    monkeypatch.setattr(hf_quant, "logit_settings", lambda config: (None, 0.5))
+    with pytest.raises(UserError, match="its head does something that is not known here; use reference_mode=logits"):
+        scored("hf_quant", tiny_llama, dtype="float32", save_reference=str(tmp_path / "store"))
+    assert len(ReferenceStore.open(tmp_path / "store")) == 0
+
+
+# ---------------------------------------------------------------------- beside window tasks
+
+
+def test_other_requests_are_as_without(tiny_llama: Path, reference: Path, tmp_path: Path) -> None:
+    plain = get_model("hf_quant")(pretrained=str(tiny_llama), dtype="float32")
+    pairs = requests_of("loglikelihood", ("Iceland is", " an island"), ("", "The capital"), ("Iceland is", " a"))
+    texts = requests_of("loglikelihood_rolling", ("Iceland is an island country. " * 9,))
+    prompts = requests_of("generate_until", ("Iceland", {"until": ["\n"], "max_gen_toks": 8}))
+    for arguments in ({"reference": str(reference)}, {"save_reference": str(tmp_path / "store")}):
+        model = get_model("hf_quant")(pretrained=str(tiny_llama), dtype="float32", **arguments)
+        assert model.loglikelihood(pairs) == plain.loglikelihood(pairs)
+        assert model.loglikelihood_rolling(texts) == plain.loglikelihood_rolling(texts)
+        assert model.generate_until(prompts) == plain.generate_until(prompts)
+    assert not (tmp_path / "store").exists()
+
+
+def test_nothing_looks_on_after_a_failure(tiny_llama: Path, reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = get_model("hf_quant")(pretrained=str(tiny_llama), dtype="float32", reference=str(reference))
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "score_windows", lambda windows: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            scored(model, tiny_llama)
+    assert model.observer is None
+    assert isinstance(model, WindowScoring)
+    assert metrics_of(scored(model, tiny_llama))["kld"] == pytest.approx(0, abs=1e-6)
+
+
+def test_the_size_is_said(tiny_llama: Path, tmp_path: Path, caplog: Any) -> None:
+    """12 windows of 63 tokens; their logits in float32 are 12 · 63 · 384 · 4 bytes."""
+    with caplog.at_level(logging.WARNING):
+        scored("hf_quant", tiny_llama, dtype="float32", save_reference=str(tmp_path / "store"))
+    size = sum(p.stat().st_size for p in (tmp_path / "store").rglob("*.safetensors"))
+    logits = 12 * 63 * 384 * 4
+    assert f"12 windows, 756 scored tokens, {size / 1e6:.1f} MB in all" in caplog.text
+    assert f"are {logits / 1e6:.1f} MB, {logits / size:.1f} times as much" in caplog.text
+
+
+def test_the_command(tiny_llama: Path, other_llama: Path, expected: dict[str, np.ndarray], tmp_path: Path) -> None:
+    """`lm_eval` as a user types it; the samples are JSON, and hold a divergence a token."""
+    store, common = tmp_path / "store", ("--tasks", TASK, "--metadata", json.dumps(SMALL), "--log_samples")
+    for folder, argument, name in ((tiny_llama, "save_reference", "full"), (other_llama, "reference", "other")):
+        done = run(
+            *("lm_eval", "run", "--model", "hf_quant", *common, "--output_path", tmp_path / name),
+            *("--model_args", f"pretrained={folder},dtype=float32,label={name},{argument}={store}"),
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert "kld_p99" in done.stdout
+    (file,) = (tmp_path / "other").rglob("results_*.json")
+    content = json.loads(file.read_text(), parse_constant=lambda constant: pytest.fail(f"{constant} is no JSON"))
+    for name, value in figures(expected).items():
+        assert content["results"][TASK][f"{name},none"] == pytest.approx(value, rel=1e-4, abs=2e-6), name
+    assert content["configs"][TASK]["metadata"]["divergence"]["reference"]["label"] == "full"
+    (file,) = (tmp_path / "other").rglob("samples_*.jsonl")
+    samples = [json.loads(line, parse_constant=pytest.fail) for line in file.read_text().splitlines()]
+    assert len(samples) == 12
+    samples.sort(key=lambda s: s["doc"]["window"])
+    # The harness writes what a model answers as words: lists of them, and a dictionary as Python shows it
+    kld = np.concatenate([ast.literal_eval(s["resps"][0][0][4])["kld"] for s in samples])
+    np.testing.assert_allclose(kld, expected["kld"], rtol=1e-4, atol=2e-6)
+    assert samples[0]["kld_median"] == "63 tokens"
+    missing = run(
+        *("lm_eval", "run", "--model", "hf_quant", *common, "--output_path", tmp_path / "none"),
+        *("--model_args", f"pretrained={tiny_llama},dtype=float32,reference={tmp_path / 'nowhere'}"),
+    )
+    assert missing.returncode == 1
+    assert missing.stderr.strip().splitlines()[-1].startswith("lmeval-ext: error: reference=")

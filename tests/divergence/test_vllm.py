@@ -1,0 +1,152 @@
+"""vLLM on the CPU saves references and measures against them, however it cuts and mixes prompts."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lm_eval.api.registry import get_model
+
+from lmeval_ext.divergence.arguments import ReferenceArguments
+from lmeval_ext.divergence.store import ReferenceStore, window_key
+from lmeval_ext.errors import UserError
+from lmeval_ext.requests import WindowScores
+from tests.conftest import make_llama
+from tests.divergence.independent import divergences, figures, log_probabilities, windows_of
+from tests.divergence.test_end_to_end import TASK, assert_figures, description, perturbed, scored
+
+pytestmark = pytest.mark.engine
+
+LONG = {"eval_len": 150, "stride": 150, "max_rows": 6}  # steps take 64 tokens: prompts are cut, and mixed on a GPU
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # vLLM's attention on a CPU takes heads of 32 and more
+    return make_llama(tmp_path_factory.mktemp("models") / "llama-128", hidden_size=128)
+
+
+@pytest.fixture(scope="module")
+def other(folder: Path) -> Path:
+    return perturbed(folder, folder.parent / "perturbed")
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Iterator[Any]:
+    """float32, so that agreement is close."""
+    yield get_model("vllm_nvfp4")(
+        pretrained=str(folder),
+        dtype="float32",
+        label="vllm",
+        max_model_len=200,
+        max_num_batched_tokens=64,
+        max_num_seqs=4,
+        block_size=32,
+        kv_cache_memory_bytes=1 << 26,
+    )
+    gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def arguments(model: Any) -> Iterator[None]:
+    yield
+    model.reference_arguments = ReferenceArguments()
+
+
+@pytest.fixture(scope="module")
+def reference(other: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The perturbed model is the reference: vLLM's model is what is measured."""
+    store = tmp_path_factory.mktemp("stores") / "perturbed"
+    scored("hf_quant", other, settings=LONG, dtype="float32", save_reference=str(store))
+    return store
+
+
+@pytest.fixture(scope="module")
+def by_token(folder: Path, other: Path) -> dict[str, np.ndarray]:
+    windows = windows_of(folder, **LONG)
+    return divergences(*(log_probabilities(f, windows) for f in (other, folder)), windows)
+
+
+def mixed(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
+    """All windows at once, as a GPU gets them: steps of 64 tokens hold the end of one and the start of another."""
+    monkeypatch.setattr(model, "_on_cpu", False)
+    monkeypatch.setattr(type(model), "describe", _described)
+
+
+def _described(model: Any) -> Any:
+    """Without the memory figures, which a CPU has none of."""
+    from lmeval_ext.models.base import from_storage
+
+    return from_storage(model.checkpoint(), label="vllm", engine="vllm", engine_version="0", dtype="float32")
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_measures_itself(
+    at_once: bool,
+    model: Any,
+    folder: Path,
+    reference: Path,
+    by_token: dict[str, np.ndarray],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if at_once:
+        mixed(monkeypatch, model)
+    plain = scored(model, folder, settings=LONG)
+    model.reference_arguments = ReferenceArguments(reference=str(reference), reference_chunk=10)
+    result = scored(model, folder, settings=LONG)
+    assert by_token["kld"].mean() > 1e-2
+    assert_figures(result, figures(by_token))
+    samples = zip(result["samples"][TASK], plain["samples"][TASK], strict=True)
+    assert all(a["resps"][0][0][:4] == b["resps"][0][0][:4] for a, b in samples)  # scores are what they are without
+    assert description(result)["role"] == "comparison"
+
+
+@pytest.mark.parametrize("mode", ["hidden", "logits"])
+@pytest.mark.parametrize("at_once", [False, True])
+def test_saves(
+    at_once: bool, mode: str, model: Any, folder: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it wrote gives Transformers' distributions; and another engine's figures against it are right."""
+    if at_once:
+        mixed(monkeypatch, model)
+    model.reference_arguments = ReferenceArguments(save_reference=str(tmp_path), reference_mode=mode)
+    saved = scored(model, folder, settings=LONG)
+    assert description(saved)["role"] == "reference"
+    windows, store = windows_of(folder, **LONG), ReferenceStore.open(tmp_path)
+    exact = log_probabilities(folder, windows)
+    assert len(store) == len(windows) == 6
+    if mode == "hidden":
+        assert store.head().weight.shape == (384, 128)  # without vLLM's padding
+        for window, expected in zip(windows, exact, strict=True):
+            hidden = store.read(window_key(window.ids, len(window.context_ids))).states["hidden"]
+            ours = torch.log_softmax(store.head().logits(hidden), 1)
+            np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=5e-5)
+    found = divergences(exact, log_probabilities(other, windows), windows)
+    result = scored("hf_quant", other, settings=LONG, dtype="float32", reference=str(tmp_path))
+    assert_figures(result, figures(found))
+    assert description(result)["reference"]["engine"] == "vllm"
+    for sample in saved["samples"][TASK]:
+        np.testing.assert_allclose(WindowScores(*sample["resps"][0][0]).divergence["kld"], 0, atol=2e-6)  # type: ignore[index]
+
+
+def test_nothing_looks_on_afterwards(model: Any, folder: Path, reference: Path) -> None:
+    model.reference_arguments = ReferenceArguments(reference=str(reference))
+    scored(model, folder, settings=LONG)
+    (worker,) = model.model.collective_rpc(lambda worker: worker.lmeval_ext_scorer.observer is None)
+    assert worker
+    assert not model._observing
+
+
+def test_engines_that_cannot_be_reached_are_refused(model: Any, folder: Path, reference: Path) -> None:
+    engine, model._engine, model._why_not_engine = model._engine, None, "a reason"
+    model.reference_arguments = ReferenceArguments(reference=str(reference))
+    try:
+        with pytest.raises(UserError, match=r"which this run does not reach \(a reason\); drop reference="):
+            scored(model, folder, settings=LONG)
+    finally:
+        model._engine, model._why_not_engine = engine, None
