@@ -183,15 +183,18 @@ def _figure(value: object) -> float | None:
 def figure_of(key: str, rolling: bool) -> Callable[[Array, Array], Array]:
     """What sums and counts make, element by element, as the harness and our tasks define the figure.
 
-    exp(Σ NLL / Σ tokens) for our perplexity and Σ NLL / ln 2 / Σ bytes; of the harness' rolling log-likelihoods
-    exp(−Σ ln p / Σ words) and −Σ ln p / ln 2 / Σ bytes, and exp(−mean ln p) where each document has one
-    (lm_eval/api/metrics.py: weighted_perplexity, bits_per_byte, perplexity); else the mean, Σ total / Σ count.
+    exp(Σ NLL / Σ tokens) for our perplexity and its ratio, √(Σ Δp² / Σ tokens), Σ NLL / ln 2 / Σ bytes; of the
+    harness' rolling log-likelihoods exp(−Σ ln p / Σ words) and −Σ ln p / ln 2 / Σ bytes, and exp(−mean ln p) where each
+    document has one (lm_eval/api/metrics.py: weighted_perplexity, bits_per_byte, perplexity); else the mean,
+    Σ total / Σ count.
     """
     import numpy as np
 
     metric = key.partition(",")[0]
-    if metric == "token_perplexity":
+    if metric in ("token_perplexity", "ppl_ratio"):
         return lambda total, count: np.exp(total / count)
+    if metric == "rms_delta_p":
+        return lambda total, count: np.sqrt(total / count)
     if metric == "bits_per_byte":
         sign = -1.0 if rolling else 1.0
         return lambda total, count: sign * total / count / math.log(2)

@@ -6,6 +6,7 @@ belong to; they need not know which of the two is looking.
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
@@ -18,6 +19,7 @@ from lmeval_ext.divergence.store import StoredWindow
 
 # Float32 logits of the reference that stand in memory at once, unless reference_chunk says otherwise
 _CHUNK_BYTES = 64 << 20
+_PINNED = 32  # windows on their way to a GPU: more than one batch has
 
 
 class WindowSpan(NamedTuple):
@@ -64,7 +66,7 @@ class Comparing:
     ) -> None:
         self._windows, self._head, self.vocabulary = windows, head, vocabulary
         self._chunk = chunk_tokens(vocabulary, chunk)
-        self._pinned: dict[str, dict[str, torch.Tensor]] = {}
+        self._pinned: collections.OrderedDict[str, dict[str, torch.Tensor]] = collections.OrderedDict()
 
     def observe(
         self, spans: Sequence[WindowSpan], hidden: torch.Tensor | None, logits: torch.Tensor, targets: torch.Tensor
@@ -86,6 +88,8 @@ class Comparing:
         if device.type == "cuda":  # pinned, so that copying does not wait for the work that is queued there
             if span.window not in self._pinned:
                 self._pinned[span.window] = {name: t.pin_memory() for name, t in states.items()}
+                if len(self._pinned) > _PINNED:
+                    self._pinned.popitem(last=False)
             states = self._pinned[span.window]
         rows = slice(span.start, span.start + span.tokens)
         return {name: t[rows].to(device, non_blocking=True) for name, t in states.items()}

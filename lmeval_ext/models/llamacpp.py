@@ -134,8 +134,12 @@ class LlamaCpp(WindowScoring, TemplateLM):
 
         reuse: keep the cached part that the last call's tokens share with these. look: is shown the logits.
         """
-        fed = (context + targets)[:-1]  # the last token predicts nothing
-        first = len(context) - 1  # the first position whose logits are wanted
+        # The last token predicts nothing. Of a window it is fed all the same, as llama-perplexity does: kernels round
+        # the last rows of a batch by how many there are, and K-quants' last scores would be others than its own
+        fed = context + targets
+        if reuse or len(fed) > self.max_length:
+            del fed[-1]
+        first, last = len(context) - 1, len(context) + len(targets) - 2  # positions whose logits are wanted
         start = self._rewind(fed, first) if reuse else self._rewind([], 0)
         memory_of = llama_cpp.llama_get_memory(self.llama.ctx)
         logprobs = np.empty(len(targets), dtype=np.float32)
@@ -148,7 +152,7 @@ class LlamaCpp(WindowScoring, TemplateLM):
                 for i, token in enumerate(part):
                     batch.token[i], batch.pos[i] = token, begin + i
                     batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
-                    batch.logits[i] = begin + i >= first
+                    batch.logits[i] = first <= begin + i <= last
                 code = llama_cpp.llama_decode(self.llama.ctx, batch)
                 if code != 0:
                     llama_cpp.llama_memory_clear(memory_of, True)
@@ -157,7 +161,7 @@ class LlamaCpp(WindowScoring, TemplateLM):
                         f"llama_decode returned {code} at token {begin} of {len(fed)}: out of memory or cache; lower "
                         "n_batch or eval_len, or raise n_ctx"
                     )
-                wanted = range(max(begin, first), begin + len(part))
+                wanted = range(max(begin, first), min(begin + len(part), last + 1))
                 if len(wanted):
                     where = slice(wanted[0] - first, wanted[-1] + 1 - first)
                     logprobs[where], greedy[where] = self._read_logits(len(wanted), targets[where], look)

@@ -185,7 +185,7 @@ def test_coded_logits(tmp_path: Path) -> None:
     other, windows = perturbed(full, tmp_path / "other"), windows_of(full, **SMALL)
     store = tmp_path / "store"
     saved = scored("hf_quant", full, dtype="float32", save_reference=str(store), reference_mode="logits")
-    assert 0 < metrics_of(saved)["kld"] < 3e-4
+    assert abs(metrics_of(saved)["kld"]) < 1e-7  # what float32 shows of the code
     assert not (store / "head.safetensors").exists()
     result = scored("hf_quant", other, dtype="float32", reference=str(store))
     by_token = divergences(*(log_probabilities(f, windows) for f in (full, other)), windows)

@@ -30,9 +30,9 @@ def realistic(rows: int, vocabulary: int, seed: int = 0) -> torch.Tensor:
 
 
 def bound(d: np.ndarray) -> np.ndarray:
-    """c = round(254 √(d/D)) is off by ½ at most, so √d by √D / 508, and d by 2 √d √D / 508 + D / 508²."""
+    """c = round(65534 √(d/D)) is off by ½ at most, so √d by √D / 131068, and d by 2 √d √D / 131068 + D / 131068²."""
     reach = d.max(axis=1, keepdims=True)
-    return np.asarray(np.sqrt(d * reach) / 254 + reach / 508**2)
+    return np.asarray(np.sqrt(d * reach) / 65534 + reach / 131068**2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -48,7 +48,7 @@ def test_round_trip_within_the_bound(dtype: torch.dtype) -> None:
     np.testing.assert_allclose(error[exact], 0, atol=2e-6)
     assert (exact.sum(axis=1) > EXACT // 2).all()
     assert {name: t.dtype for name, t in coded.items()} == {
-        "codes": torch.uint8,
+        "codes": torch.int16,
         "range": torch.float32,
         "top_ids": torch.int32,
         "top_values": torch.float32,
@@ -58,10 +58,10 @@ def test_round_trip_within_the_bound(dtype: torch.dtype) -> None:
 
 
 def test_the_figure_of_the_docstring() -> None:
-    """At d = 8 and D = 30 a logit moves by √(8 · 30) / 254 + 30 / 508² = 0.0611 at most."""
+    """At d = 8 and D = 30 a logit moves by √(8 · 30) / 65534 + 30 / 131068² = 0.000236 at most."""
     row = -torch.cat([torch.zeros(EXACT), torch.linspace(7.5, 8.0, 5000), torch.tensor([30.0])])[None]
     error = (decode(encode(row)) - row).abs().max().item()
-    assert 0.05 < error < 0.0612
+    assert 0.0002 < error < 0.00024
 
 
 @settings(deadline=None)
@@ -89,7 +89,7 @@ def test_constant_rows(value: float) -> None:
     assert torch.equal(decode(encode(torch.full((2, 900), value))), torch.zeros(2, 900))
 
 
-@pytest.mark.parametrize("vocabulary", [1, 2, 384, 511, 512])
+@pytest.mark.parametrize("vocabulary", [1, 2, 200, 255, 256])
 def test_small_vocabularies_are_exact(vocabulary: int) -> None:
     logits = torch.randn(5, vocabulary, generator=torch.Generator().manual_seed(0)) * 5
     coded = encode(logits)
@@ -106,9 +106,8 @@ def test_nan_is_not_hidden() -> None:
 
 
 def test_distributions_hardly_change() -> None:
-    """D_KL(exact ‖ decoded), in nats, for 49,152 logits: 2.3e-5 on average and 9e-5 at most for rows of a language
-    model's shape; 1.2e-4 and 1.4e-4 for plain normal ones, whose probability is spread over thousands of tokens that do
-    not stand exactly. (SmolLM2-135M in float32 on 512 tokens of WikiText-2: 3.6e-5 and 2e-4.)"""
+    """D_KL(exact ‖ decoded) for 49,152 logits is beyond what float32 shows, in rows of a language model's shape and in
+    plain normal ones, whose probability is spread over thousands of tokens that do not stand exactly."""
 
     def change(logits: torch.Tensor) -> torch.Tensor:
         exact = torch.log_softmax(logits.double(), 1)
@@ -116,8 +115,6 @@ def test_distributions_hardly_change() -> None:
         return (exact.exp() * (exact - found)).sum(1)
 
     peaked = change(realistic(40, 49_152))
-    assert peaked.mean().item() == pytest.approx(2.3e-5, rel=0.2)
-    assert peaked.max().item() < 2e-4
+    assert peaked.max().item() < 1e-8
     spread = change(torch.randn(10, 49_152, generator=torch.Generator().manual_seed(1)) * 3)
-    assert spread.mean().item() == pytest.approx(1.2e-4, rel=0.2)
-    assert spread.max().item() < 2e-4
+    assert spread.max().item() < 1e-8

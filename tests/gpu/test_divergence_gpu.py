@@ -95,7 +95,9 @@ def test_kernel_equals_float64(dtype: torch.dtype, vocabulary: int) -> None:
     a, b = (torch.log_softmax(x[:, :vocabulary].double(), 1) for x in (p, q))
     kld = (a.exp() * (a - b)).sum(1)
     np.testing.assert_allclose(found.kld.double().cpu(), kld.cpu(), rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(found.reference_logprobs.cpu(), a.gather(1, targets[:, None])[:, 0].cpu(), rtol=1e-5, atol=4e-6)
+    np.testing.assert_allclose(
+        found.reference_logprobs.cpu(), a.gather(1, targets[:, None])[:, 0].cpu(), rtol=1e-5, atol=4e-6
+    )
     np.testing.assert_allclose(found.confidence.cpu(), a.exp().amax(1).cpu(), rtol=1e-5)
     assert (found.agree == (p[:, :vocabulary].argmax(1) == q[:, :vocabulary].argmax(1))).all()
 
