@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,9 +29,10 @@ class Plan:
         if self.save:
             return Saving(head, self.vocabulary, self.chunk)
         store = ReferenceStore.open(self.folder)
-        return Comparing(
-            store.windows(self.keys), store.head() if self.mode == "hidden" else None, self.vocabulary, self.chunk
-        )
+        with ThreadPoolExecutor(1) as pool:  # both are read whole, for their checksums
+            stored = pool.submit(store.head) if self.mode == "hidden" else None
+            windows = store.windows(self.keys)
+            return Comparing(windows, None if stored is None else stored.result(), self.vocabulary, self.chunk)
 
     @property
     def needs_head(self) -> bool:
