@@ -8,8 +8,8 @@ reference   scores and divergence from a stored reference, its reading and check
 save        scores, and the reference is written (a new folder each time)
 
 The ways take turns in one process; medians of repeated runs. The reference is the model's own (which costs what any
-other does), or with --reference-from another model's. Windows are random tokens. On a GPU, peak memory is what a way
-needs beyond the plain one, for two chunk sizes.
+other does), or with --reference-from another model's. Windows are random tokens. Peak GPU memory is of each way, the
+weights and the KV pool in it.
 """
 
 from __future__ import annotations

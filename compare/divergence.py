@@ -39,6 +39,7 @@ class Reference:
     engine_version: str = ""
     dtype: str = ""
     mode: str = ""
+    weights: str = ""  # a sum over its weight files
 
     def describe(self) -> str:
         """``BF16 in vllm 0.26.0 (bfloat16), 1a2b3c4d``."""
@@ -93,10 +94,11 @@ class Bucket:
 class Divergence:
     """One run against one reference. What a file does not say soundly is empty or None.
 
-    `quantiles`: percent and nats, in order.
+    `quantiles`: percent and nats, in order. `weights`: a sum over the measured model's weight files.
     """
 
     role: str = ""
+    weights: str = ""
     reference: Reference = Reference()
     rounding: Rounding | None = None
     tokens: int | None = None
@@ -116,6 +118,7 @@ def read_divergence(metadata: dict[str, Any]) -> Divergence | None:
     role, rounding = text(said.get("role")), mapping_or_none(said.get("rounding"))
     return Divergence(
         role=role if role in (COMPARISON, REFERENCE) else "",
+        weights=text(said.get("weights_sha256")),
         reference=_reference(mapping(said, "reference")),
         rounding=None if rounding is None else _rounding(rounding),
         tokens=whole(said.get("tokens")),
@@ -127,7 +130,7 @@ def read_divergence(metadata: dict[str, Any]) -> Divergence | None:
 
 def _reference(said: dict[str, Any]) -> Reference:
     names = ("id", "label", "engine", "engine_version", "dtype", "mode")
-    return Reference(**{name: text(said.get(name)) for name in names})
+    return Reference(**{name: text(said.get(name)) for name in names}, weights=text(said.get("weights_sha256")))
 
 
 def _rounding(said: dict[str, Any]) -> Rounding:

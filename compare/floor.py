@@ -27,7 +27,8 @@ class Floor:
     points: tuple[Point, ...] = ()
 
     def __contains__(self, value: float) -> bool:
-        return self.low <= value <= self.high
+        # Rounding takes a divergence a little below zero, too
+        return self.low <= (abs(value) if self.low == 0 else value) <= self.high
 
     def __str__(self) -> str:
         return f"{self.range} ({self.words})"
@@ -89,7 +90,21 @@ def _defines(point: Point) -> bool:
     """A model of another size in full precision is no noise; one of unknown size is taken for the same."""
     if not point.comparable or point.y is None or point.record.divergence is None or point.size not in (0, None):
         return False
-    return _is_reference(point) or point.record.quantization.family == FULL_PRECISION
+    return _is_reference(point) or (point.record.quantization.family == FULL_PRECISION and _same_weights(point))
+
+
+def _same_weights(point: Point) -> bool:
+    """Whether the model is the reference's own, as far as its file tells: a fine-tune has full precision, too.
+
+    Where a sum is missing, or cannot be the same (a GGUF file holds the weights in another order), it is taken for the
+    same; the floor's words name whose noise it is.
+    """
+    found = point.record.divergence
+    if found is None or not found.weights or not found.reference.weights:
+        return True
+    if (point.record.quantization.engine == "llama.cpp") != (found.reference.engine == "llama.cpp"):
+        return True
+    return found.weights == found.reference.weights
 
 
 def source(point: Point) -> str:

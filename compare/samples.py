@@ -148,6 +148,8 @@ def _unit(line: dict[str, Any], key: str) -> tuple[int, str, Unit] | None:
             raise ValueError(f"{metric} is not a sum and a count")
         return index, "rolling", Unit(total, count, (*identity, ("length", scalar(count))))
     found = _figure(value)
+    if found is None and metric.startswith("kld_"):
+        raise ValueError(f"{metric} is of all tokens together and has no pairs; --metric kld has")
     if found is None:
         raise ValueError(f"{metric} is not a finite number: {shorten(clean(str(value)), 60)}")
     return index, "document", Unit(found, 1.0, identity)

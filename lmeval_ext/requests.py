@@ -79,8 +79,8 @@ class WindowScores(NamedTuple):
 
     loglikelihood: float64 sum, natural log. is_greedy: all targets are the model's first choice.
     logprobs: float32 values, one a target. greedy: whether each target is the model's first choice. divergence: from a
-    stored reference, None without one: lists `kld`, `reference_logprobs` and `confidence` (float32) and `agree`, one
-    value a target (`lmeval_ext.divergence.measure.TokenDivergence`), and `reference`, what it is from.
+    stored reference, None without one: lists `kld`, `reference_logprobs`, `model_logprobs` and `confidence` (float32)
+    and `agree`, one value a target (`lmeval_ext.divergence.measure.TokenDivergence`), and `reference`, what it is from.
     """
 
     loglikelihood: float

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from lmeval_ext.errors import UserError
 
 MODES = ("hidden", "logits")
+# Model arguments that change no distribution: names, places, sizes of batches and of memory
+_NO_MATTER = frozenset({
+    "pretrained", "label", "revision", "batch_size", "max_batch_size", "max_gen_toks", "trust_remote_code", "verbose",
+    "gpu_memory_utilization", "kv_cache_memory_bytes", "num_gpu_blocks_override", "swap_space", "max_model_len",
+    "max_length", "n_ctx", "n_threads", "n_threads_batch", "n_batch", "n_ubatch", "max_num_seqs", "disable_log_stats",
+    "max_num_batched_tokens", "cache_tokens", "max_jobs", "worker_extension_cls", "use_safetensors", "softmax_dtype",
+    "embedding_on_gpu", "device", "enforce_eager", "tokenizer",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -15,21 +24,31 @@ class ReferenceArguments:
     """reference: folder of a store to measure against. save_reference: folder to write one into.
 
     reference_chunk: tokens whose reference logits stand in memory at once. reference_mode: "hidden" or "logits", what
-    save_reference keeps; None: hidden states where the engine shows them.
+    save_reference keeps; None: hidden states where the engine shows them. others: the model's other arguments that may
+    change its distributions, as text.
     """
 
     reference: str | None = None
     save_reference: str | None = None
     reference_chunk: int | None = None
     reference_mode: str | None = None
+    others: dict[str, str] = field(default_factory=dict, compare=False)
 
     @classmethod
     def take(cls, arguments: dict[str, Any]) -> ReferenceArguments:
         """Takes them out of an adapter's arguments. UserError where they do not fit each other."""
-        given = {name: arguments.pop(name, None) for name in cls.__dataclass_fields__}
+        names = ("reference", "save_reference", "reference_chunk", "reference_mode")
+        given: dict[str, Any] = {name: arguments.pop(name, None) for name in names}
+        given["others"] = {
+            name: str(value)
+            for name, value in sorted(arguments.items())
+            if name not in _NO_MATTER and value is not None
+        }
         for name in ("reference", "save_reference"):
             if given[name] is not None and (not isinstance(given[name], str) or not given[name].strip()):
                 raise UserError(f"{name}={given[name]!r}: expected a folder")
+            if given[name] is not None:
+                given[name] = str(Path(given[name]).expanduser())
         if given["reference"] and given["save_reference"]:
             raise UserError(
                 "reference= and save_reference= are two runs: one writes what the other is measured against"

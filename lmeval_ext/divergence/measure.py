@@ -16,12 +16,14 @@ class TokenDivergence(NamedTuple):
     """One value a scored token, all on the logits' device.
 
     kld: float32, D_KL(reference ‖ model) in nats. agree: bool, both have the same first choice. reference_logprobs:
-    float32, ln p of the true token under the reference. confidence: float32, the reference's largest probability.
+    float32, ln p of the true token under the reference. model_logprobs: float32, under the model, over the tokens that
+    both have. confidence: float32, the reference's largest probability.
     """
 
     kld: torch.Tensor
     agree: torch.Tensor
     reference_logprobs: torch.Tensor
+    model_logprobs: torch.Tensor
     confidence: torch.Tensor
 
 
@@ -52,24 +54,31 @@ def _blockwise(
     reference: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor, vocabulary: int
 ) -> TokenDivergence:
     count = logits.shape[0]
-    kld, logprobs, confidence = (reference.new_empty(count, dtype=torch.float32) for _ in range(3))
+    kld, of_p, of_q, confidence = (reference.new_empty(count, dtype=torch.float32) for _ in range(4))
     agree = reference.new_empty(count, dtype=torch.bool)
-    step = max(1, _BLOCK_ELEMENTS // vocabulary)
+    step = min(max(1, _BLOCK_ELEMENTS // vocabulary), max(1, count))
+    # Memory that is used again: fresh pages cost as much as the arithmetic
+    as_float, below_p, below_q, weights = (reference.new_empty(step, vocabulary, dtype=torch.float32) for _ in range(4))
     for start in range(0, count, step):
-        block = slice(start, start + step)
-        p, q = reference[block, :vocabulary].float(), logits[block, :vocabulary].float()
+        block = slice(start, min(start + step, count))
+        rows = block.stop - start
+        p, q = reference[block, :vocabulary].float(), as_float[:rows].copy_(logits[block, :vocabulary])
         first_p, first_q = _first_choices(p), _first_choices(q)
-        a, b = p - p.gather(1, first_p), q - q.gather(1, first_q)
-        weights = a.exp()
-        total, other = weights.sum(1), b.exp().sum(1)
-        kld[block] = weights.mul_(a - b).sum(1) / total + (other / total).log()
+        a = torch.sub(p, p.gather(1, first_p), out=below_p[:rows])
+        b = torch.sub(q, q.gather(1, first_q), out=below_q[:rows])
+        of_p[block], of_q[block] = (x.gather(1, targets[block, None])[:, 0] for x in (a, b))
+        w = torch.exp(a, out=weights[:rows])
+        total, moved = w.sum(1), w.mul_(a.sub_(b)).sum(1)
+        other = b.exp_().sum(1)
+        kld[block] = moved / total + (other / total).log()
         odd = ~kld[block].isfinite()
         if bool(odd.any()):
             kld[block][odd] = _with_infinities(p[odd], q[odd])
         agree[block] = (first_p == first_q)[:, 0]
-        logprobs[block] = a.gather(1, targets[block, None])[:, 0] - total.log()
+        of_p[block] -= total.log()
+        of_q[block] -= other.log()
         confidence[block] = 1 / total
-    return TokenDivergence(kld, agree, logprobs, confidence)
+    return TokenDivergence(kld, agree, of_p, of_q, confidence)
 
 
 def _first_choices(rows: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ _BLOCK = 4096
 
 @triton.jit
 def _row(  # type: ignore[no-untyped-def]
-    reference, reference_stride, logits, logits_stride, targets, kld, agree, logprobs, confidence, vocabulary,
+    reference, reference_stride, logits, logits_stride, targets, kld, agree, of_p, of_q, confidence, vocabulary,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -49,26 +49,30 @@ def _row(  # type: ignore[no-untyped-def]
         other += tl.exp(b)
         moved += tl.where(weight == 0, 0.0, weight * (a - b))
     sum_p = tl.sum(total, axis=0)
-    picked = tl.load(reference + tl.load(targets + row)) - top_p
-    tl.store(kld + row, tl.sum(moved, axis=0) / sum_p + tl.log(tl.sum(other, axis=0) / sum_p))
+    sum_q = tl.sum(other, axis=0)
+    target = tl.load(targets + row)
+    picked_p = tl.load(reference + target) - top_p
+    picked_q = tl.load(logits + target).to(tl.float32) - top_q
+    tl.store(kld + row, tl.sum(moved, axis=0) / sum_p + tl.log(sum_q / sum_p))
     tl.store(agree + row, first_p == first_q)
-    tl.store(logprobs + row, picked - tl.log(sum_p))
+    tl.store(of_p + row, picked_p - tl.log(sum_p))
+    tl.store(of_q + row, picked_q - tl.log(sum_q))
     tl.store(confidence + row, 1 / sum_p)
 
 
 def token_divergence_triton(
     reference: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor, vocabulary: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     """The fields of `TokenDivergence`, for CUDA tensors."""
     reference = reference.float()  # before its strides are taken: a copy has others
     reference = reference if reference.stride(1) == 1 else reference.contiguous()
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     count = logits.shape[0]
-    kld, logprobs, confidence = (reference.new_empty(count, dtype=torch.float32) for _ in range(3))
+    kld, of_p, of_q, confidence = (reference.new_empty(count, dtype=torch.float32) for _ in range(4))
     agree = reference.new_empty(count, dtype=torch.bool)
     with torch.cuda.device_of(logits):
         _row[(count,)](
-            reference, reference.stride(0), logits, logits.stride(0), targets.contiguous(), kld, agree, logprobs,
+            reference, reference.stride(0), logits, logits.stride(0), targets.contiguous(), kld, agree, of_p, of_q,
             confidence, vocabulary, BLOCK=_BLOCK, num_warps=8,
         )  # fmt: skip
-    return kld, agree, logprobs, confidence
+    return kld, agree, of_p, of_q, confidence

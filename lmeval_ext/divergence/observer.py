@@ -18,8 +18,8 @@ from lmeval_ext.divergence.measure import TokenDivergence, token_divergence
 from lmeval_ext.divergence.store import StoredWindow
 
 # Float32 logits of the reference that stand in memory at once, unless reference_chunk says otherwise
-_CHUNK_BYTES = 64 << 20
-_PINNED = 32  # windows on their way to a GPU: more than one batch has
+_CHUNK_BYTES = 128 << 20
+_PINNED_BYTES = 256 << 20  # of windows on their way to a GPU
 
 
 class WindowSpan(NamedTuple):
@@ -51,7 +51,7 @@ class Observer(Protocol):
 
 
 def chunk_tokens(vocabulary: int, asked: int | None = None) -> int:
-    """Tokens whose reference logits are computed at once: `asked`, or as many as fit into 64 MiB."""
+    """Tokens whose reference logits are computed at once: `asked`, or as many as fit into 128 MiB."""
     return asked or max(16, _CHUNK_BYTES // (4 * vocabulary))
 
 
@@ -67,6 +67,7 @@ class Comparing:
         self._windows, self._head, self.vocabulary = windows, head, vocabulary
         self._chunk = chunk_tokens(vocabulary, chunk)
         self._pinned: collections.OrderedDict[str, dict[str, torch.Tensor]] = collections.OrderedDict()
+        self._pinned_bytes = 0
 
     def observe(
         self, spans: Sequence[WindowSpan], hidden: torch.Tensor | None, logits: torch.Tensor, targets: torch.Tensor
@@ -79,18 +80,19 @@ class Comparing:
 
         def reference(part: slice) -> torch.Tensor:
             rows = {name: tensor[part] for name, tensor in states.items()}
-            return logits_code.decode(rows) if self._head is None else self._head.logits(rows["hidden"])
+            return logits_code.decode(rows) if self._head is None else self._head.logits(rows["hidden"], reuse=True)
 
         return _in_chunks(reference, logits, targets, self.vocabulary, self._chunk)
 
     def _states(self, span: WindowSpan, device: torch.device) -> dict[str, torch.Tensor]:
-        states = self._windows[span.window].states
-        if device.type == "cuda":  # pinned, so that copying does not wait for the work that is queued there
-            if span.window not in self._pinned:
-                self._pinned[span.window] = {name: t.pin_memory() for name, t in states.items()}
-                if len(self._pinned) > _PINNED:
-                    self._pinned.popitem(last=False)
-            states = self._pinned[span.window]
+        states = self._pinned.get(span.window)
+        if states is None:
+            states = self._windows[span.window].states
+            if device.type == "cuda":  # pinned, so that copying does not wait for the work that is queued there
+                states = self._pinned[span.window] = {name: t.pin_memory() for name, t in states.items()}
+                self._pinned_bytes += _bytes(states)
+                while self._pinned_bytes > _PINNED_BYTES and len(self._pinned) > 1:
+                    self._pinned_bytes -= _bytes(self._pinned.popitem(last=False)[1])
         rows = slice(span.start, span.start + span.tokens)
         return {name: t[rows].to(device, non_blocking=True) for name, t in states.items()}
 
@@ -121,7 +123,7 @@ class Saving:
             if hidden is None:
                 raise ValueError("no hidden states were handed over")
             parts.append({"hidden": hidden[part].cpu()})
-            return self._head.logits(hidden[part])
+            return self._head.logits(hidden[part], reuse=True)
 
         found = _in_chunks(reference, logits, targets, self.vocabulary, self._chunk)
         states = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
@@ -149,6 +151,10 @@ class Saving:
         if not bool(came.all()):
             raise RuntimeError(f"states of {int((~came).sum())} of {tokens} tokens never came")
         return whole
+
+
+def _bytes(tensors: dict[str, torch.Tensor]) -> int:
+    return sum(t.nbytes for t in tensors.values())
 
 
 def _in_chunks(

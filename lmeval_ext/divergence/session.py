@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +13,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from lmeval_ext.divergence.logits_code import EXACT
+from lmeval_ext.divergence.measure import TokenDivergence
 from lmeval_ext.divergence.plan import Plan
 from lmeval_ext.divergence.store import Manifest, ReferenceStore, StoredWindow, window_key
 from lmeval_ext.errors import UserError
 from lmeval_ext.requests import WindowRequest, WindowScores
+from lmeval_ext.tokens import HFTokenizer
 
 if TYPE_CHECKING:
     from lmeval_ext.models.base import WindowScoring
@@ -24,8 +28,8 @@ logger = logging.getLogger(__name__)
 
 # Models round their matrices up to multiples of 64 to 512, some further (Phi-2: 51,200 for 50,295)
 PADDING = 1024
-# Windows between which a save run writes: what an interruption can cost
-GROUP = 32
+# States that stand in memory until they are written, and so what an interruption can cost
+_GROUP_BYTES = 256 << 20
 # Nats a token. 16-bit logits are off by 1e-6 to 1e-4; a forgotten scale or softcap by more than this
 _NOT_THE_HEAD = 0.01
 # Digits, scripts, spaces, code: what tokenizers of different models cut differently
@@ -50,23 +54,21 @@ def _compare(model: WindowScoring, windows: dict[str, WindowRequest]) -> dict[st
     store = ReferenceStore.open(str(arguments.reference))
     common = check_fit(model, store, windows)
     plan = Plan(str(store.folder), False, store.manifest.mode, common, arguments.reference_chunk, tuple(windows))
-    model.observe_windows(plan)
+    about = _About(store.manifest, "comparison", common, weights_sha256(model.checkpoint()))
+    rounding = {key: _rounding(store.own_kld(key)) for key in windows}
     try:
-        scores = model.score_windows(list(windows.values()))
+        model.observe_windows(plan)
+        scores = model.score_timed(list(windows.values()))
     finally:
         model.stop_observing()
-    rounding = {key: _rounding(store, key) for key in windows}
-    return {
-        key: _with_reference(found, store.manifest, "comparison", common, rounding[key])
-        for key, found in zip(windows, scores, strict=True)
-    }
+    return {key: about.added(found, rounding[key]) for key, found in zip(windows, scores, strict=True)}
 
 
 def check_fit(model: WindowScoring, store: ReferenceStore, windows: dict[str, WindowRequest]) -> int:
     """The vocabulary that both have. UserError where tokenizer, vocabulary or windows are others than the store's."""
     said, what = store.manifest, f"reference={store.folder}"
     missing = [w for key, w in windows.items() if key not in store]
-    if missing and said.tokenizer_probe != probe(model):
+    if (missing or not model.tokenizer_may_differ) and any(said.tokenizer_probe != p for p in probes(model)):
         raise UserError(
             f"{what}: the reference {said.describe()} has another tokenizer than this model; divergence is between "
             "distributions over the same tokens: use a reference of the same model family"
@@ -94,23 +96,11 @@ def _save(model: WindowScoring, windows: dict[str, WindowRequest]) -> dict[str, 
     arguments = model.reference_arguments
     folder, mode = Path(str(arguments.save_reference)), _mode(model)
     plan = Plan(str(folder), True, mode, model.vocabulary, arguments.reference_chunk)
-    facts = model.observe_windows(plan)
     try:
-        about = model.describe()
-        manifest = Manifest(
-            model={
-                "label": about.label,
-                "engine": about.engine,
-                "engine_version": about.engine_version,
-                "dtype": about.dtype,
-                "weights_sha256": weights_sha256(model.checkpoint()),
-            },
-            mode=mode,
-            vocabulary=model.vocabulary,
-            tokenizer_probe=probe(model),
-            **facts,
-        )
-        store = ReferenceStore.create(folder, manifest)
+        facts = model.observe_windows(plan)
+        store = ReferenceStore.create(folder, _manifest(model, mode, facts))
+        if mode == "hidden" and not store.has_sound_head():
+            model.write_head(store)
         found = _kept(store, windows)
         todo = [key for key in windows if key not in found]
         if found:
@@ -119,12 +109,9 @@ def _save(model: WindowScoring, windows: dict[str, WindowRequest]) -> dict[str, 
             total=len(windows), initial=len(found), desc=f"Scoring windows ({model.label})", unit="window"
         ) as bar:
             model.bar = bar
-            for start in range(0, len(todo), GROUP):
-                keys = todo[start : start + GROUP]
-                scores = dict(zip(keys, model.score_windows([windows[key] for key in keys]), strict=True))
+            for keys in _groups(todo, windows, model, store.manifest):
+                scores = dict(zip(keys, model.score_timed([windows[key] for key in keys]), strict=True))
                 _check_distributions(scores, model, mode)
-                if mode == "hidden" and not store.has_head():
-                    model.write_head(store)
                 for key, (states, own) in _stored(model, scores).items():
                     store.write(StoredWindow(key, states, own))
                     found[key] = scores[key]
@@ -132,10 +119,42 @@ def _save(model: WindowScoring, windows: dict[str, WindowRequest]) -> dict[str, 
         model.bar = None
         model.stop_observing()
     _say_size(store, windows)
-    return {
-        key: _with_reference(s, store.manifest, "reference", model.vocabulary, _rounding(store, key))
-        for key, s in found.items()
-    }
+    about = _About(store.manifest, "reference", model.vocabulary, store.manifest.model["weights_sha256"])
+    return {key: about.added(s, _rounding(torch.tensor((s.divergence or {})["kld"]))) for key, s in found.items()}
+
+
+def _manifest(model: WindowScoring, mode: str, head: dict[str, Any]) -> Manifest:
+    """What decides over the distributions: weights, config, arguments, and what they run on."""
+    about, path = model.describe(), model.checkpoint()
+    config = None if path is None else Path(path) / "config.json"
+    return Manifest(
+        model={
+            "label": about.label,
+            "engine": about.engine,
+            "engine_version": about.engine_version,
+            "dtype": about.dtype,
+            "device": about.device,
+            "kernel": about.kernel,
+            "weights_sha256": weights_sha256(path),
+            "config_sha256": hashlib.sha256(config.read_bytes()).hexdigest() if config and config.is_file() else None,
+            "arguments": model.reference_arguments.others,
+        },
+        mode=mode,
+        vocabulary=model.vocabulary,
+        tokenizer_probe=probe(model),
+        **head,
+    )
+
+
+def _groups(
+    todo: list[str], windows: dict[str, WindowRequest], model: WindowScoring, manifest: Manifest
+) -> Iterator[list[str]]:
+    """Windows that are scored and written together: one after the other, or as many as a GPU likes and memory holds."""
+    width = 2 * manifest.vocabulary + 8 * EXACT if manifest.mode == "logits" else 4 * int(manifest.width or 1)
+    longest = max((len(windows[key].target_ids) for key in todo), default=1)
+    count = max(1, min(model.windows_at_once, _GROUP_BYTES // (width * longest)))
+    for start in range(0, len(todo), count):
+        yield todo[start : start + count]
 
 
 def _mode(model: WindowScoring) -> str:
@@ -160,13 +179,11 @@ def _kept(store: ReferenceStore, windows: dict[str, WindowRequest]) -> dict[str,
             continue
         own = {name: t.numpy() for name, t in window.scores.items()}
         found[key] = WindowScores.of(own["logprobs"], own["greedy"], _divergence_of(own))
-    if found and store.manifest.mode == "hidden":
-        store.head()  # raises if it is damaged: all windows rest on it
     return found
 
 
 def _divergence_of(own: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {name: own[name] for name in ("kld", "agree", "reference_logprobs", "confidence")}
+    return {name: own[name] for name in TokenDivergence._fields}
 
 
 def _stored(
@@ -180,14 +197,14 @@ def _stored(
         own = {
             "logprobs": torch.tensor(found.logprobs, dtype=torch.float32),
             "greedy": torch.tensor(found.greedy, dtype=torch.bool),
-            "agree": torch.tensor(said["agree"], dtype=torch.bool),
-            **{
-                name: torch.tensor(said[name], dtype=torch.float32)
-                for name in ("kld", "reference_logprobs", "confidence")
-            },
+            **{name: torch.tensor(said[name], dtype=_dtype(name)) for name in TokenDivergence._fields},
         }
         result[key] = (states[key], own)
     return result
+
+
+def _dtype(name: str) -> torch.dtype:
+    return torch.bool if name == "agree" else torch.float32
 
 
 def _check_distributions(scores: dict[str, WindowScores], model: WindowScoring, mode: str) -> None:
@@ -207,7 +224,8 @@ def _check_distributions(scores: dict[str, WindowScores], model: WindowScoring, 
 
 def _say_size(store: ReferenceStore, windows: dict[str, WindowRequest]) -> None:
     tokens = sum(len(w.target_ids) for w in windows.values())
-    size = sum(path.stat().st_size for path in store.folder.rglob("*.safetensors"))
+    files = [*map(store.path, windows), *([store.head_path] if store.manifest.mode == "hidden" else [])]
+    size = sum(path.stat().st_size for path in files)
     logits = tokens * store.manifest.vocabulary * 4
     logger.warning(
         "reference written to %s: %d windows, %d scored tokens, %.1f MB in all; their logits in float32 are %.1f MB, "
@@ -224,33 +242,47 @@ def _say_size(store: ReferenceStore, windows: dict[str, WindowRequest]) -> None:
 # ---------------------------------------------------------------------- what both add
 
 
-def _rounding(store: ReferenceStore, key: str) -> dict[str, float]:
+def _rounding(kld: torch.Tensor) -> dict[str, float]:
     """Divergence of the reference's own engine from what is stored, over one window."""
-    kld = store.own_kld(key).double()
-    return {"kld_sum": float(kld.sum()), "kld_max": float(kld.max())}
+    wide = kld.double()
+    return {"kld_sum": float(wide.sum()), "kld_max": float(wide.max())}
 
 
-def _with_reference(
-    scores: WindowScores, manifest: Manifest, role: str, vocabulary: int, rounding: dict[str, float]
-) -> WindowScores:
-    m = manifest.model
-    about = {
-        "id": manifest.id,
-        "label": m.get("label"),
-        "engine": m.get("engine"),
-        "engine_version": m.get("engine_version"),
-        "dtype": m.get("dtype"),
-        "mode": manifest.mode,
-        "role": role,
-        "vocabulary": vocabulary,
-        "rounding": rounding,
-    }
-    return scores._replace(divergence={**(scores.divergence or {}), "reference": about})
+@dataclass(frozen=True)
+class _About:
+    """What a divergence is from, and of which weights."""
+
+    manifest: Manifest
+    role: str
+    vocabulary: int
+    weights: str | None
+
+    def added(self, scores: WindowScores, rounding: dict[str, float]) -> WindowScores:
+        m = self.manifest.model
+        names = ("label", "engine", "engine_version", "dtype", "weights_sha256")
+        about = {
+            "id": self.manifest.id,
+            **{name: m.get(name) for name in names},
+            "mode": self.manifest.mode,
+            "role": self.role,
+            "vocabulary": self.vocabulary,
+            "rounding": rounding,
+            "model_weights_sha256": self.weights,
+        }
+        return scores._replace(divergence={**(scores.divergence or {}), "reference": about})
 
 
 def probe(model: Any) -> list[int]:
     """Token ids of `PROBE`."""
     return [int(i) for i in model.tok_encode(PROBE, add_special_tokens=False)]
+
+
+def probes(model: Any) -> Iterator[list[int]]:
+    """Of the tokenizer that is used, and of the checkpoint's own where another is named."""
+    yield probe(model)
+    path = model.checkpoint()
+    if path is not None and (Path(path) / "tokenizer.json").is_file():
+        yield HFTokenizer(path).encode(PROBE).ids.tolist()
 
 
 def weights_sha256(path: str | None) -> str | None:

@@ -6,8 +6,8 @@
 
 A window's file has what recovers the distributions of its scored tokens: `hidden` [tokens, width], the final hidden
 states after the last norm (mode "hidden"), or the tensors of `logits_code` (mode "logits"); and what the run that wrote
-it found: `logprobs`, `greedy`, and its own divergence from the stored distributions (`kld`, `agree`,
-`reference_logprobs`, `confidence`), which is the rounding of its engine. So an interrupted run goes on where it was,
+it found: `logprobs`, `greedy`, and its own divergence from the stored distributions (`TokenDivergence`), which is the
+rounding of its engine. So an interrupted run goes on where it was,
 and one folder serves any number of tasks.
 """
 
@@ -26,23 +26,25 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 
 from lmeval_ext.divergence.head import OutputHead
+from lmeval_ext.divergence.measure import TokenDivergence
 from lmeval_ext.errors import UserError
 
 FORMAT, VERSION = "lmeval-ext reference", 1
 _MANIFEST, _HEAD, _WINDOWS = "reference.json", "head.safetensors", "windows"
 _IN_MEMORY = 1 << 30
-SCORES = ("logprobs", "greedy", "kld", "agree", "reference_logprobs", "confidence")
+SCORES = ("logprobs", "greedy", *TokenDivergence._fields)
 
 
 @dataclass(frozen=True)
 class Manifest:
     """reference.json.
 
-    model: label, engine, engine_version, dtype, kernel and weights_sha256 of the model that was run. mode: "hidden" or
-    "logits". vocabulary: columns of the softmax. tokenizer_probe: ids of `PROBE`, to recognize the tokenizer by.
+    model: label, engine, engine_version, dtype, device, kernel, weights_sha256, config_sha256 and arguments of the
+    model that was run. mode: "hidden" or "logits". vocabulary: columns of the softmax. tokenizer_probe: ids of
+    `session.PROBE`, to recognize the tokenizer by.
     width, softcap, scale, head_sha256: of the output matrix (`OutputHead`); None in mode "logits".
     """
 
@@ -123,8 +125,17 @@ class ReferenceStore:
 
     # ------------------------------------------------------------------ the output matrix
 
-    def has_head(self) -> bool:
-        return (self.folder / _HEAD).exists()
+    @property
+    def head_path(self) -> Path:
+        return self.folder / _HEAD
+
+    def has_sound_head(self) -> bool:
+        """Whether it is there, whole, and the one that the manifest names."""
+        try:
+            self.head()
+        except UserError:
+            return False
+        return True
 
     def write_head(self, head: OutputHead) -> None:
         tensors = {"weight": head.weight} | ({} if head.bias is None else {"bias": head.bias})
@@ -167,9 +178,12 @@ class ReferenceStore:
         return StoredWindow(key, states, scores)
 
     def own_kld(self, key: str) -> torch.Tensor:
-        """Of a window that has been read and checked: the writing engine's own divergence, float32 [tokens]."""
-        with safe_open(self.path(key), framework="pt") as file:
-            found: torch.Tensor = file.get_tensor("kld")
+        """The writing engine's own divergence, float32 [tokens]; the file's checksum is not looked at."""
+        try:
+            with safe_open(self.path(key), framework="pt") as file:
+                found: torch.Tensor = file.get_tensor("kld")
+        except (SafetensorError, OSError, ValueError) as error:
+            raise _damaged(self.path(key), str(error).splitlines()[0]) from error
         return found
 
     def windows(self, keys: Iterable[str]) -> Windows:
@@ -257,18 +271,18 @@ def _write_tensors(path: Path, tensors: dict[str, torch.Tensor], about: dict[str
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and metadata of a file, checked against the sum in it."""
+    """Tensors and metadata of a file, checked against the sum in it.
+
+    It is read once: safetensors' own reader opens a file twice, and another run may replace it in between.
+    """
     try:
-        while True:  # safetensors opens a file twice: another run may have replaced it in between
-            inode = path.stat().st_ino
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                about = file.metadata() or {}
-            if path.stat().st_ino == inode:
-                break
+        data = path.read_bytes()
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        about = dict(header.get("__metadata__") or {})
+        tensors = load(data)
     except FileNotFoundError as error:
         raise _damaged(path, "it is missing") from error
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, AttributeError, KeyError) as error:
         raise _damaged(path, str(error).splitlines()[0] if str(error) else type(error).__name__) from error
     if (about.get("format"), about.get("version")) != (FORMAT, str(VERSION)):
         raise _damaged(path, f"it is no part of a reference of version {VERSION}")
@@ -321,7 +335,7 @@ def _difference(there: Manifest, wanted: Manifest) -> str:
 def _damaged(path: Path, why: str) -> UserError:
     return UserError(
         f"{path}: the stored reference is damaged ({why}); run the same task with save_reference= again, which "
-        "writes anew what is missing or damaged (delete the file if it is reference.json or the head)"
+        "writes anew what is missing or damaged (for reference.json: delete the whole folder first)"
     )
 
 

@@ -25,14 +25,15 @@ LAST_WITH_ERROR = 99.0
 CONFIDENCE = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
 HISTOGRAM = np.linspace(-10, 2, 49)  # log10 of nats, in quarters
 _QUANTILE_RESAMPLES = 1000
+_NOT_OF_THE_REFERENCE = ("role", "vocabulary", "rounding", "model_weights_sha256")
 
 
 @dataclass(frozen=True, eq=False)
 class TokenValues:
     """One window's scored tokens: what the figures are made of.
 
-    kld, reference_logprobs, logprobs (the model's, of the true token), confidence: float64 [tokens]; agree: bool.
-    reference: what the divergences are from (`session.identity`).
+    kld, reference_logprobs, logprobs (the model's), confidence: float64 [tokens], over the tokens that both have.
+    agree: bool. reference: what the divergences are from (`session._About`).
     """
 
     window: int
@@ -44,13 +45,13 @@ class TokenValues:
     reference: dict[str, Any]
 
     @classmethod
-    def of(cls, window: int, logprobs: npt.ArrayLike, said: dict[str, Any]) -> TokenValues:
+    def of(cls, window: int, said: dict[str, Any]) -> TokenValues:
         """From `WindowScores.divergence`."""
         arrays = {name: np.asarray(said[name], np.float64) for name in ("kld", "reference_logprobs", "confidence")}
         return cls(
             window=window,
             agree=np.asarray(said["agree"], bool),
-            logprobs=np.asarray(logprobs, np.float64),
+            logprobs=np.asarray(said["model_logprobs"], np.float64),
             reference=said["reference"],
             **arrays,
         )
@@ -145,7 +146,8 @@ def describe(values: Sequence[TokenValues], block_windows: int) -> dict[str, Any
         "direction": "D_KL(reference || model)",
         "tokens": sum(len(v.kld) for v in values),
         "vocabulary": values[0].reference.get("vocabulary"),
-        "reference": {k: v for k, v in values[0].reference.items() if k not in ("role", "vocabulary", "rounding")},
+        "weights_sha256": values[0].reference.get("model_weights_sha256"),
+        "reference": {k: v for k, v in values[0].reference.items() if k not in _NOT_OF_THE_REFERENCE},
         "rounding": _rounding(values),
         "quantiles": None if kld is None else {f"{q:g}": float(np.percentile(kld, q)) for q in QUANTILES},
         "histogram": None if kld is None else _histogram(kld),
@@ -197,4 +199,5 @@ def _bucket(values: Sequence[TokenValues], low: float, high: float, block_window
         "kld": metrics.accuracy(kld),
         "kld_stderr": error(kld, metrics.accuracy),
         "top1_agreement": metrics.accuracy(agree),
+        "top1_agreement_stderr": error(agree, metrics.accuracy),
     }

@@ -103,12 +103,14 @@ class WindowScoring:
         if not requests or not isinstance(requests[0], WindowRequest):
             return super()._loglikelihood_tokens(requests, *args, **kwargs)  # type: ignore[misc]
         check_windows(requests, self.window_limit, self.vocabulary)
+        return self._score_with_reference(requests) if self.reference_arguments.active else self.score_timed(requests)
+
+    def score_timed(self, windows: Sequence[WindowRequest]) -> list[WindowScores]:
+        """`score_windows`, counted for `tokens_per_second`."""
         start = time.perf_counter()
-        scores = (
-            self._score_with_reference(requests) if self.reference_arguments.active else self.score_windows(requests)
-        )
+        scores = self.score_windows(windows)
         self._window_seconds += time.perf_counter() - start
-        self._window_tokens += sum(len(r.ids) for r in requests)
+        self._window_tokens += sum(len(w.ids) for w in windows)
         return scores
 
     # ------------------------------------------------------------------ references (lmeval_ext.divergence)
@@ -122,6 +124,16 @@ class WindowScoring:
                 "'lmeval-ext[quant]'"
             ) from error
         return session.score(self, windows)
+
+    @property
+    def windows_at_once(self) -> int:
+        """Windows that a reference is best written from at a time; more for a GPU, which idles with one."""
+        return 1
+
+    @property
+    def tokenizer_may_differ(self) -> bool:
+        """Whether the engine's own tokenizer may cut some texts otherwise than the original's does."""
+        return False
 
     def output_head(self) -> OutputHead:
         """The model's output matrix and what follows it. UserError where it has none of its own to show."""

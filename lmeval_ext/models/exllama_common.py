@@ -122,6 +122,10 @@ class ExLlamaLM(WindowScoring, TemplateLM):
         with self.progress(len(windows)) as done:
             return self.scorer.windows(windows, done, self.observer)
 
+    @property
+    def windows_at_once(self) -> int:
+        return 16 if self.engine.device.type == "cuda" else 1
+
     def output_head(self) -> OutputHead:
         return dense_head(self.folder)
 

@@ -178,6 +178,10 @@ class HFQuantized(WindowScoring, HFLM):
         span = WindowSpan(window_key(window.ids, len(window.context_ids)), 0, len(targets))
         return fetched(self.observer.observe([span], hidden, logits, targets.to(logits.device)))
 
+    @property
+    def windows_at_once(self) -> int:
+        return 16 if self.device.type == "cuda" else 1
+
     def output_head(self) -> OutputHead:
         layer = self.model.get_output_embeddings()
         weight = getattr(layer, "weight", None)

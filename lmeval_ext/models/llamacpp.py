@@ -127,6 +127,10 @@ class LlamaCpp(WindowScoring, TemplateLM):
     def checkpoint(self) -> str | None:
         return self.path
 
+    @property
+    def tokenizer_may_differ(self) -> bool:
+        return self._hf is None  # where a window's ids are the same, so is what is scored
+
     def _score(
         self, context: list[int], targets: list[int], reuse: bool, look: _Look | None = None
     ) -> tuple[np.ndarray, np.ndarray]:

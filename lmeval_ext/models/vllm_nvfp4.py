@@ -154,8 +154,8 @@ class VLLMQuantized(WindowScoring, VLLM):
                 f"{self.label}: divergence is measured inside vLLM's workers, which this run does not reach "
                 f"({self._why_not_engine}); drop reference= and save_reference="
             )
-        self._observing = True
         facts = self.model.collective_rpc("lmeval_ext_observe", args=(asdict(plan),))
+        self._observing = True
         return dict(facts[0])
 
     def write_head(self, store: ReferenceStore) -> None:
@@ -173,6 +173,10 @@ class VLLMQuantized(WindowScoring, VLLM):
         if self._observing:
             self._observing = False
             self.model.collective_rpc("lmeval_ext_observe", args=(None,))
+
+    @property
+    def windows_at_once(self) -> int:
+        return 1 if self._on_cpu else 16
 
     def checkpoint(self) -> str | None:
         return local_checkpoint(self._pretrained, self._revision)

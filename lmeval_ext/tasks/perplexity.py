@@ -162,7 +162,7 @@ class PerplexityTask(Task):
             sums["bits_per_byte"] = self._sum(window, nll, n_bytes, bad)
         items: dict[str, Any] = dict(sums)
         if ours and answer.divergence is not None:
-            values = TokenValues.of(window.index, answer.logprobs, answer.divergence)
+            values = TokenValues.of(window.index, answer.divergence)
             items |= values.sums()
             items |= dict.fromkeys(summary.QUANTILE_METRICS, values)
         return {name: item for metric, item in items.items() for name in (metric, metric + _STDERR)}

@@ -33,7 +33,7 @@ def window(number: int = 0, tokens: int = 3, mode: str = "hidden") -> StoredWind
     states = {"hidden": random(tokens, WIDTH, seed=number)}
     if mode == "logits":
         states = encode(random(tokens, VOCABULARY, seed=number))
-    floats = ("logprobs", "kld", "reference_logprobs", "confidence")
+    floats = ("logprobs", "kld", "reference_logprobs", "model_logprobs", "confidence")
     scores = {name: random(tokens, seed=100 * number + i) for i, name in enumerate(floats)}
     scores |= {name: random(tokens, seed=200 * number + i) > 0 for i, name in enumerate(("greedy", "agree"))}
     return StoredWindow(window_key([number, 5, 6, 7], 1), states, scores)

@@ -17,7 +17,6 @@ import torch
 from lm_eval.api.registry import get_model
 from safetensors.torch import load_file, save_file
 
-from lmeval_ext.divergence import session
 from lmeval_ext.divergence.store import ReferenceStore, window_key
 from lmeval_ext.errors import UserError
 from lmeval_ext.models.base import WindowScoring
@@ -210,6 +209,10 @@ def test_vocabularies_that_differ_by_padding(tiny_llama: Path, reference: Path, 
     by_token = divergences(p, q, windows)
     assert description(result)["vocabulary"] == common
     np.testing.assert_allclose(said(result, "kld"), by_token["kld"], rtol=1e-4, atol=2e-6)
+    np.testing.assert_allclose(said(result, "model_logprobs"), by_token["logprobs"], rtol=1e-4, atol=1e-5)
+    expected = figures(by_token)
+    for name in ("ppl_ratio", "mean_delta_p", "rms_delta_p"):
+        assert metrics_of(result)[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6)
 
 
 def make_tokenizer_of(source: Path, target: Path) -> None:
@@ -260,10 +263,12 @@ def test_exllama_saves_and_compares(
     tmp_path: Path,
     expected: dict[str, np.ndarray],
     caplog: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The adapters' shared class, halving its batches while it saves and while it measures: 12 windows of 64 tokens do
     not fit into 200, 3 do."""
     store = str(tmp_path / "store")
+    monkeypatch.setattr(TinyExLlama, "windows_at_once", 12)
     saved = scored(TinyExLlama(str(tiny_llama), memory=memory, save_reference=store), tiny_llama)
     np.testing.assert_allclose(said(saved, "kld"), 0, atol=1e-6)
     model = TinyExLlama(str(other_llama), memory=memory, reference=store)
@@ -276,6 +281,7 @@ def test_exllama_runs_out_of_memory_half_way_through_the_logits(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """States of the part that was observed before are kept twice; the store holds them once, in their places."""
+    monkeypatch.setattr(TinyExLlama, "windows_at_once", 12)
     model = TinyExLlama(str(tiny_llama), save_reference=str(tmp_path / "store"))
     model.batching.logit_bytes = 2 * model.engine.columns * 100  # 100 positions at a time
     logits, calls = model.engine.logits, list[int]()
@@ -355,7 +361,7 @@ class Counting:
 def test_an_interrupted_run_goes_on(
     tiny_llama: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    monkeypatch.setattr(session, "GROUP", 3)
+    """A window that is scored is written, and never scored again."""
     counting, store = Counting(monkeypatch, limit=6), tmp_path / "store"
     arguments: dict[str, Any] = {"dtype": "float32", "label": "full", "save_reference": str(store)}
     with pytest.raises(KeyboardInterrupt):
@@ -394,14 +400,32 @@ def test_a_damaged_window_is_written_again_and_refused(
     scored("hf_quant", tiny_llama, dtype="float32", reference=str(copied))
 
 
-@pytest.mark.parametrize("name", ["head.safetensors", "reference.json"])
-def test_a_damaged_head_or_manifest_is_refused_by_both(tiny_llama: Path, copied: Path, name: str) -> None:
-    path = copied / name
+def _damage(path: Path) -> None:
     whole = path.read_bytes()
     path.write_bytes(whole[:-20] + bytes([whole[-20] ^ 1]) + whole[-19:])
+
+
+def test_a_damaged_manifest_is_refused_by_both(tiny_llama: Path, copied: Path) -> None:
+    _damage(copied / "reference.json")
     for argument in ("reference", "save_reference"):
-        with pytest.raises(UserError, match=name):
+        with pytest.raises(UserError, match=r"reference\.json.*delete the whole folder"):
             scored("hf_quant", tiny_llama, dtype="float32", **{argument: str(copied)})
+
+
+@pytest.mark.parametrize("harm", [_damage, Path.unlink], ids=["damaged", "missing"])
+def test_a_head_that_is_not_sound_is_written_again(
+    tiny_llama: Path, copied: Path, harm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the message says; no window is scored for it."""
+    counting, path = Counting(monkeypatch), copied / "head.safetensors"
+    whole = ReferenceStore.open(copied).head().weight
+    harm(path)
+    with pytest.raises(UserError, match=r"head\.safetensors.*run the same task with save_reference= again"):
+        scored("hf_quant", tiny_llama, dtype="float32", reference=str(copied))
+    scored("hf_quant", tiny_llama, dtype="float32", save_reference=str(copied), label="full")
+    assert torch.equal(ReferenceStore.open(copied).head().weight, whole)
+    assert counting.windows == []
+    scored("hf_quant", tiny_llama, dtype="float32", reference=str(copied))
 
 
 def test_a_missing_head_is_refused(tiny_llama: Path, copied: Path) -> None:
@@ -417,6 +441,31 @@ def test_another_model_in_the_same_folder(other_llama: Path, tiny_llama: Path, c
     for folder, dtype in ((other_llama, "float32"), (tiny_llama, "bfloat16")):
         with pytest.raises(UserError, match=r"holds the reference of another model or setting, full .*, not of mine"):
             scored("hf_quant", folder, dtype=dtype, label="mine", save_reference=str(copied))
+
+
+@pytest.mark.parametrize("change", ["config", "argument"])
+def test_the_same_weights_run_otherwise_are_another_model(
+    tiny_llama: Path, copied: Path, tmp_path: Path, change: str
+) -> None:
+    folder, more = tiny_llama, {"attn_implementation": "eager"}
+    if change == "config":
+        folder, more = Path(shutil.copytree(tiny_llama, tmp_path / "m")), {}
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "rope_theta": 100.0, "rope_parameters": None}))
+    with pytest.raises(UserError, match="holds the reference of another model or setting"):
+        scored("hf_quant", folder, dtype="float32", label="full", save_reference=str(copied), **more)
+
+
+def test_another_tokenizer_behind_the_references_own(tiny_llama: Path, reference: Path, tmp_path: Path) -> None:
+    """Windows of the reference's tokens fit any model of so many ids; what these mean to it is another thing."""
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "m"))
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    a, b = "e", "t"
+    vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="another tokenizer than this model"):
+        scored("hf_quant", folder, dtype="float32", tokenizer=str(tiny_llama), reference=str(reference))
 
 
 def test_other_windows(tiny_llama: Path, reference: Path) -> None:
@@ -478,7 +527,7 @@ def test_a_model_of_nan_is_no_reference(tiny_llama: Path, tmp_path: Path, mode: 
     tensors = load_file(folder / "model.safetensors")
     tensors["lm_head.weight"][3] = math.nan
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match="756 of 756 distributions are not finite"):
+    with pytest.raises(UserError, match="63 of 63 distributions are not finite"):
         scored("hf_quant", folder, dtype="float32", save_reference=str(tmp_path / "store"), reference_mode=mode)
     assert len(ReferenceStore.open(tmp_path / "store")) == 0
 

@@ -38,6 +38,7 @@ def in_float64(reference: torch.Tensor, logits: torch.Tensor, targets: torch.Ten
         "kld": rel_entr(np.exp(p), np.exp(q)).sum(axis=1),
         "agree": p.argmax(axis=1) == q.argmax(axis=1),
         "reference_logprobs": np.take_along_axis(p, targets.numpy()[:, None], axis=1)[:, 0],
+        "model_logprobs": np.take_along_axis(q, targets.numpy()[:, None], axis=1)[:, 0],
         "confidence": np.exp(p.max(axis=1)),
     }
 

@@ -226,7 +226,7 @@ def test_missing_parts(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no reference\.json there; give a folder that a run with save_reference="):
         ReferenceStore.open(tmp_path / "nowhere")
     (tmp_path / "head.safetensors").unlink()
-    assert not store.has_head()
+    assert not store.has_sound_head()
     with pytest.raises(UserError, match=r"head\.safetensors: the stored reference is damaged \(it is missing\)"):
         store.head()
     store.path(window(1).key).unlink()

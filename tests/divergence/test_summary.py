@@ -33,7 +33,7 @@ def made(windows: int = 12, tokens: int = 30, seed: int = 0, **fixed: Any) -> li
             "reference": {**REFERENCE, "rounding": {"kld_sum": 1e-4 * n, "kld_max": 1e-3 + number}},
         }
         logprobs = values["reference_logprobs"] - rng.normal(0.01, 0.1, n)
-        found.append(TokenValues.of(number, logprobs, values | fixed))
+        found.append(TokenValues.of(number, {"model_logprobs": logprobs, **values, **fixed}))
     rng.shuffle(found)  # type: ignore[arg-type]
     return found
 
@@ -77,7 +77,7 @@ def test_by_hand() -> None:
         "confidence": [0.5, 0.9],
         "reference": REFERENCE,
     }
-    values = [TokenValues.of(0, np.log([1 / 4, 1 / 2]), said)]
+    values = [TokenValues.of(0, said | {"model_logprobs": np.log([1 / 4, 1 / 2])})]
     assert mean_of("kld", values) == pytest.approx(0.5)
     assert mean_of("top1_agreement", values) == pytest.approx(0.5)
     assert mean_of("mean_delta_p", values) == pytest.approx(1 / 16)
@@ -154,7 +154,7 @@ def test_quantiles(percent: float) -> None:
 def test_quantiles_of_any_values(kld: list[float], percent: float) -> None:
     """By their definition: (n − 1) q tokens are below, and in between it is linear."""
     said = {"kld": kld, "agree": [True] * len(kld), "reference_logprobs": kld, "confidence": kld, "reference": {}}
-    found = summary.quantile([TokenValues.of(0, kld, said)], percent)
+    found = summary.quantile([TokenValues.of(0, said | {"model_logprobs": kld})], percent)
     at, ordered = percent / 100 * (len(kld) - 1), sorted(kld)
     low, high = ordered[math.floor(at)], ordered[min(math.floor(at) + 1, len(kld) - 1)]
     assert found == pytest.approx(low + (at - math.floor(at)) * (high - low), rel=1e-9, abs=1e-9)
@@ -254,7 +254,7 @@ def test_edges_of_buckets() -> None:
     confidence = [0.0, 0.2499, 0.25, 0.5, 0.7499, 0.75, 0.9499, 0.95, 1.0]
     n = len(confidence)
     said = {"kld": np.arange(n), "agree": [True] * n, "reference_logprobs": [0.0] * n, "reference": REFERENCE}
-    values = [TokenValues.of(0, [0.0] * n, said | {"confidence": confidence})]
+    values = [TokenValues.of(0, said | {"model_logprobs": [0.0] * n, "confidence": confidence})]
     buckets = summary.describe(values, 1)["by_confidence"]
     assert [(b["from"], b["to"], b["tokens"]) for b in buckets] == [
         (0.0, 0.25, 2), (0.25, 0.5, 1), (0.5, 0.75, 2), (0.75, 0.95, 2), (0.95, 1.0, 2),
@@ -276,7 +276,8 @@ def test_the_histogram() -> None:
     """Quarters of powers of ten from 1e-10 to 100; negative and smaller ones are below, larger ones above."""
     kld = np.array([-1e-7, 0.0, 0.9e-10, 1e-10, 1.7e-10, 1.8e-10, 0.5, 99.0, 100.0, 101.0] + [0.2] * 20)
     found = summary.describe(
-        [TokenValues.of(0, [0.0] * 30, _thirty() | {"kld": kld, "confidence": kld, "reference": {}})], 1
+        [TokenValues.of(0, _thirty() | {"model_logprobs": [0.0] * 30, "kld": kld, "confidence": kld, "reference": {}})],
+        1,
     )
     histogram = found["histogram"]
     assert (histogram["below"], histogram["above"]) == (3, 1)

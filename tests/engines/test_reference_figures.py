@@ -115,8 +115,8 @@ LLAMA_PERPLEXITY: dict[str, dict[str, float]] = {
 
 
 def test_divergence_is_llama_perplexitys(bf16_gguf: Path, q4_gguf: Path, wikitext: Path, tmp_path: Path) -> None:
-    """Eight windows. llama.cpp stores the reference in 16 bits, cut off 16 nats below the largest logit, and leaves tokens
-    with ln p ≤ −16 out of the sum; what does not rest on that is the same to the last digit printed."""
+    """Eight windows. llama.cpp stores the reference in 16 bits, cut off 16 nats below the largest logit, and leaves
+    tokens with ln p ≤ −16 out of the sum; what does not rest on that is the same to the last digit printed."""
     import llama_cpp
 
     system = llama_cpp.llama_print_system_info().decode()
