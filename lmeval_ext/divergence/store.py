@@ -334,8 +334,8 @@ def _difference(there: Manifest, wanted: Manifest) -> str:
 
 def _damaged(path: Path, why: str) -> UserError:
     return UserError(
-        f"{path}: the stored reference is damaged ({why}); run the same task with save_reference= again, which "
-        "writes anew what is missing or damaged (for reference.json: delete the whole folder first)"
+        f"{path}: the stored reference is damaged ({why}); run the same task with save_reference= again, which writes "
+        "anew what is missing or damaged (for reference.json, or under `compare run`: delete the whole folder first)"
     )
 
 
