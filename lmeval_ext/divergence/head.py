@@ -30,6 +30,10 @@ class OutputHead:
     _copy: torch.Tensor | None = field(default=None, repr=False, compare=False)
     _memory: torch.Tensor | None = field(default=None, repr=False, compare=False)
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """By name, as a store keeps them."""
+        return {"weight": self.weight} | ({} if self.bias is None else {"bias": self.bias})
+
     def to(self, device: torch.device | str) -> OutputHead:
         bias = None if self.bias is None else self.bias.to(device)
         return OutputHead(self.weight.to(device), bias, self.softcap, self.scale)

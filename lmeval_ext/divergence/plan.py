@@ -47,10 +47,9 @@ def cut_head(head: OutputHead, vocabulary: int) -> OutputHead:
 
 def head_facts(head: OutputHead) -> dict[str, Any]:
     """The fields of `Manifest` that describe it."""
-    tensors = {"weight": head.weight} | ({} if head.bias is None else {"bias": head.bias})
     return {
         "width": int(head.weight.shape[1]),
         "softcap": head.softcap,
         "scale": head.scale,
-        "head_sha256": tensors_sha256(tensors),
+        "head_sha256": tensors_sha256(head.tensors()),
     }

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from lmeval_ext.divergence.logits_code import EXACT
 from lmeval_ext.divergence.measure import TokenDivergence
 from lmeval_ext.divergence.plan import Plan
-from lmeval_ext.divergence.store import Manifest, ReferenceStore, StoredWindow, window_key
+from lmeval_ext.divergence.store import Manifest, ReferenceStore, StoredWindow, key_of
 from lmeval_ext.errors import UserError
 from lmeval_ext.requests import WindowRequest, WindowScores
 from lmeval_ext.tokens import HFTokenizer
@@ -40,10 +40,10 @@ PROBE = (
 
 def score(model: WindowScoring, windows: Sequence[WindowRequest]) -> list[WindowScores]:
     """Scores of the windows, with `divergence`. UserError where the reference does not fit, before anything is run."""
-    by_key = {window_key(w.ids, len(w.context_ids)): w for w in windows}
+    by_key = {key_of(w): w for w in windows}
     arguments = model.reference_arguments
     found = _save(model, by_key) if arguments.save_reference else _compare(model, by_key)
-    return [found[window_key(w.ids, len(w.context_ids))] for w in windows]
+    return [found[key_of(w)] for w in windows]
 
 
 # ---------------------------------------------------------------------- measuring against a store
@@ -178,12 +178,9 @@ def _kept(store: ReferenceStore, windows: dict[str, WindowRequest]) -> dict[str,
             logger.warning("written again: %s", error)
             continue
         own = {name: t.numpy() for name, t in window.scores.items()}
-        found[key] = WindowScores.of(own["logprobs"], own["greedy"], _divergence_of(own))
+        measured = {name: own[name] for name in TokenDivergence._fields}
+        found[key] = WindowScores.of(own["logprobs"], own["greedy"], measured)
     return found
-
-
-def _divergence_of(own: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {name: own[name] for name in TokenDivergence._fields}
 
 
 def _stored(

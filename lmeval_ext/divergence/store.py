@@ -31,6 +31,7 @@ from safetensors.torch import load, save
 from lmeval_ext.divergence.head import OutputHead
 from lmeval_ext.divergence.measure import TokenDivergence
 from lmeval_ext.errors import UserError
+from lmeval_ext.requests import WindowRequest
 
 FORMAT, VERSION = "lmeval-ext reference", 1
 _MANIFEST, _HEAD, _WINDOWS = "reference.json", "head.safetensors", "windows"
@@ -89,6 +90,11 @@ def window_key(ids: Sequence[int], n_context: int) -> str:
     return hashlib.sha256(np.array([n_context, *ids], dtype="<i8").tobytes()).hexdigest()[:32]
 
 
+def key_of(window: WindowRequest) -> str:
+    """`window_key` of a task's window."""
+    return window_key(window.ids, len(window.context_ids))
+
+
 class ReferenceStore:
     """A folder with a reference. Raises UserError where it is none, or damaged."""
 
@@ -138,12 +144,11 @@ class ReferenceStore:
         return True
 
     def write_head(self, head: OutputHead) -> None:
-        tensors = {"weight": head.weight} | ({} if head.bias is None else {"bias": head.bias})
-        _write_tensors(self.folder / _HEAD, tensors, {})
+        _write_tensors(self.head_path, head.tensors(), {})
 
     def head(self) -> OutputHead:
         """Checked against the manifest's sum."""
-        path = self.folder / _HEAD
+        path = self.head_path
         tensors, about = _read_tensors(path)
         if "weight" not in tensors or about["sha256"] != self.manifest.head_sha256:
             raise _damaged(path, "its contents are not what reference.json says")

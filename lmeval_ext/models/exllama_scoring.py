@@ -10,7 +10,7 @@ import torch
 
 from lmeval_ext.divergence.measure import TokenDivergence
 from lmeval_ext.divergence.observer import Observer, WindowSpan, spans_between
-from lmeval_ext.divergence.store import window_key
+from lmeval_ext.divergence.store import key_of
 from lmeval_ext.models.choices import Group, shared_batches, split_groups
 from lmeval_ext.models.exllama_batching import Batching, Engine, Fetched, is_out_of_memory, release_memory
 from lmeval_ext.models.target_logprobs import target_logprobs
@@ -212,7 +212,7 @@ class _Watch:
 
 
 def _span(window: WindowRequest) -> WindowSpan:
-    return WindowSpan(window_key(window.ids, len(window.context_ids)), 0, len(window.target_ids))
+    return WindowSpan(key_of(window), 0, len(window.target_ids))
 
 
 class _Launched:

@@ -42,7 +42,7 @@ try:
     from lmeval_ext.divergence.head import OutputHead, logit_settings
     from lmeval_ext.divergence.measure import fetched
     from lmeval_ext.divergence.observer import WindowSpan
-    from lmeval_ext.divergence.store import window_key
+    from lmeval_ext.divergence.store import key_of
     from lmeval_ext.models.hf_checked import CheckedClass, quant_method, what_is_missing
     from lmeval_ext.models.hf_choices import NotShared, SharedContexts, can_share
     from lmeval_ext.models.hf_decoded import DecodingClass, dense_config
@@ -175,7 +175,7 @@ class HFQuantized(WindowScoring, HFLM):
     ) -> dict[str, Any] | None:
         if self.observer is None:
             return None
-        span = WindowSpan(window_key(window.ids, len(window.context_ids)), 0, len(targets))
+        span = WindowSpan(key_of(window), 0, len(targets))
         return fetched(self.observer.observe([span], hidden, logits, targets.to(logits.device)))
 
     @property

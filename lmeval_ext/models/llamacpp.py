@@ -347,9 +347,9 @@ class _Look:
     """Shows an observer the logits of one window, part by part."""
 
     def __init__(self, observer: Observer, window: WindowRequest) -> None:
-        from lmeval_ext.divergence.store import window_key
+        from lmeval_ext.divergence.store import key_of
 
-        self._observer, self._key = observer, window_key(window.ids, len(window.context_ids))
+        self._observer, self._key = observer, key_of(window)
         self._done, self._parts = 0, list[dict[str, np.ndarray]]()
 
     def at(self, logits: np.ndarray, targets: list[int]) -> None:

@@ -22,7 +22,7 @@ from safetensors.torch import load
 
 from lmeval_ext.divergence.arguments import ReferenceArguments
 from lmeval_ext.divergence.plan import Plan
-from lmeval_ext.divergence.store import ReferenceStore, window_key
+from lmeval_ext.divergence.store import ReferenceStore, key_of
 from lmeval_ext.errors import MissingEngineError, UserError
 from lmeval_ext.models.base import (
     GIB,
@@ -146,7 +146,7 @@ class VLLMQuantized(WindowScoring, VLLM):
         return scores
 
     def _observed_key(self, window: WindowRequest) -> str | None:
-        return window_key(window.ids, len(window.context_ids)) if self._observing else None
+        return key_of(window) if self._observing else None
 
     def observe_windows(self, plan: Plan) -> dict[str, Any]:
         if self._engine is None:
