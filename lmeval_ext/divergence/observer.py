@@ -6,7 +6,6 @@ belong to; they need not know which of the two is looking.
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
@@ -19,7 +18,6 @@ from lmeval_ext.divergence.store import StoredWindow
 
 # Float32 logits of the reference that stand in memory at once, unless reference_chunk says otherwise
 _CHUNK_BYTES = 128 << 20
-_PINNED_BYTES = 256 << 20  # of windows on their way to a GPU
 
 
 class WindowSpan(NamedTuple):
@@ -58,23 +56,26 @@ def chunk_tokens(vocabulary: int, asked: int | None = None) -> int:
 class Comparing:
     """Measures a model against the windows of a store.
 
-    vocabulary: the tokens that both have; head: the store's output matrix, None in mode "logits".
+    vocabulary: the tokens that both have; head: gives the store's output matrix, None in mode "logits".
     """
 
     def __init__(
-        self, windows: Mapping[str, StoredWindow], head: OutputHead | None, vocabulary: int, chunk: int | None = None
+        self,
+        windows: Mapping[str, StoredWindow],
+        head: Callable[[], OutputHead] | None,
+        vocabulary: int,
+        chunk: int | None = None,
     ) -> None:
-        self._windows, self._head, self.vocabulary = windows, head, vocabulary
+        self._windows, self._give_head, self.vocabulary = windows, head, vocabulary
+        self._head: OutputHead | None = None
         self._chunk = chunk_tokens(vocabulary, chunk)
-        self._pinned: collections.OrderedDict[str, dict[str, torch.Tensor]] = collections.OrderedDict()
-        self._pinned_bytes = 0
 
     def observe(
         self, spans: Sequence[WindowSpan], hidden: torch.Tensor | None, logits: torch.Tensor, targets: torch.Tensor
     ) -> TokenDivergence:
         device = logits.device
-        if self._head is not None and self._head.weight.device != device:
-            self._head = self._head.to(device)
+        if self._give_head is not None and (self._head is None or self._head.weight.device != device):
+            self._head = self._give_head().to(device)
         stored = [self._states(span, device) for span in spans]
         states = {name: torch.cat([s[name] for s in stored]) for name in stored[0]}
 
@@ -85,16 +86,11 @@ class Comparing:
         return _in_chunks(reference, logits, targets, self.vocabulary, self._chunk)
 
     def _states(self, span: WindowSpan, device: torch.device) -> dict[str, torch.Tensor]:
-        states = self._pinned.get(span.window)
-        if states is None:
-            states = self._windows[span.window].states
-            if device.type == "cuda":  # pinned, so that copying does not wait for the work that is queued there
-                states = self._pinned[span.window] = {name: t.pin_memory() for name, t in states.items()}
-                self._pinned_bytes += _bytes(states)
-                while self._pinned_bytes > _PINNED_BYTES and len(self._pinned) > 1:
-                    self._pinned_bytes -= _bytes(self._pinned.popitem(last=False)[1])
         rows = slice(span.start, span.start + span.tokens)
-        return {name: t[rows].to(device, non_blocking=True) for name, t in states.items()}
+        states = {name: t[rows] for name, t in self._windows[span.window].states.items()}
+        if device.type == "cuda":  # through pinned memory: copying then does not wait for the work that is queued there
+            states = {name: t.pin_memory() for name, t in states.items()}
+        return {name: t.to(device, non_blocking=True) for name, t in states.items()}
 
 
 class Saving:
@@ -151,10 +147,6 @@ class Saving:
         if not bool(came.all()):
             raise RuntimeError(f"states of {int((~came).sum())} of {tokens} tokens never came")
         return whole
-
-
-def _bytes(tensors: dict[str, torch.Tensor]) -> int:
-    return sum(t.nbytes for t in tensors.values())
 
 
 def _in_chunks(

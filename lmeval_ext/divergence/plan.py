@@ -29,10 +29,12 @@ class Plan:
         if self.save:
             return Saving(head, self.vocabulary, self.chunk)
         store = ReferenceStore.open(self.folder)
-        with ThreadPoolExecutor(1) as pool:  # both are read whole, for their checksums
-            stored = pool.submit(store.head) if self.mode == "hidden" else None
-            windows = store.windows(self.keys)
-            return Comparing(windows, None if stored is None else stored.result(), self.vocabulary, self.chunk)
+        if self.mode != "hidden":
+            return Comparing(store.windows(self.keys), None, self.vocabulary, self.chunk)
+        pool = ThreadPoolExecutor(1)  # reading and checking take as long as a small model takes for its first step
+        stored = pool.submit(store.head)
+        pool.shutdown(wait=False)
+        return Comparing(store.windows(self.keys), stored.result, self.vocabulary, self.chunk)
 
     @property
     def needs_head(self) -> bool:

@@ -53,12 +53,14 @@ def _compare(model: WindowScoring, windows: dict[str, WindowRequest]) -> dict[st
     arguments = model.reference_arguments
     store = ReferenceStore.open(str(arguments.reference))
     common = check_fit(model, store, windows)
-    plan = Plan(str(store.folder), False, store.manifest.mode, common, arguments.reference_chunk, tuple(windows))
+    requests = list(windows.values())
+    keys = tuple(key_of(requests[i]) for i in model.scoring_order(requests))
+    plan = Plan(str(store.folder), False, store.manifest.mode, common, arguments.reference_chunk, keys)
     about = _About(store.manifest, "comparison", common, weights_sha256(model.checkpoint()))
     rounding = {key: _rounding(store.own_kld(key)) for key in windows}
     try:
         model.observe_windows(plan)
-        scores = model.score_timed(list(windows.values()))
+        scores = model.score_timed(requests)
     finally:
         model.stop_observing()
     return {key: about.added(found, rounding[key]) for key, found in zip(windows, scores, strict=True)}
@@ -275,10 +277,12 @@ def probe(model: Any) -> list[int]:
 
 
 def probes(model: Any) -> Iterator[list[int]]:
-    """Of the tokenizer that is used, and of the checkpoint's own where another is named."""
+    """Of the tokenizer that is used, and of the checkpoint's own where that is another."""
     yield probe(model)
-    path = model.checkpoint()
-    if path is not None and (Path(path) / "tokenizer.json").is_file():
+    path, used = model.checkpoint(), getattr(getattr(model, "tokenizer", None), "name_or_path", None)
+    if path is None or not (Path(path) / "tokenizer.json").is_file():
+        return
+    if used is None or Path(used).resolve() != Path(path).resolve():
         yield HFTokenizer(path).encode(PROBE).ids.tolist()
 
 

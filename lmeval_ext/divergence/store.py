@@ -13,12 +13,13 @@ and one folder serves any number of tasks.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,16 +27,20 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save
+from safetensors.torch import save
 
 from lmeval_ext.divergence.head import OutputHead
 from lmeval_ext.divergence.measure import TokenDivergence
 from lmeval_ext.errors import UserError
 from lmeval_ext.requests import WindowRequest
+from lmeval_ext.storage.info import StorageError
+from lmeval_ext.storage.safetensors_header import header_tensors
 
-FORMAT, VERSION = "lmeval-ext reference", 1
+FORMAT, VERSION = "lmeval-ext reference", 2
 _MANIFEST, _HEAD, _WINDOWS = "reference.json", "head.safetensors", "windows"
 _IN_MEMORY = 1 << 30
+_PIECE = 16 << 20  # bytes that are hashed as one; part of the format
+_THREADS = min(8, os.cpu_count() or 1)  # hashing releases the interpreter's lock
 SCORES = ("logprobs", "greedy", *TokenDivergence._fields)
 
 
@@ -60,7 +65,7 @@ class Manifest:
     format: str = FORMAT
     version: int = VERSION
 
-    @property
+    @functools.cached_property
     def id(self) -> str:
         """Two references with the same id have the same distributions. The label is a mere name."""
         facts = asdict(self)
@@ -147,9 +152,17 @@ class ReferenceStore:
         _write_tensors(self.head_path, head.tensors(), {})
 
     def head(self) -> OutputHead:
-        """Checked against the manifest's sum."""
+        """Checked against the manifest's sum. The file is mapped, not copied: it may be gigabytes."""
         path = self.head_path
-        tensors, about = _read_tensors(path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except FileNotFoundError as error:
+            raise _damaged(path, "it is missing") from error
+        except (SafetensorError, OSError, ValueError) as error:
+            raise _damaged(path, str(error).splitlines()[0]) from error
+        _check_sum(path, tensors, about)
         if "weight" not in tensors or about["sha256"] != self.manifest.head_sha256:
             raise _damaged(path, "its contents are not what reference.json says")
         m = self.manifest
@@ -192,27 +205,36 @@ class ReferenceStore:
         return found
 
     def windows(self, keys: Iterable[str]) -> Windows:
-        """These windows, each read and checked once by now."""
+        """These windows, read from now on."""
         return Windows(self, list(dict.fromkeys(keys)))
 
 
 class Windows(Mapping[str, StoredWindow]):
-    """Windows of a store: in memory up to 1 GiB of them, the rest read again when asked for, one at a time."""
+    """Windows of a store, each read and checked while those before it are looked at.
+
+    Up to 1 GiB of them are kept; the rest are read when they are asked for, one at a time. Whoever asks for a window is
+    told (UserError) of any damage that was found by then.
+    """
 
     def __init__(self, store: ReferenceStore, keys: list[str]) -> None:
-        self._store, self._keys, self._held = store, keys, dict[str, StoredWindow]()
+        self._store, self._keys = store, keys
         self._last: StoredWindow | None = None
-        room, threads = _IN_MEMORY, min(8, os.cpu_count() or 1)
-        with ThreadPoolExecutor(threads) as pool:  # hashing releases the interpreter's lock
-            for start in range(0, len(keys), threads):
-                for window in pool.map(store.read, keys[start : start + threads]):
-                    room -= sum(t.nbytes for t in window.states.values())
-                    if room >= 0:
-                        self._held[window.key] = window
+        self._coming: dict[str, Future[StoredWindow]] = {}
+        room, pool = _IN_MEMORY, ThreadPoolExecutor(_THREADS)
+        for key in keys:
+            path = store.path(key)
+            room -= path.stat().st_size if path.exists() else 0
+            if room < 0:
+                break
+            self._coming[key] = pool.submit(store.read, key)
+        pool.shutdown(wait=False)
 
     def __getitem__(self, key: str) -> StoredWindow:
-        if key in self._held:
-            return self._held[key]
+        for coming in self._coming.values():
+            if coming.done():
+                coming.result()
+        if key in self._coming:
+            return self._coming[key].result()
         if key not in self._keys:
             raise KeyError(key)
         if self._last is None or self._last.key != key:
@@ -227,6 +249,10 @@ class Windows(Mapping[str, StoredWindow]):
         return len(self._keys)
 
 
+_DTYPES = {
+    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I16": torch.int16, "I32": torch.int32,
+    "BOOL": torch.bool,
+}  # fmt: skip
 _STATES = {"hidden": ("hidden",), "logits": ("codes", "range", "top_ids", "top_values")}
 
 
@@ -235,13 +261,23 @@ def _json_sha256(facts: dict[str, Any]) -> str:
 
 
 def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
-    """Over names, dtypes, shapes and bytes."""
+    """Over names, dtypes, shapes, and the SHA-256 of every 16 MiB of bytes: an output matrix on as many cores."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].contiguous().cpu()
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
-        digest.update(tensor.view(-1).view(torch.uint8).numpy())
+        data = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        pieces = [data[start : start + _PIECE] for start in range(0, len(data), _PIECE)]
+        if len(pieces) < 2:
+            digest.update(b"".join(map(_sha256, pieces)))
+            continue
+        with ThreadPoolExecutor(_THREADS) as pool:
+            digest.update(b"".join(pool.map(_sha256, pieces)))
     return digest.hexdigest()
+
+
+def _sha256(data: memoryview) -> bytes:
+    return hashlib.sha256(data).digest()
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -275,25 +311,34 @@ def _write_tensors(path: Path, tensors: dict[str, torch.Tensor], about: dict[str
         raise _unwritable(path.parent, error) from error
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Tensors and metadata of a file, checked against the sum in it.
 
-    It is read once: safetensors' own reader opens a file twice, and another run may replace it in between.
+    It is opened once: safetensors' own reader opens a file twice, and another run may replace it in between. The
+    tensors are views of what was read: copies would cost more than the reading, and hold the interpreter's lock.
     """
     try:
-        data = path.read_bytes()
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        about = dict(header.get("__metadata__") or {})
-        tensors = load(data)
+        with path.open("rb") as file:
+            data = torch.empty(os.fstat(file.fileno()).st_size, dtype=torch.uint8)
+            whole = memoryview(data.numpy())
+            if file.readinto(whole) != len(whole):
+                raise _damaged(path, "it was cut short while it was read")
+        raw = bytes(whole[8 : 8 + int.from_bytes(whole[:8], "little")])
+        stored, about = header_tensors(path, raw, len(whole))
+        tensors = {t.name: data[t.offset : t.offset + t.nbytes].view(_DTYPES[t.dtype]).view(t.shape) for t in stored}
     except FileNotFoundError as error:
         raise _damaged(path, "it is missing") from error
-    except (SafetensorError, OSError, ValueError, AttributeError, KeyError) as error:
+    except (StorageError, OSError, KeyError, RuntimeError) as error:
         raise _damaged(path, str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+    _check_sum(path, tensors, about)
+    return tensors, about
+
+
+def _check_sum(path: Path, tensors: dict[str, torch.Tensor], about: Mapping[str, str]) -> None:
     if (about.get("format"), about.get("version")) != (FORMAT, str(VERSION)):
         raise _damaged(path, f"it is no part of a reference of version {VERSION}")
     if about.get("sha256") != tensors_sha256(tensors):
         raise _damaged(path, "its checksum is wrong")
-    return tensors, about
 
 
 def _read_manifest(path: Path) -> Manifest:

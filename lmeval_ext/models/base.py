@@ -125,6 +125,10 @@ class WindowScoring:
             ) from error
         return session.score(self, windows)
 
+    def scoring_order(self, windows: Sequence[WindowRequest]) -> list[int]:
+        """Indices in the order in which `score_windows` comes to them, in which a reference is best read."""
+        return list(range(len(windows)))
+
     @property
     def windows_at_once(self) -> int:
         """Windows that a reference is best written from at a time; more for a GPU, which idles with one."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import jinja2
@@ -48,6 +49,7 @@ class ExLlamaLM(WindowScoring, TemplateLM):
 
     engine_name = ""
     engine_version: str | None = None
+    dtype = torch.float16  # both engines compute in it, and hold matrices that are not quantized in it
 
     def __init__(
         self,
@@ -127,7 +129,10 @@ class ExLlamaLM(WindowScoring, TemplateLM):
         return 16 if self.engine.device.type == "cuda" else 1
 
     def output_head(self) -> OutputHead:
-        return dense_head(self.folder)
+        """As the engine holds it, in its own dtype."""
+        head = dense_head(self.folder)
+        bias = None if head.bias is None else head.bias.to(self.dtype)
+        return replace(head, weight=head.weight.to(self.dtype), bias=bias)
 
     def checkpoint(self) -> str | None:
         return str(self.folder)
@@ -285,7 +290,7 @@ class ExLlamaLM(WindowScoring, TemplateLM):
             label=self.label,
             engine=self.engine_name,
             engine_version=self.engine_version,
-            dtype="float16",
+            dtype=str(self.dtype).removeprefix("torch."),
             device=str(device),
             revision=self.revision,
             scoring="engine",

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import vllm
 
+from lmeval_ext.errors import UserError
 from lmeval_ext.models.vllm_scoring import EXTRA_ARG
 
 WORKER_EXTENSION = "lmeval_ext.models.vllm_worker.WorkerExtension"
@@ -52,7 +53,7 @@ class EngineScoring:
         """Scores of each prompt, in order.
 
         reuse_prefixes: let vLLM's prefix cache serve what prompts share. Where it serves a position whose state was
-        wanted, that prompt is computed again without it.
+        wanted, that prompt is computed again without it. UserError where an observer refused to look on.
         """
         scores: list[TokenScores | None] = [None] * len(prompts)
         self._run(prompts, scores, reuse_prefixes, use_tqdm)
@@ -77,6 +78,8 @@ class EngineScoring:
         tokens = [vllm.TokensPrompt(prompt_token_ids=prompts[i].ids) for i in todo]
         self._llm.generate(tokens, sampling_params=params, use_tqdm=use_tqdm)
         taken = next((t for t in self._llm.collective_rpc("lmeval_ext_take") if t), None)
+        if taken is not None and "refused" in taken:
+            raise UserError(taken["refused"])
         wanted = {n: prompts[i] for n, i in enumerate(todo, base)}
         for n, found in _assemble(taken, wanted).items():
             scores[todo[n - base]] = found

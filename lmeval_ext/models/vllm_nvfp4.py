@@ -132,7 +132,7 @@ class VLLMQuantized(WindowScoring, VLLM):
         """
         prompts = [Prompt(w.ids, len(w.context_ids), self._observed_key(w)) for w in windows]
         if not self._on_cpu:
-            order = sorted(range(len(prompts)), key=lambda i: prompts[i][:2])
+            order = self.scoring_order(windows)
             found = self._score([prompts[i] for i in order], reuse_prefixes=False, use_tqdm=self.bar is None)
             if self.bar is not None:
                 self.bar.update(len(found))
@@ -144,6 +144,11 @@ class VLLMQuantized(WindowScoring, VLLM):
                 scores += [WindowScores.of(*s) for s in self._score([prompt], reuse_prefixes=False, use_tqdm=False)]
                 done(1)
         return scores
+
+    def scoring_order(self, windows: Sequence[WindowRequest]) -> list[int]:
+        if self._on_cpu:
+            return super().scoring_order(windows)
+        return sorted(range(len(windows)), key=lambda i: (windows[i].ids, len(windows[i].context_ids)))
 
     def _observed_key(self, window: WindowRequest) -> str | None:
         return key_of(window) if self._observing else None

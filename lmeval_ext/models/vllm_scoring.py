@@ -17,6 +17,7 @@ import torch
 
 from lmeval_ext.divergence.measure import TokenDivergence
 from lmeval_ext.divergence.observer import Observer, WindowSpan, spans_between
+from lmeval_ext.errors import UserError
 from lmeval_ext.models.target_logprobs import target_logprobs
 
 # Key in SamplingParams.extra_args; its value is [index of the request, position of its first scored token], and the
@@ -59,13 +60,15 @@ class PromptScorer:
 
     compute_logits: hidden states [rows, hidden] to logits [rows, ≥ vocabulary], or to None on the ranks of a
     vocabulary-sharded head that do not gather them; called by all ranks in the same order. observer: looks at the
-    logits of windows. head_input: what the output matrix was last given; not always the final hidden states.
+    logits of windows. head_input: what the output matrix was last given; not always the final hidden states. refused:
+    what the observer told the user (UserError), who hears of it from `take`: raised here it would end the engine.
     """
 
     compute_logits: Callable[[torch.Tensor], torch.Tensor | None]
     vocabulary: int
     observer: Observer | None = None
     head_input: Callable[[], torch.Tensor | None] = lambda: None
+    refused: str | None = None
     _spans: list[Span] = field(default_factory=list)
     _divergences: list[TokenDivergence] = field(default_factory=list)
     _logprobs: list[torch.Tensor] = field(default_factory=list)
@@ -104,7 +107,11 @@ class PromptScorer:
         scores = target_logprobs(logits, targets, min(self.vocabulary, logits.shape[-1]))
         if windows is None or self.observer is None:
             return (*scores, None)
-        return (*scores, self.observer.observe(windows, self.head_input(), logits, targets))
+        try:
+            return (*scores, self.observer.observe(windows, self.head_input(), logits, targets))
+        except UserError as error:
+            self.refused, self.observer = str(error), None
+            return (*scores, None)
 
     def chunk_rows(self, hidden_states: torch.Tensor) -> int:
         """Rows whose logits fit into the chunk's bytes; the same on every rank."""
@@ -116,9 +123,13 @@ class PromptScorer:
 
         spans: [[request, start, count], …]; logprobs: float32 bytes and greedy: bool bytes, of all spans in order; so
         are the fields of `TokenDivergence`, if an observer looked at all of them. None on a rank without logits.
+        {"refused": message} alone, if the observer had something to tell the user.
         """
+        refused, self.refused = self.refused, None
         spans, logprobs, greedy, divergences = self._spans, self._logprobs, self._greedy, self._divergences
         self._spans, self._logprobs, self._greedy, self._divergences = [], [], [], []
+        if refused is not None:
+            return {"refused": refused}
         if not logprobs:
             return None
         columns = {"logprobs": logprobs, "greedy": greedy}

@@ -46,12 +46,20 @@ def read_header(path: Path) -> list[StoredTensor]:
             raw = stream.read(length)
     except OSError as error:
         raise StorageError(f"{path} cannot be read: {error.strerror}. Check the path and its permissions.") from None
+    return header_tensors(path, raw, size)[0]
+
+
+def header_tensors(path: Path, raw: bytes, size: int) -> tuple[list[StoredTensor], dict[str, Any]]:
+    """The tensors, in order of their data, and the metadata of a file of `size` bytes with the header `raw`.
+
+    Raises StorageError as `read_header` does.
+    """
     header = parse_object(raw, f"the header of {path}", _FIX)
-    header.pop("__metadata__", None)
-    tensors = [_tensor(path, 8 + length, name, entry) for name, entry in header.items()]
+    metadata = header.pop("__metadata__", None)
+    tensors = [_tensor(path, 8 + len(raw), name, entry) for name, entry in header.items()]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
-    _check_cover(path, tensors, 8 + length, size)
-    return tensors
+    _check_cover(path, tensors, 8 + len(raw), size)
+    return tensors, metadata if isinstance(metadata, dict) else {}
 
 
 def _is_count(value: Any) -> bool:

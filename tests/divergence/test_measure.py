@@ -219,6 +219,19 @@ q = torch.tensor([[0.0, math.log(2), 0.0], [0.0, -inf, 0.0], [1.0, 0.0, 1.0], [1
 found = fused(p, q, zero, 3)
 np.testing.assert_allclose(found.kld[:2], [math.log(2), inf], atol=1e-6)
 assert found.agree[2] and math.isnan(found.kld[3]), found
+# sums move on as larger logits come: each block's are larger than all before, by 0.1 and by 200
+for step in (0.1, 200):
+    torch.manual_seed(1)
+    p = torch.randn(4, 200) + step * torch.arange(200) // 64 * 64
+    q = p + torch.randn(4, 200)
+    assert_like(fused(p, q, zero + 199, 200), in_float64(p, q, zero + 199, 200))
+# what the model rules out in the first block weighs nothing once a token 200 nats above it has come, and all at 100
+p = torch.full((2, 200), -inf)
+p[:, 5], p[0, 150], p[1, 150] = 0, 200, 5
+q = torch.full((2, 200), -inf)
+q[:, 150] = 1
+found = fused(p, q, zero[:2] + 150, 200)
+assert found.kld.tolist() == [0, inf], found.kld
 # ties over more than one block, in the same lane and in others: the lowest id
 p, q = torch.zeros(3, 200), torch.zeros(3, 200)
 p[:, 70], p[:, 134], p[:, 192] = 1, 1, 1

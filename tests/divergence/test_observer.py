@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -147,15 +148,18 @@ def test_saving_measures_the_engine_against_what_it_keeps() -> None:
 # ---------------------------------------------------------------------- comparing
 
 
-def stored(mode: str, dtype: torch.dtype = torch.float32) -> tuple[dict[str, StoredWindow], OutputHead | None]:
-    """Two windows of 20 tokens."""
+Gives = Callable[[], OutputHead] | None
+
+
+def stored(mode: str, dtype: torch.dtype = torch.float32) -> tuple[dict[str, StoredWindow], Gives]:
+    """Two windows of 20 tokens, and what gives their output matrix."""
     hidden = case()[0].to(dtype)
     states = {"hidden": hidden} if mode == "hidden" else encode(head(dtype).logits(hidden))
     windows = {
         key: StoredWindow(key, {name: t[20 * i : 20 * i + 20] for name, t in states.items()}, {})
         for i, key in enumerate("ab")
     }
-    return windows, head(dtype) if mode == "hidden" else None
+    return windows, (lambda: head(dtype)) if mode == "hidden" else None
 
 
 WHOLE = [WindowSpan("a", 0, 20), WindowSpan("b", 0, 20)]
@@ -231,7 +235,7 @@ def test_a_smaller_common_vocabulary() -> None:
     _, logits, targets = case()
     common = 650
     found = Comparing(windows, matrix, common).observe(WHOLE, None, logits, targets % common)
-    expected = token_divergence(matrix.logits(case()[0])[:, :common], logits[:, :common], targets % common, common)
+    expected = token_divergence(head().logits(case()[0])[:, :common], logits[:, :common], targets % common, common)
     assert_close(found, expected)
-    cut = cut_head(OutputHead(matrix.weight, random(VOCABULARY), 20.0, 0.5), common)
+    cut = cut_head(OutputHead(head().weight, random(VOCABULARY), 20.0, 0.5), common)
     assert (cut.weight.shape[0], cut.bias.shape[0], cut.softcap, cut.scale) == (common, common, 20.0, 0.5)  # type: ignore[union-attr]

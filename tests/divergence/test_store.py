@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import json
 import os
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmeval_ext.divergence import store as module
-from lmeval_ext.divergence.store import Manifest, ReferenceStore, window_key
+from lmeval_ext.divergence.store import Manifest, ReferenceStore, tensors_sha256, window_key
 from lmeval_ext.errors import UserError
 from tests.divergence.stores import equal, made, manifest, same, some_head, window
 
@@ -96,6 +97,20 @@ def test_a_key_that_stays_what_it_is() -> None:
     import struct
 
     assert window_key([5, 6, 7], 2) == hashlib.sha256(struct.pack("<4q", 2, 5, 6, 7)).hexdigest()[:32]
+
+
+def test_a_sum_that_stays_what_it_is() -> None:
+    """By the definition in words: SHA-256 over name, dtype and shape, and then the SHA-256 of every 16 MiB."""
+    import hashlib
+
+    tensor = torch.arange(10 << 20, dtype=torch.int32).view(-1, 2)
+    data = tensor.numpy().tobytes()
+    pieces = [data[: 16 << 20], data[16 << 20 : 32 << 20], data[32 << 20 :]]
+    expected = hashlib.sha256(b"a torch.int32 [5242880, 2] ")
+    for piece in pieces:
+        expected.update(hashlib.sha256(piece).digest())
+    expected.update(b"b torch.float16 [0] ")
+    assert tensors_sha256({"b": torch.empty(0, dtype=torch.float16), "a": tensor}) == expected.hexdigest()
 
 
 # ---------------------------------------------------------------------- whole or not at all
@@ -234,12 +249,12 @@ def test_missing_parts(tmp_path: Path) -> None:
         store.read(window(1).key)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 1, 3, "2", None])
 def test_other_versions_are_refused(version: Any, tmp_path: Path) -> None:
     path = parts(made(tmp_path))["manifest"]
     path.write_text(json.dumps({**json.loads(path.read_text()), "version": version}))
     with pytest.raises(
-        UserError, match=r"reference\.json: version .* this release reads version 1: save the reference"
+        UserError, match=r"reference\.json: version .* this release reads version 2: save the reference"
     ):
         ReferenceStore.open(tmp_path)
 
@@ -306,32 +321,52 @@ def test_a_label_is_a_mere_name(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------- many windows
 
 
-def test_windows_beyond_the_memory_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_windows_beyond_the_memory_are_read_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Room for two of five; the rest come from disk when they are asked for, the last of them is kept."""
     made(tmp_path, 5)
-    store, size = ReferenceStore.open(tmp_path), 3 * 4 * 4
-    monkeypatch.setattr(module, "_IN_MEMORY", 2 * size + 1)
+    store = ReferenceStore.open(tmp_path)
     keys = [window(n).key for n in range(5)]
-    found = store.windows([*keys, keys[0]])
-    assert list(found) == keys
-    assert len(found) == 5
+    size = store.path(keys[0]).stat().st_size
+    monkeypatch.setattr(module, "_IN_MEMORY", 2 * size + 1)
     read = list[str]()
     original = store.read
     monkeypatch.setattr(store, "read", lambda key: read.append(key) or original(key))  # type: ignore[func-returns-value]
+    found = store.windows([*keys, keys[0]])
+    assert list(found) == keys
+    assert len(found) == 5
     for n in (0, 1, 3, 3, 4, 3, 0):
         assert same(found[keys[n]], window(n))
-    assert read == [keys[3], keys[4], keys[3]]
+    assert sorted(read[:2]) == sorted(keys[:2])
+    assert read[2:] == [keys[3], keys[4], keys[3]]
     with pytest.raises(KeyError):
         found["another"]
 
 
-def test_damage_is_seen_before_anything_is_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("harm", ["cut", "missing"])
+def test_damage_is_told_to_whoever_asks_next(tmp_path: Path, harm: str) -> None:
+    """Of any window: a run of minutes need not come to the damaged one first."""
     store = made(tmp_path, 3)
     path = store.path(window(2).key)
-    path.write_bytes(path.read_bytes()[:-1])
+    whole = path.read_bytes()
+    path.unlink() if harm == "missing" else path.write_bytes(whole[:-1])
+    found = store.windows([window(n).key for n in range(3)])
+    concurrent.futures.wait(found._coming.values())
     with pytest.raises(UserError, match=path.name):
-        store.windows([window(n).key for n in range(3)])
-    store.windows([window(n).key for n in range(2)])
+        found[window(0).key]
+    path.write_bytes(whole)
+    assert same(store.windows([window(0).key])[window(0).key], window(0))
+
+
+def test_the_first_windows_are_not_kept_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By later ones, whose reading takes long."""
+    store, go = made(tmp_path, 3), threading.Event()
+    keys = [window(n).key for n in range(3)]
+    original = store.read
+    monkeypatch.setattr(module, "_THREADS", 2)
+    monkeypatch.setattr(store, "read", lambda key: original(key) if key == keys[0] or go.wait(60) else None)
+    found = store.windows(keys)
+    assert same(found[keys[0]], window(0))
+    go.set()
 
 
 def test_damage_done_in_between_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,22 @@ def test_nothing_looks_on_afterwards(model: Any, folder: Path, reference: Path) 
     (worker,) = model.model.collective_rpc(lambda worker: worker.lmeval_ext_scorer.observer is None)
     assert worker
     assert not model._observing
+
+
+@pytest.mark.parametrize("part", ["window", "head"])
+def test_damage_ends_the_run_but_not_the_engine(
+    part: str, model: Any, folder: Path, reference: Path, tmp_path: Path
+) -> None:
+    """It is found while vLLM computes, whose engine would not survive an exception."""
+    copied = Path(shutil.copytree(reference, tmp_path / "store"))
+    path = copied / "head.safetensors" if part == "head" else sorted((copied / "windows").iterdir())[0]
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    model.reference_arguments = ReferenceArguments(reference=str(copied))
+    with pytest.raises(UserError, match=f"{path.name}: the stored reference is damaged"):
+        scored(model, folder, settings=LONG)
+    path.write_bytes(whole)
+    assert description(scored(model, folder, settings=LONG))["role"] == "comparison"
 
 
 def test_engines_that_cannot_be_reached_are_refused(model: Any, folder: Path, reference: Path) -> None:

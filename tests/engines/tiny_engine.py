@@ -106,7 +106,7 @@ class TinyGenerator:
 class TinyExLlama(ExLlamaLM):
     """The adapters' shared class on the tiny engine."""
 
-    engine_name, engine_version = "tiny", "1"
+    engine_name, engine_version, dtype = "tiny", "1", torch.float32
     engine: TinyEngine
 
     def load(self, memory: int | None = None, share: bool = True, cache_tokens: int = 4096, **_: Any) -> TinyEngine:
