@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ _MANIFEST, _HEAD, _WINDOWS = "reference.json", "head.safetensors", "windows"
 _IN_MEMORY = 1 << 30
 _PIECE = 16 << 20  # bytes that are hashed as one; part of the format
 _THREADS = min(8, os.cpu_count() or 1)  # hashing releases the interpreter's lock
+_READERS = 2  # ahead of any engine; more only take the interpreter's lock from it
 SCORES = ("logprobs", "greedy", *TokenDivergence._fields)
 
 
@@ -96,8 +97,12 @@ def window_key(ids: Sequence[int], n_context: int) -> str:
 
 
 def key_of(window: WindowRequest) -> str:
-    """`window_key` of a task's window."""
-    return window_key(window.ids, len(window.context_ids))
+    """`window_key` of a task's window, worked out once."""
+    known: str | None = getattr(window, "_key", None)
+    if known is None:
+        known = window_key(window.ids, len(window.context_ids))
+        setattr(window, "_key", known)  # noqa: B010 (no field of the request)
+    return known
 
 
 class ReferenceStore:
@@ -162,7 +167,7 @@ class ReferenceStore:
             raise _damaged(path, "it is missing") from error
         except (SafetensorError, OSError, ValueError) as error:
             raise _damaged(path, str(error).splitlines()[0]) from error
-        _check_sum(path, tensors, about)
+        _check_sum(path, tensors_sha256(tensors), about)
         if "weight" not in tensors or about["sha256"] != self.manifest.head_sha256:
             raise _damaged(path, "its contents are not what reference.json says")
         m = self.manifest
@@ -217,22 +222,27 @@ class Windows(Mapping[str, StoredWindow]):
     """
 
     def __init__(self, store: ReferenceStore, keys: list[str]) -> None:
-        self._store, self._keys = store, keys
+        self._store, self._keys = store, frozenset(keys)
+        self._order = keys
         self._last: StoredWindow | None = None
+        self._damage: BaseException | None = None
         self._coming: dict[str, Future[StoredWindow]] = {}
-        room, pool = _IN_MEMORY, ThreadPoolExecutor(_THREADS)
+        room, pool = _IN_MEMORY, ThreadPoolExecutor(_READERS)
         for key in keys:
             path = store.path(key)
             room -= path.stat().st_size if path.exists() else 0
             if room < 0:
                 break
             self._coming[key] = pool.submit(store.read, key)
+            self._coming[key].add_done_callback(self._note)
         pool.shutdown(wait=False)
 
+    def _note(self, read: Future[StoredWindow]) -> None:
+        self._damage = self._damage or read.exception()
+
     def __getitem__(self, key: str) -> StoredWindow:
-        for coming in self._coming.values():
-            if coming.done():
-                coming.result()
+        if self._damage is not None:
+            raise self._damage
         if key in self._coming:
             return self._coming[key].result()
         if key not in self._keys:
@@ -243,16 +253,17 @@ class Windows(Mapping[str, StoredWindow]):
         return self._last
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
+        return iter(self._order)
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._order)
 
 
 _DTYPES = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I16": torch.int16, "I32": torch.int32,
     "BOOL": torch.bool,
 }  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _STATES = {"hidden": ("hidden",), "logits": ("codes", "range", "top_ids", "top_values")}
 
 
@@ -260,13 +271,29 @@ def _json_sha256(facts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
+def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
     """Over names, dtypes, shapes, and the SHA-256 of every 16 MiB of bytes: an output matrix on as many cores."""
+    return _sha256_of({name: _Part.of(tensor) for name, tensor in tensors.items()})
+
+
+class _Part(NamedTuple):
+    """A tensor, as files have it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: memoryview
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> _Part:
+        whole = tensor.detach().contiguous().cpu()
+        return cls(_NAMES[whole.dtype], tuple(whole.shape), memoryview(whole.view(-1).view(torch.uint8).numpy()))
+
+
+def _sha256_of(parts: Mapping[str, _Part]) -> str:
     digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous().cpu()
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
-        data = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    for name in sorted(parts):
+        dtype, shape, data = parts[name]
+        digest.update(f"{name} {dtype} {list(shape)} ".encode())
         pieces = [data[start : start + _PIECE] for start in range(0, len(data), _PIECE)]
         if len(pieces) < 2:
             digest.update(b"".join(map(_sha256, pieces)))
@@ -325,19 +352,20 @@ def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
                 raise _damaged(path, "it was cut short while it was read")
         raw = bytes(whole[8 : 8 + int.from_bytes(whole[:8], "little")])
         stored, about = header_tensors(path, raw, len(whole))
+        parts = {t.name: _Part(t.dtype, t.shape, whole[t.offset : t.offset + t.nbytes]) for t in stored}
         tensors = {t.name: data[t.offset : t.offset + t.nbytes].view(_DTYPES[t.dtype]).view(t.shape) for t in stored}
     except FileNotFoundError as error:
         raise _damaged(path, "it is missing") from error
     except (StorageError, OSError, KeyError, RuntimeError) as error:
         raise _damaged(path, str(error).splitlines()[0] if str(error) else type(error).__name__) from error
-    _check_sum(path, tensors, about)
+    _check_sum(path, _sha256_of(parts), about)
     return tensors, about
 
 
-def _check_sum(path: Path, tensors: dict[str, torch.Tensor], about: Mapping[str, str]) -> None:
+def _check_sum(path: Path, found: str, about: Mapping[str, str]) -> None:
     if (about.get("format"), about.get("version")) != (FORMAT, str(VERSION)):
         raise _damaged(path, f"it is no part of a reference of version {VERSION}")
-    if about.get("sha256") != tensors_sha256(tensors):
+    if about.get("sha256") != found:
         raise _damaged(path, "its checksum is wrong")
 
 
