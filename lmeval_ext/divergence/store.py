@@ -41,6 +41,7 @@ _MANIFEST, _HEAD, _WINDOWS = "reference.json", "head.safetensors", "windows"
 _IN_MEMORY = 1 << 30
 _PIECE = 16 << 20  # bytes that are hashed as one; part of the format
 _THREADS = min(8, os.cpu_count() or 1)  # hashing releases the interpreter's lock
+_IN_USE = 2  # windows that a step of an engine may still come back to
 _READERS = 2  # ahead of any engine; more only take the interpreter's lock from it
 SCORES = ("logprobs", "greedy", *TokenDivergence._fields)
 
@@ -217,25 +218,36 @@ class ReferenceStore:
 class Windows(Mapping[str, StoredWindow]):
     """Windows of a store, each read and checked while those before it are looked at.
 
-    Up to 1 GiB of them are kept; the rest are read when they are asked for, one at a time. Whoever asks for a window is
-    told (UserError) of any damage that was found by then.
+    Best asked for in the order given. Up to 1 GiB of them are in memory; those that were asked for longest ago make
+    room for those to come, and are read again if they are wanted once more. Whoever asks for a window is told
+    (UserError) of any damage that was found by then.
     """
 
     def __init__(self, store: ReferenceStore, keys: list[str]) -> None:
-        self._store, self._keys = store, frozenset(keys)
-        self._order = keys
-        self._last: StoredWindow | None = None
+        self._store, self._keys, self._to_come = store, keys, dict.fromkeys(keys)
+        self._held: dict[str, tuple[int, Future[StoredWindow]]] = {}  # bytes, window
+        self._asked_for: dict[str, None] = {}  # of those held, the last one last
         self._damage: BaseException | None = None
-        self._coming: dict[str, Future[StoredWindow]] = {}
-        room, pool = _IN_MEMORY, ThreadPoolExecutor(_READERS)
-        for key in keys:
-            path = store.path(key)
-            room -= path.stat().st_size if path.exists() else 0
-            if room < 0:
-                break
-            self._coming[key] = pool.submit(store.read, key)
-            self._coming[key].add_done_callback(self._note)
-        pool.shutdown(wait=False)
+        self._alone: StoredWindow | None = None  # read when it was asked for
+        self._room, self._pool = _IN_MEMORY, ThreadPoolExecutor(_READERS)
+        self._read_ahead()
+
+    def _read_ahead(self) -> None:
+        while self._to_come:
+            key = next(iter(self._to_come))
+            path = self._store.path(key)
+            size = path.stat().st_size if path.exists() else 0  # what is missing is told by who reads it
+            while self._room < size and len(self._asked_for) > _IN_USE:
+                oldest = next(iter(self._asked_for))
+                del self._asked_for[oldest]
+                self._room += self._held.pop(oldest)[0]
+            if self._room < size:
+                return
+            del self._to_come[key]
+            self._room -= size
+            coming = self._pool.submit(self._store.read, key)
+            coming.add_done_callback(self._note)
+            self._held[key] = size, coming
 
     def _note(self, read: Future[StoredWindow]) -> None:
         self._damage = self._damage or read.exception()
@@ -243,20 +255,25 @@ class Windows(Mapping[str, StoredWindow]):
     def __getitem__(self, key: str) -> StoredWindow:
         if self._damage is not None:
             raise self._damage
-        if key in self._coming:
-            return self._coming[key].result()
+        if key in self._held:
+            self._asked_for.pop(key, None)
+            self._asked_for[key] = None
+            found = self._held[key][1].result()
+            self._read_ahead()
+            return found
         if key not in self._keys:
             raise KeyError(key)
-        if self._last is None or self._last.key != key:
-            self._last = None  # room first
-            self._last = self._store.read(key)
-        return self._last
+        if self._alone is None or self._alone.key != key:
+            self._to_come.pop(key, None)
+            self._alone = None  # room first
+            self._alone = self._store.read(key)
+        return self._alone
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._order)
+        return iter(self._keys)
 
     def __len__(self) -> int:
-        return len(self._order)
+        return len(self._keys)
 
 
 _DTYPES = {

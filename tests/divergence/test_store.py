@@ -16,7 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmeval_ext.divergence import store as module
-from lmeval_ext.divergence.store import Manifest, ReferenceStore, tensors_sha256, window_key
+from lmeval_ext.divergence.store import (
+    Manifest,
+    ReferenceStore,
+    StoredWindow,
+    Windows,
+    tensors_sha256,
+    window_key,
+)
 from lmeval_ext.errors import UserError
 from tests.divergence.stores import equal, made, manifest, same, some_head, window
 
@@ -321,25 +328,65 @@ def test_a_label_is_a_mere_name(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------- many windows
 
 
-def test_windows_beyond_the_memory_are_read_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Room for two of five; the rest come from disk when they are asked for, the last of them is kept."""
-    made(tmp_path, 5)
-    store = ReferenceStore.open(tmp_path)
-    keys = [window(n).key for n in range(5)]
-    size = store.path(keys[0]).stat().st_size
-    monkeypatch.setattr(module, "_IN_MEMORY", 2 * size + 1)
-    read = list[str]()
-    original = store.read
-    monkeypatch.setattr(store, "read", lambda key: read.append(key) or original(key))  # type: ignore[func-returns-value]
+class Reading:
+    """Counts what is read of a store."""
+
+    def __init__(self, store: ReferenceStore, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.keys = list[str]()
+        original = store.read
+
+        def read(key: str) -> StoredWindow:
+            self.keys.append(key)
+            return original(key)
+
+        monkeypatch.setattr(store, "read", read)
+
+
+def held(windows: Windows) -> int:
+    """How many are in memory, or on their way there."""
+    concurrent.futures.wait([coming for _, coming in windows._held.values()])
+    return len(windows._held)
+
+
+def test_windows_beyond_the_memory_make_room_for_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room for four of nine. In the order given, and twice in a row, each is read once."""
+    store = made(tmp_path, 9)
+    keys = [window(n).key for n in range(9)]
+    monkeypatch.setattr(module, "_IN_MEMORY", 4 * store.path(keys[0]).stat().st_size + 1)
+    reading = Reading(store, monkeypatch)
     found = store.windows([*keys, keys[0]])
     assert list(found) == keys
-    assert len(found) == 5
-    for n in (0, 1, 3, 3, 4, 3, 0):
+    assert len(found) == 9
+    for n in (0, 1, 0, 1, 1, 2, 2, 3, 4, 3, 5, 6, 7, 8):
         assert same(found[keys[n]], window(n))
-    assert sorted(read[:2]) == sorted(keys[:2])
-    assert read[2:] == [keys[3], keys[4], keys[3]]
+        assert held(found) == 4
+    assert sorted(reading.keys) == sorted(keys)
     with pytest.raises(KeyError):
         found["another"]
+
+
+def test_windows_in_another_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is what it is, whatever was asked for before; what is not in memory is read when it is asked for."""
+    store = made(tmp_path, 9)
+    keys = [window(n).key for n in range(9)]
+    monkeypatch.setattr(module, "_IN_MEMORY", 4 * store.path(keys[0]).stat().st_size)
+    reading = Reading(store, monkeypatch)
+    found = store.windows(keys)
+    assert held(found) == 4
+    for n in (8, 8, 2, 8, 0, 3, 1, 7, 8, 0, 4, 5, 6, 4):
+        assert same(found[keys[n]], window(n))
+        assert held(found) <= 4
+    assert reading.keys.count(keys[8]) == 2  # once for its first three turns, once for its last
+
+
+def test_windows_larger_than_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_IN_MEMORY", 0)
+    store = made(tmp_path, 3)
+    reading = Reading(store, monkeypatch)
+    found = store.windows([window(n).key for n in range(3)])
+    for n in (0, 0, 1, 2, 2, 0):
+        assert same(found[window(n).key], window(n))
+    assert reading.keys == [window(n).key for n in (0, 1, 2, 0)]
 
 
 @pytest.mark.parametrize("harm", ["cut", "missing"])
@@ -350,7 +397,7 @@ def test_damage_is_told_to_whoever_asks_next(tmp_path: Path, harm: str) -> None:
     whole = path.read_bytes()
     path.unlink() if harm == "missing" else path.write_bytes(whole[:-1])
     found = store.windows([window(n).key for n in range(3)])
-    concurrent.futures.wait(found._coming.values())
+    assert held(found) == 3
     with pytest.raises(UserError, match=path.name):
         found[window(0).key]
     path.write_bytes(whole)
