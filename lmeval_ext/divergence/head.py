@@ -35,8 +35,9 @@ class OutputHead:
         return {"weight": self.weight} | ({} if self.bias is None else {"bias": self.bias})
 
     def to(self, device: torch.device | str) -> OutputHead:
-        bias = None if self.bias is None else self.bias.to(device)
-        return OutputHead(self.weight.to(device), bias, self.softcap, self.scale)
+        """A copy there, also where it is there already: a stored one is a file's memory."""
+        bias = None if self.bias is None else self.bias.to(device, copy=True)
+        return OutputHead(self.weight.to(device, copy=True), bias, self.softcap, self.scale)
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor, reuse: bool = False) -> torch.Tensor:

@@ -29,6 +29,8 @@ def _row(  # type: ignore[no-untyped-def]
     total = tl.zeros((BLOCK,), tl.float32)
     other = tl.zeros((BLOCK,), tl.float32)
     moved = tl.zeros((BLOCK,), tl.float32)
+    # The reference's largest logit of what the model rules out: whether that weighs anything is known at the end only
+    ruled_out = tl.full((BLOCK,), float("-inf"), tl.float32)
     for start in range(0, vocabulary, BLOCK):
         at = start + columns
         inside = at < vocabulary
@@ -47,9 +49,9 @@ def _row(  # type: ignore[no-untyped-def]
         a = p - top_p
         b = q - top_q
         weight = tl.exp(a)
-        # What weighs nothing by now adds nothing, though it may have been infinite
-        moved = tl.where(left_p == 0, 0.0, (moved + total * (grown_q - grown_p)) * left_p)
-        moved += tl.where(weight == 0, 0.0, weight * (a - b))
+        gone = q == float("-inf")
+        ruled_out = tl.where(gone, tl.maximum(ruled_out, p), ruled_out)
+        moved = (moved + total * (grown_q - grown_p)) * left_p + tl.where((weight == 0) | gone, 0.0, weight * (a - b))
         total = total * left_p + weight
         other = other * left_q + tl.exp(b)
     sum_p = tl.sum(total, axis=0)
@@ -57,7 +59,9 @@ def _row(  # type: ignore[no-untyped-def]
     target = tl.load(targets + row)
     picked_p = tl.load(reference + target) - top_p
     picked_q = tl.load(logits + target).to(tl.float32) - top_q
-    tl.store(kld + row, tl.sum(moved, axis=0) / sum_p + tl.log(sum_q / sum_p))
+    divergence = tl.sum(moved, axis=0) / sum_p + tl.log(sum_q / sum_p)
+    infinite = (tl.exp(tl.max(ruled_out, axis=0) - top_p) > 0) & (divergence == divergence)  # NaN stays NaN
+    tl.store(kld + row, tl.where(infinite, float("inf"), divergence))
     tl.store(agree + row, first_p == first_q)
     tl.store(of_p + row, picked_p - tl.log(sum_p))
     tl.store(of_q + row, picked_q - tl.log(sum_q))

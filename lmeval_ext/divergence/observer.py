@@ -14,7 +14,7 @@ import torch
 from lmeval_ext.divergence import logits_code
 from lmeval_ext.divergence.head import OutputHead
 from lmeval_ext.divergence.measure import TokenDivergence, token_divergence
-from lmeval_ext.divergence.store import StoredWindow
+from lmeval_ext.divergence.store import StoredWindow, Windows
 
 # Float32 logits of the reference that stand in memory at once, unless reference_chunk says otherwise
 _CHUNK_BYTES = 128 << 20
@@ -46,6 +46,9 @@ class Observer(Protocol):
     def observe(
         self, spans: Sequence[WindowSpan], hidden: torch.Tensor | None, logits: torch.Tensor, targets: torch.Tensor
     ) -> TokenDivergence: ...
+
+    def close(self) -> None:
+        """Nothing comes any more."""
 
 
 def chunk_tokens(vocabulary: int, asked: int | None = None) -> int:
@@ -84,6 +87,10 @@ class Comparing:
             return logits_code.decode(rows) if self._head is None else self._head.logits(rows["hidden"], reuse=True)
 
         return _in_chunks(reference, logits, targets, self.vocabulary, self._chunk)
+
+    def close(self) -> None:
+        if isinstance(self._windows, Windows):
+            self._windows.close()
 
     def _states(self, span: WindowSpan, device: torch.device) -> dict[str, torch.Tensor]:
         rows = slice(span.start, span.start + span.tokens)
@@ -129,6 +136,9 @@ class Saving:
             self._kept.setdefault(span.window, []).append((span.start, rows))
             row += span.tokens
         return found
+
+    def close(self) -> None:
+        pass
 
     def has(self, windows: Iterable[str]) -> bool:
         """Whether something of each was kept."""

@@ -166,8 +166,8 @@ class ReferenceStore:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except FileNotFoundError as error:
             raise _damaged(path, "it is missing") from error
-        except (SafetensorError, OSError, ValueError) as error:
-            raise _damaged(path, str(error).splitlines()[0]) from error
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            raise _damaged(path, _reason(error)) from error
         _check_sum(path, tensors_sha256(tensors), about)
         if "weight" not in tensors or about["sha256"] != self.manifest.head_sha256:
             raise _damaged(path, "its contents are not what reference.json says")
@@ -207,7 +207,7 @@ class ReferenceStore:
             with safe_open(self.path(key), framework="pt") as file:
                 found: torch.Tensor = file.get_tensor("kld")
         except (SafetensorError, OSError, ValueError) as error:
-            raise _damaged(self.path(key), str(error).splitlines()[0]) from error
+            raise _damaged(self.path(key), _reason(error)) from error
         return found
 
     def windows(self, keys: Iterable[str]) -> Windows:
@@ -227,7 +227,7 @@ class Windows(Mapping[str, StoredWindow]):
         self._store, self._keys, self._to_come = store, keys, dict.fromkeys(keys)
         self._held: dict[str, tuple[int, Future[StoredWindow]]] = {}  # bytes, window
         self._asked_for: dict[str, None] = {}  # of those held, the last one last
-        self._damage: BaseException | None = None
+        self._damage: list[BaseException] = []
         self._alone: StoredWindow | None = None  # read when it was asked for
         self._room, self._pool = _IN_MEMORY, ThreadPoolExecutor(_READERS)
         self._read_ahead()
@@ -237,7 +237,9 @@ class Windows(Mapping[str, StoredWindow]):
             key = next(iter(self._to_come))
             path = self._store.path(key)
             size = path.stat().st_size if path.exists() else 0  # what is missing is told by who reads it
-            while self._room < size and len(self._asked_for) > _IN_USE:
+            # The last of all that are held is kept as long as the next ones are not looked at
+            in_use = _IN_USE if len(self._held) > len(self._asked_for) else 1
+            while self._room < size and len(self._asked_for) > in_use:
                 oldest = next(iter(self._asked_for))
                 del self._asked_for[oldest]
                 self._room += self._held.pop(oldest)[0]
@@ -246,15 +248,16 @@ class Windows(Mapping[str, StoredWindow]):
             del self._to_come[key]
             self._room -= size
             coming = self._pool.submit(self._store.read, key)
-            coming.add_done_callback(self._note)
+            coming.add_done_callback(functools.partial(_note, self._damage))
             self._held[key] = size, coming
 
-    def _note(self, read: Future[StoredWindow]) -> None:
-        self._damage = self._damage or read.exception()
+    def close(self) -> None:
+        """Read no more ahead."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def __getitem__(self, key: str) -> StoredWindow:
-        if self._damage is not None:
-            raise self._damage
+        if self._damage:
+            raise self._damage[0]
         if key in self._held:
             self._asked_for.pop(key, None)
             self._asked_for[key] = None
@@ -276,9 +279,16 @@ class Windows(Mapping[str, StoredWindow]):
         return len(self._keys)
 
 
+def _note(damage: list[BaseException], read: Future[StoredWindow]) -> None:
+    # Of no `Windows`: futures keep their callbacks, and so what those belong to
+    error = None if read.cancelled() else read.exception()
+    if error is not None:
+        damage.append(error)
+
+
 _DTYPES = {
-    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I16": torch.int16, "I32": torch.int32,
-    "BOOL": torch.bool,
+    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "I16": torch.int16,
+    "I32": torch.int32, "BOOL": torch.bool,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _STATES = {"hidden": ("hidden",), "logits": ("codes", "range", "top_ids", "top_values")}
@@ -303,7 +313,8 @@ class _Part(NamedTuple):
     @classmethod
     def of(cls, tensor: torch.Tensor) -> _Part:
         whole = tensor.detach().contiguous().cpu()
-        return cls(_NAMES[whole.dtype], tuple(whole.shape), memoryview(whole.view(-1).view(torch.uint8).numpy()))
+        name = _NAMES.get(whole.dtype, str(whole.dtype))
+        return cls(name, tuple(whole.shape), memoryview(whole.view(-1).view(torch.uint8).numpy()))
 
 
 def _sha256_of(parts: Mapping[str, _Part]) -> str:
@@ -363,7 +374,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """
     try:
         with path.open("rb") as file:
-            data = torch.empty(os.fstat(file.fileno()).st_size, dtype=torch.uint8)
+            data = torch.from_numpy(np.empty(os.fstat(file.fileno()).st_size, dtype=np.uint8))
             whole = memoryview(data.numpy())
             if file.readinto(whole) != len(whole):
                 raise _damaged(path, "it was cut short while it was read")
@@ -374,7 +385,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     except FileNotFoundError as error:
         raise _damaged(path, "it is missing") from error
     except (StorageError, OSError, KeyError, RuntimeError) as error:
-        raise _damaged(path, str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+        raise _damaged(path, _reason(error)) from error
     _check_sum(path, _sha256_of(parts), about)
     return tensors, about
 
@@ -396,8 +407,8 @@ def _read_manifest(path: Path) -> Manifest:
         version = said.get("version") if isinstance(said, dict) else None
         if said["format"] == FORMAT and version != VERSION:
             raise UserError(
-                f"{path}: version {version} of the reference format; this release reads version {VERSION}: save the "
-                "reference anew"
+                f"{path}: version {version} of the reference format; this release reads version {VERSION}: delete that "
+                "folder, or name another, and save the reference anew"
             )
         checksum = said.pop("sha256")
         whole = checksum == _json_sha256(said)  # the label too, which is no part of the id
@@ -425,6 +436,10 @@ def _difference(there: Manifest, wanted: Manifest) -> str:
     names = [n for n in a if a[n] != b.get(n) and n not in ("label", "tokenizer_probe")]
     short = [f"{n}: {str(a[n])[:20]}, here {str(b.get(n))[:20]}" for n in names]
     return "; ".join(short) or "another tokenizer"
+
+
+def _reason(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _damaged(path: Path, why: str) -> UserError:

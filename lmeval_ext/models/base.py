@@ -165,6 +165,8 @@ class WindowScoring:
         return {key: self.observer.take(key, count) for key, count in tokens.items()}  # type: ignore[union-attr]
 
     def stop_observing(self) -> None:
+        if self.observer is not None:
+            self.observer.close()
         self.observer = self._observed_head = None
 
     @contextlib.contextmanager

@@ -110,8 +110,15 @@ class PromptScorer:
         try:
             return (*scores, self.observer.observe(windows, self.head_input(), logits, targets))
         except UserError as error:
-            self.refused, self.observer = str(error), None
+            self.stop_observing()
+            self.refused = str(error)
             return (*scores, None)
+
+    def stop_observing(self) -> None:
+        """And forget what the observer may have told."""
+        if self.observer is not None:
+            self.observer.close()
+        self.observer = self.refused = None
 
     def chunk_rows(self, hidden_states: torch.Tensor) -> int:
         """Rows whose logits fit into the chunk's bytes; the same on every rank."""

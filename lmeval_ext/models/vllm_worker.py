@@ -39,7 +39,8 @@ class WorkerExtension:
     def lmeval_ext_observe(self, plan: dict[str, Any] | None) -> dict[str, Any]:
         """Look at windows' logits as a `Plan` says (a dictionary; None: no more). Returns `head_facts`, or {}."""
         scorer = self.lmeval_ext_scorer
-        scorer.observer, scorer.head_input, self.lmeval_ext_head = None, lambda: None, None
+        scorer.stop_observing()
+        scorer.head_input, self.lmeval_ext_head = lambda: None, None
         if plan is None:
             vllm_runners.forget_head_input(self.model_runner)
             return {}

@@ -232,6 +232,12 @@ q = torch.full((2, 200), -inf)
 q[:, 150] = 1
 found = fused(p, q, zero[:2] + 150, 200)
 assert found.kld.tolist() == [0, inf], found.kld
+# and so when the largest logit grew in steps, none of which alone makes it weightless
+p = torch.full((2, 200), -100.0)
+p[:, 5], p[:, 70], p[0, 150], p[1, 150] = 0, 60, 120, 61
+q = p.clone()
+q[:, 5] = -inf
+assert fused(p, q, zero[:2] + 150, 200).kld.tolist() == [0, inf]
 # ties over more than one block, in the same lane and in others: the lowest id
 p, q = torch.zeros(3, 200), torch.zeros(3, 200)
 p[:, 70], p[:, 134], p[:, 192] = 1, 1, 1

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import gc
 import json
 import os
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmeval_ext.divergence import store as module
+from lmeval_ext.divergence.head import OutputHead
 from lmeval_ext.divergence.store import (
     Manifest,
     ReferenceStore,
@@ -229,6 +232,26 @@ def test_a_changed_byte_anywhere_is_seen(part: str, sound: ReferenceStore, tmp_p
     assert all(str(path) in words and "\n" not in words for words in seen)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_head_of_any_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    head = OutputHead(torch.randn(7, 4).to(dtype))
+    store = ReferenceStore.create(tmp_path, manifest(head=head))
+    store.write_head(head)
+    assert torch.equal(store.head().weight, head.weight)
+
+
+@pytest.mark.parametrize("dtype", [b"U32", b"I32", b"X32", b"F16"])
+def test_a_head_that_says_another_dtype_is_damaged(dtype: bytes, tmp_path: Path) -> None:
+    """One of those that no store has, too."""
+    store = made(tmp_path)
+    whole = store.head_path.read_bytes()
+    assert b'"F32"' in whole
+    store.head_path.write_bytes(whole.replace(b"F32", dtype))
+    with pytest.raises(UserError, match=r"head\.safetensors: the stored reference is damaged"):
+        store.head()
+    assert not store.has_sound_head()
+
+
 @pytest.mark.parametrize("part", ["window", "head", "manifest"])
 def test_a_truncated_file_is_seen(part: str, tmp_path: Path) -> None:
     path = parts(made(tmp_path))[part]
@@ -261,7 +284,7 @@ def test_other_versions_are_refused(version: Any, tmp_path: Path) -> None:
     path = parts(made(tmp_path))["manifest"]
     path.write_text(json.dumps({**json.loads(path.read_text()), "version": version}))
     with pytest.raises(
-        UserError, match=r"reference\.json: version .* this release reads version 2: save the reference"
+        UserError, match=r"reference\.json: version .* this release reads version 2: delete that folder, or"
     ):
         ReferenceStore.open(tmp_path)
 
@@ -379,6 +402,22 @@ def test_windows_in_another_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert reading.keys.count(keys[8]) == 2  # once for its first three turns, once for its last
 
 
+@pytest.mark.parametrize("room", [2, 3])
+def test_one_window_ahead_where_there_is_room_for_few(
+    room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = made(tmp_path, 6)
+    keys = [window(n).key for n in range(6)]
+    monkeypatch.setattr(module, "_IN_MEMORY", room * store.path(keys[0]).stat().st_size)
+    reading = Reading(store, monkeypatch)
+    found = store.windows(keys)
+    for n, key in enumerate(keys):
+        assert same(found[key], window(n))
+        assert found._alone is None
+        assert held(found) <= room
+    assert reading.keys == keys
+
+
 def test_windows_larger_than_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_IN_MEMORY", 0)
     store = made(tmp_path, 3)
@@ -405,14 +444,42 @@ def test_damage_is_told_to_whoever_asks_next(tmp_path: Path, harm: str) -> None:
 
 
 def test_the_first_windows_are_not_kept_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By later ones, whose reading takes long."""
-    store, go = made(tmp_path, 3), threading.Event()
+    """By later ones, whose reading takes until the first was looked at."""
+    store, seen = made(tmp_path, 3), threading.Event()
     keys = [window(n).key for n in range(3)]
     original = store.read
-    monkeypatch.setattr(store, "read", lambda key: original(key) if key == keys[0] or go.wait(60) else None)
+
+    def read(key: str) -> StoredWindow:
+        if key != keys[0]:
+            assert seen.wait(60)
+        return original(key)
+
+    monkeypatch.setattr(store, "read", read)
     found = store.windows(keys)
     assert same(found[keys[0]], window(0))
+    seen.set()
+    assert all(same(found[key], window(n)) for n, key in enumerate(keys))
+
+
+def test_nothing_is_read_after_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run that stopped early; and what was read is forgotten with the windows."""
+    store, go = made(tmp_path, 5), threading.Event()
+    reading, keys = Reading(store, monkeypatch), [window(n).key for n in range(5)]
+    counted = store.read
+    monkeypatch.setattr(store, "read", lambda key: (go.wait(60), counted(key))[1])
+    monkeypatch.setattr(module, "_READERS", 1)
+    found = store.windows(keys)
+    found.close()
     go.set()
+    found._pool.shutdown(wait=True)
+    assert reading.keys == keys[:1]
+    gone = weakref.ref(found)
+    gc.disable()
+    try:
+        del found
+        assert gone() is None  # by counting references: no cycle keeps a gigabyte until the next collection
+    finally:
+        gc.enable()
 
 
 def test_damage_done_in_between_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

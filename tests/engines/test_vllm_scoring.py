@@ -13,6 +13,7 @@ import pytest
 import torch
 from lm_eval.api.registry import get_model
 
+from lmeval_ext.divergence.observer import WindowSpan
 from lmeval_ext.errors import UserError
 from lmeval_ext.models import vllm_scoring
 from lmeval_ext.models.vllm_scoring import EXTRA_ARG, PromptScorer, Span, Step, wanted_span
@@ -243,6 +244,36 @@ def test_a_step_that_fails_leaves_nothing_behind() -> None:
     assert taken is not None
     assert taken["spans"] == [[4, 1, 3]]
     assert len(np.frombuffer(taken["logprobs"], np.float32)) == 3
+
+
+def test_what_an_observer_tells_the_user_waits_until_it_is_taken() -> None:
+    """Or is forgotten, where a run was interrupted before: the next one is another."""
+    step = Step([Span(0, 1, 2, WindowSpan("w", 0, 2))], np.array([0, 1]), torch.tensor([1, 2]))
+    for interrupted in (False, True):
+        scorer = PromptScorer(lambda h: h * 3, vocabulary=4, observer=Refusing())
+        scorer.add(torch.eye(4), step)
+        scorer.add(torch.eye(4), step)  # goes on, and asks it no more
+        assert scorer.observer is None
+        if interrupted:
+            scorer.stop_observing()
+        else:
+            assert scorer.take() == {"refused": "the store is damaged"}
+            scorer.take()
+        scorer.add(torch.eye(4), step)
+        assert set(scorer.take() or {}) == {"spans", "logprobs", "greedy"}
+
+
+class Refusing:
+    asked, closed = 0, False
+
+    def observe(self, *_: Any) -> Any:
+        self.asked += 1
+        assert self.asked == 1
+        raise UserError("the store is damaged")
+
+    def close(self) -> None:
+        assert not self.closed
+        self.closed = True
 
 
 def test_ranks_without_logits_take_nothing() -> None:
