@@ -132,6 +132,13 @@ class Comparison:
         return [part.choice for part in self.points[0].parts]
 
     @property
+    def mixed_in(self) -> list[Point]:
+        """With --allow-mixed: the points over other tokens, or from another reference, than the first one."""
+        points = [p for p in self.points if p.comparable]
+        over = [p.record.comparability(self.metric.metric) for p in points]
+        return [p for p, own in zip(points, over, strict=True) if own != over[0]]
+
+    @property
     def protocol(self) -> Protocol:
         """What the comparable points were scored on."""
         comparable = [p for p in self.points if p.comparable] or self.points

@@ -18,7 +18,7 @@ from compare.plot.axes import frame, log_ticks
 from compare.plot.distributions import Distributions, histogram
 from compare.plot.figure import Picture, Say, Settings
 from compare.plot.header import MARGIN, draw_texts, make_room_for_ticks
-from compare.plot.words import Texts, subtitle
+from compare.plot.words import Texts, mixed, subtitle
 from compare.text import clean, shorten
 
 _TITLE = "How far tokens diverge"
@@ -61,6 +61,7 @@ def _draw(
                "tokens per factor of ten."]  # fmt: skip
     if found.floor:
         caption.append("Shaded: full precision, whose divergence is noise.")
+    caption += mixed(comparison)
     layout = draw_texts(figure, Texts(title, subtitle(comparison), caption), [], theme)
     left, bottom, width, height = layout.axes_box
     box = (left, bottom, width - _LEGEND, height)

@@ -19,7 +19,7 @@ from compare.plot.distributions import FAR, LOWEST, Distributions, quantile
 from compare.plot.figure import Picture, Say, Settings
 from compare.plot.header import draw_texts, make_room_for_ticks, marker_size
 from compare.plot.labelling import readable
-from compare.plot.words import Texts, point_label, subtitle
+from compare.plot.words import Texts, mixed, point_label, subtitle
 from compare.text import clean, shorten
 
 _NAME = "KL divergence of a token"
@@ -206,4 +206,4 @@ def _caption(comparison: Comparison, found: Distributions, beyond: bool) -> list
             f"Shaded: the noise floor, below {highs:.2g}: three quarters or more of the tokens of "
             f"{sources(found.floor)}."
         )
-    return lines
+    return lines + mixed(comparison)

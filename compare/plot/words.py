@@ -78,6 +78,7 @@ def caption(comparison: Comparison, drawing: Drawing, alone: bool = True) -> lis
         lines.append(
             f"Hollow: {other}scored on other tokens or samples or by another protocol, not comparable with the rest."
         )
+    lines += mixed(comparison)
     if drawing.floor is not None:
         lines += _floor(comparison, drawing.floor, "" if alone else f"{comparison.metric.label}: ")
     if comparison.options.pareto:
@@ -89,6 +90,15 @@ def caption(comparison: Comparison, drawing: Drawing, alone: bool = True) -> lis
     if any(point.record.quantization.runs_other_than_named for point in drawing.points):
         lines.append("† checkpoint with quantized activations, run weight-only: not what the format gives.")
     return lines
+
+
+def mixed(comparison: Comparison) -> list[str]:
+    """With --allow-mixed: who is not what the subtitle says."""
+    if not comparison.mixed_in:
+        return []
+    other = "from another reference or " if from_reference(comparison.metric.metric) else ""
+    names = and_more([p.record.label for p in comparison.mixed_in])
+    return [f"Mixed as asked, {other}over other tokens or samples than named above: {names}."]
 
 
 def _floor(comparison: Comparison, floor: Floor, prefix: str) -> list[str]:

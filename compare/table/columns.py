@@ -155,5 +155,7 @@ def _caption(comparison: Comparison, point: Point) -> str:
         parts.append(f"reference: {point.record.divergence.reference.describe()}")
     if point.comparable and comparison.floor is not None:
         parts.append(f"noise floor: {comparison.floor}")
+    if point.comparable and comparison.mixed_in:
+        parts.append(f"mixed as asked with others: {and_more([p.record.label for p in comparison.mixed_in])}")
     caption = ", ".join(part for part in parts if part)
     return caption if point.comparable else f"Not comparable with the above: {caption}"

@@ -12,6 +12,7 @@ from divergence_files import TASK, divergent, fill, write
 from compare.comparison import Options, build_comparison
 from compare.divergence import read_divergence
 from compare.plot.series import arrange
+from compare.plot.words import caption
 from compare.reading import read_results
 
 
@@ -37,6 +38,24 @@ def test_only_figures_of_one_reference_compare(folder, compare):
     assert all(r["comparable"] for r in perplexity.json), "a perplexity needs no reference"
     mixed = compare("table", folder.path, "--metric", "kld", "--format", "json", "--allow-mixed")
     assert all(r["comparable"] for r in mixed.json)
+
+
+def test_what_was_mixed_is_said_where_it_is_seen(folder, compare):
+    """In the table and in the picture, which name one reference."""
+    add(folder, "a", bpw=4.0)
+    add(folder, "b", bpw=5.0)
+    add(folder, "c", bpw=6.0, reference="another")
+    for mixed in ([], ["--allow-mixed"]):
+        table = compare("table", folder.path, "--metric", "kld", "--format", "md", *mixed).out
+        assert ("mixed as asked with others: c" in table) == bool(mixed)
+    for mixed in (False, True):
+        comparison = built(folder, allow_mixed=mixed)
+        said = [line for line in caption(comparison, arrange(comparison, False)) if "Mixed" in line]
+        assert said == (
+            ["Mixed as asked, from another reference or over other tokens or samples than named above: c."]
+            if mixed
+            else []
+        )
 
 
 @pytest.mark.parametrize("metric", ["kld_p99", "top1_agreement", "mean_delta_p", "rms_delta_p", "ppl_ratio"])
