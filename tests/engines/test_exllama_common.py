@@ -18,7 +18,7 @@ from lmeval_ext.errors import MissingEngineError, UserError
 from lmeval_ext.models import exllama_batching
 from lmeval_ext.models import exllama_messages as messages
 from lmeval_ext.models.choices import group_requests, shared_batches, split_groups
-from lmeval_ext.models.exllama_common import default_cache_tokens
+from lmeval_ext.models.exllama_common import ExLlamaLM, default_cache_tokens
 from lmeval_ext.models.exllama_config import cache_bits, context_length, numbers, read_rope, stop_tokens, tell_v2_rope
 from lmeval_ext.models.exllama_generation import Prompt, Sampling, generate
 from tests.conftest import VOCABULARY, make_llama, make_tokenizer
@@ -587,6 +587,7 @@ def test_checkpoints_that_are_not_there(tmp_path: Path) -> None:
 
 def test_the_record(tiny_llama: Path) -> None:
     facts = TinyExLlama(str(tiny_llama)).get_model_info()["quantization"]
-    assert (facts["engine"], facts["scoring"], facts["kernel"], facts["dtype"]) == ("tiny", "engine", "tiny", "float16")
+    assert (facts["engine"], facts["scoring"], facts["kernel"], facts["dtype"]) == ("tiny", "engine", "tiny", "float32")
+    assert ExLlamaLM.dtype == torch.float16  # the real engines', of which this one is none
     assert facts["layer_bpw"] == 32.0
     assert facts["kv_bytes_per_token"] == 2 * 2 * 2 * 16 * 2  # layers × (K, V) × KV heads × head_dim × float16
