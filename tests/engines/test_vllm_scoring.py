@@ -258,7 +258,7 @@ def test_what_an_observer_tells_the_user_waits_until_it_is_taken() -> None:
             scorer.stop_observing()
         else:
             assert scorer.take() == {"refused": "the store is damaged"}
-            scorer.take()
+            assert scorer.take() is None
         scorer.add(torch.eye(4), step)
         assert set(scorer.take() or {}) == {"spans", "logprobs", "greedy"}
 
