@@ -79,8 +79,8 @@ class WindowScores(NamedTuple):
 
     loglikelihood: float64 sum, natural log. is_greedy: all targets are the model's first choice.
     logprobs: float32 values, one a target. greedy: whether each target is the model's first choice. divergence: from a
-    stored reference, None without one: lists `kld`, `reference_logprobs`, `model_logprobs` and `confidence` (float32)
-    and `agree`, one value a target (`lmeval_ext.divergence.measure.TokenDivergence`), and `reference`, what it is from.
+    stored reference, None without one: a `Column` each of `kld`, `reference_logprobs`, `model_logprobs`, `confidence`
+    (float32) and `agree` (bool; `lmeval_ext.divergence.measure.TokenDivergence`), and `reference`, what it is from.
     """
 
     loglikelihood: float
@@ -99,17 +99,35 @@ class WindowScores(NamedTuple):
         if values.shape != matches.shape or values.ndim != 1:
             raise ValueError(f"logprobs {values.shape} and greedy {matches.shape} must be equal and flat")
         total = float(values.sum(dtype=np.float64))
-        return cls(total, bool(matches.all()), _ten_digits(values).tolist(), matches.tolist(), _lists(divergence))
+        columns = None if divergence is None else {name: Column(found) for name, found in divergence.items()}
+        return cls(total, bool(matches.all()), _ten_digits(values).tolist(), matches.tolist(), columns)
 
 
-def _lists(divergence: Mapping[str, npt.ArrayLike] | None) -> dict[str, Any] | None:
-    if divergence is None:
-        return None
-    arrays = {name: np.asarray(values) for name, values in divergence.items()}
-    return {
-        name: a.tolist() if a.dtype == bool else _ten_digits(a.astype(np.float32)).tolist()
-        for name, a in arrays.items()
-    }
+class Column:
+    """One value a target, float32 or bool; as text, a list.
+
+    --log_samples alone wants the list (the harness writes `str` of what is no list itself). To make the lists of a
+    divergence takes as long as a GPU takes to score the window in a small model.
+    """
+
+    def __init__(self, values: npt.ArrayLike) -> None:
+        found = np.asarray(values)
+        self.values = found.astype(bool if found.dtype == bool else np.float32)  # a copy: views keep whole batches
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        return np.array(self.values, dtype=dtype, copy=copy)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Column) and bool(np.array_equal(self.values, other.values, equal_nan=True))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        plain = self.values.dtype == bool
+        return repr((self.values if plain else _ten_digits(self.values)).tolist())
 
 
 def _ten_digits(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
@@ -122,7 +123,7 @@ def _save(model: WindowScoring, windows: dict[str, WindowRequest]) -> dict[str, 
         model.stop_observing()
     _say_size(store, windows)
     about = _About(store.manifest, "reference", model.vocabulary, store.manifest.model["weights_sha256"])
-    return {key: about.added(s, _rounding(torch.tensor((s.divergence or {})["kld"]))) for key, s in found.items()}
+    return {key: about.added(s, _rounding((s.divergence or {})["kld"])) for key, s in found.items()}
 
 
 def _manifest(model: WindowScoring, mode: str, head: dict[str, Any]) -> Manifest:
@@ -196,14 +197,10 @@ def _stored(
         own = {
             "logprobs": torch.tensor(found.logprobs, dtype=torch.float32),
             "greedy": torch.tensor(found.greedy, dtype=torch.bool),
-            **{name: torch.tensor(said[name], dtype=_dtype(name)) for name in TokenDivergence._fields},
+            **{name: torch.from_numpy(np.array(said[name])) for name in TokenDivergence._fields},
         }
         result[key] = (states[key], own)
     return result
-
-
-def _dtype(name: str) -> torch.dtype:
-    return torch.bool if name == "agree" else torch.float32
 
 
 def _check_distributions(scores: dict[str, WindowScores], model: WindowScoring, mode: str) -> None:
@@ -241,9 +238,9 @@ def _say_size(store: ReferenceStore, windows: dict[str, WindowRequest]) -> None:
 # ---------------------------------------------------------------------- what both add
 
 
-def _rounding(kld: torch.Tensor) -> dict[str, float]:
+def _rounding(kld: npt.ArrayLike) -> dict[str, float]:
     """Divergence of the reference's own engine from what is stored, over one window."""
-    wide = kld.double()
+    wide = np.asarray(kld, np.float64)
     return {"kld_sum": float(wide.sum()), "kld_max": float(wide.max())}
 
 

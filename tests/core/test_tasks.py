@@ -16,7 +16,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import make_table
 
 from lmeval_ext.errors import UserError
-from lmeval_ext.requests import REQUEST_TYPE, WindowRequest, WindowScores
+from lmeval_ext.requests import REQUEST_TYPE, Column, WindowRequest, WindowScores
 from tests.conftest import evaluate, load_task
 
 SMALL = {"eval_len": 64, "stride": 32, "max_rows": 24}
@@ -204,6 +204,27 @@ def test_scores_read_back_as_the_same_float32(values: list[float]) -> None:
     given_values = np.array(values, dtype=np.float32)
     written = json.loads(json.dumps(WindowScores.of(given_values, given_values > 0).logprobs))
     np.testing.assert_array_equal(np.array(written, dtype=np.float32), given_values)
+
+
+@given(st.lists(st.floats(width=32), min_size=1))
+def test_a_column_prints_the_list_that_the_answer_has(values: list[float]) -> None:
+    """--log_samples writes its text: what stands there is what `logprobs` would have, a float32 to the last bit."""
+    given_values = np.array(values, dtype=np.float32)
+    scores = WindowScores.of(given_values, given_values > 0, {"kld": given_values, "agree": given_values > 0})
+    assert scores.divergence is not None
+    assert str(scores.divergence) == str({"kld": scores.logprobs, "agree": scores.greedy})
+    np.testing.assert_array_equal(np.asarray(scores.divergence["kld"], np.float64), given_values)
+    assert np.asarray(scores.divergence["agree"]).dtype == bool
+
+
+def test_a_column_keeps_no_batch_alive() -> None:
+    batch = np.zeros((16, 100), dtype=np.float32)
+    column = Column(batch[3])
+    batch[3] = 1
+    assert column.values.base is None
+    assert column == Column(np.zeros(100))
+    assert column != Column(batch[3])
+    assert column != Column(np.zeros(99))
 
 
 def test_scores_print_short() -> None:
