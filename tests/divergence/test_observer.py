@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -226,6 +227,25 @@ def test_memory_is_bounded_by_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None
     rows.clear()
     Comparing(windows, matrix, VOCABULARY).observe(WHOLE, None, logits, targets)
     assert rows == [20, 20]
+
+
+def test_of_a_steps_windows_one_is_in_memory_at_a_time() -> None:
+    """Of coded logits a window has 200 MB, and a step of a GPU many windows."""
+    stored_windows, _ = stored("logits")
+    given_out: list[weakref.ref[StoredWindow]] = []
+
+    class Fresh(dict[str, StoredWindow]):
+        def __getitem__(self, key: str) -> StoredWindow:
+            assert all(window() is None for window in given_out)
+            window = stored_windows[key]
+            fresh = StoredWindow(key, {name: t.clone() for name, t in window.states.items()}, window.scores)
+            given_out.append(weakref.ref(fresh))
+            return fresh
+
+    _, logits, targets = case()
+    found = Comparing(Fresh(), None, VOCABULARY, 6).observe(WHOLE, None, logits, targets)
+    assert len(given_out) == len(WHOLE) > 1
+    assert_close(found, compared("logits", None))
 
 
 def test_a_smaller_common_vocabulary() -> None:

@@ -128,6 +128,29 @@ def test_head_sums_products_in_float32(dtype: torch.dtype) -> None:
     assert (found.double() - exact).abs().max() < 1e-3 < exact.to(torch.bfloat16).double().sub(exact).abs().max()
 
 
+def test_uploads_run_beside_what_is_queued() -> None:
+    """They do not wait for it; it waits for them; and no memory is used again before it is done with it."""
+    from lmeval_ext.divergence.head import OutputHead
+    from lmeval_ext.divergence.observer import Upload
+
+    upload, big = Upload(torch.device("cuda", 0)), torch.randn(8192, 8192, device="cuda")
+    upload.rows([{"hidden": torch.zeros(9, 9)}], 9)
+    torch.cuda.synchronize()
+    done = torch.cuda.Event()
+    sums = []
+    for number in range(8):
+        for _ in range(5):
+            big @ big  # a second of float32 products in all
+        parts = [{"hidden": torch.full((n, 1000), float(number))} for n in (700, 300)]
+        rows = upload.rows(parts, 1000)["hidden"]
+        weight = upload.head(OutputHead(torch.full((500, 1000), float(number)))).weight
+        sums.append((rows.sum(), weight.sum()))
+        del rows, weight
+    done.record()
+    assert not done.query()
+    assert [(float(a) / 1e6, float(b) / 5e5) for a, b in sums] == [(n, n) for n in range(8)]
+
+
 # ------------------------------------------------------------------ the engines
 
 
