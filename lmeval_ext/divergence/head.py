@@ -44,14 +44,14 @@ class OutputHead:
         """hidden: [tokens, width]. Returns float32 [tokens, vocabulary]; with `reuse`, until the next such call: fresh
         memory is a fifth of a CPU's time.
 
-        Products of 16-bit numbers are exact in float32, so a GPU's matrix units give the same sums as float32
-        arithmetic would, up to the order of the additions.
+        Products of 16-bit numbers are exact in float32, so the matrix units of GPUs and CPUs give the same sums as
+        float32 arithmetic would, up to the order of the additions.
         """
         hidden = hidden.to(self.weight.device)
         if hidden.is_cuda and hidden.dtype == self.weight.dtype and hidden.dtype in (torch.bfloat16, torch.float16):
             logits = _product_of_16_bits(hidden, self.weight)
         else:
-            logits = self._product(hidden.float(), reuse)
+            logits = self._product(hidden, reuse)
         if self.bias is not None:
             logits += self.bias.float()
         if self.softcap:
@@ -61,12 +61,13 @@ class OutputHead:
     def _product(self, hidden: torch.Tensor, reuse: bool) -> torch.Tensor:
         rows, vocabulary = hidden.shape[0], self.weight.shape[0]
         if self._memory is None or self._memory.shape[0] < rows or not reuse:
-            memory = hidden.new_empty(rows, vocabulary)
+            memory = hidden.new_empty(rows, vocabulary, dtype=torch.float32)
             self._memory = memory if reuse else self._memory
         else:
             memory = self._memory
         logits = memory[:rows]
-        with _full_precision():
+        with _precision_for(hidden.dtype, self.weight.dtype):
+            hidden = hidden.float()
             for part, weight in self._in_float32():
                 torch.mm(hidden, weight.t(), out=logits[:, part])
         return logits
@@ -117,10 +118,11 @@ def logit_settings(config: Any) -> tuple[float | None, float]:
 
 
 @contextlib.contextmanager
-def _full_precision() -> Iterator[None]:
-    """Float32 products in float32: programs may have let PyTorch use tf32 or bfloat16 for them."""
+def _precision_for(*dtypes: torch.dtype) -> Iterator[None]:
+    """Float32 products in float32: programs may have let PyTorch use tf32 or bfloat16 for them. Where all factors were
+    bfloat16 to begin with, "medium" rounds none of them, and is three times as fast on a CPU with AMX."""
     kept = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    torch.set_float32_matmul_precision("medium" if set(dtypes) == {torch.bfloat16} else "highest")
     try:
         yield
     finally:

@@ -67,6 +67,20 @@ def test_a_large_matrix_in_parts(part: int, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("copy", [0, 1 << 30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_products_are_summed_in_float32(copy: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU's matrix units too, which take bfloat16 alone: float16 and float32 would be rounded there."""
+    monkeypatch.setattr(module, "_COPY_BYTES", copy)
+    weight, hidden = random(3000, 768).to(dtype), random(64, 768, seed=1).to(dtype)
+    exact = hidden.double() @ weight.double().t()
+    assert (OutputHead(weight).logits(hidden).double() - exact).abs().max() < 2e-4
+    assert (exact.bfloat16().double() - exact).abs().max() > 0.1
+    assert (hidden.bfloat16().double() @ weight.bfloat16().double().t() - exact).abs().max() > 0.01 or (
+        dtype == torch.bfloat16
+    )
+
+
+@pytest.mark.parametrize("copy", [0, 1 << 30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_programs_that_let_pytorch_round_change_nothing(
     copy: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
