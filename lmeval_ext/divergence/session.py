@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,14 +58,17 @@ def _compare(model: WindowScoring, windows: dict[str, WindowRequest]) -> dict[st
     requests = list(windows.values())
     keys = tuple(key_of(requests[i]) for i in model.scoring_order(requests))
     plan = Plan(str(store.folder), False, store.manifest.mode, common, arguments.reference_chunk, keys)
-    about = _About(store.manifest, "comparison", common, weights_sha256(model.checkpoint()))
-    rounding = {key: _rounding(store.own_kld(key)) for key in windows}
-    try:
-        model.observe_windows(plan)
-        scores = model.score_timed(requests)
-    finally:
-        model.stop_observing()
-    return {key: about.added(found, rounding[key]) for key, found in zip(windows, scores, strict=True)}
+    with ThreadPoolExecutor(1) as beside:  # milliseconds, in which a GPU would have nothing to do
+        weights = beside.submit(weights_sha256, model.checkpoint())
+        rounding = beside.submit(lambda: {key: _rounding(store.own_kld(key)) for key in windows})
+        try:
+            model.observe_windows(plan)
+            scores = model.score_timed(requests)
+        finally:
+            model.stop_observing()
+    about = _About(store.manifest, "comparison", common, weights.result())
+    own = rounding.result()
+    return {key: about.added(found, own[key]) for key, found in zip(windows, scores, strict=True)}
 
 
 def check_fit(model: WindowScoring, store: ReferenceStore, windows: dict[str, WindowRequest]) -> int:
