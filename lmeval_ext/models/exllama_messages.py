@@ -132,7 +132,11 @@ def check_unknown(arguments: dict[str, Any], engine: str) -> None:
 
 
 def single_device(device: str | None, split: list[float] | None, tensor_parallel: bool) -> int | None:
-    """Index of the one GPU to load on; None to spread. UserError for a CPU, or two wishes that exclude each other."""
+    """Index of the one GPU to load on; None to spread. UserError for a CPU, or two wishes that exclude each other.
+
+    cuda:0 beside a wish to spread is no second wish: the harness' command line says it where nobody has asked for a
+    device (lm_eval.config.evaluate_config, 0.4.13).
+    """
     index: int | None = None
     if device is not None:
         try:
@@ -142,6 +146,8 @@ def single_device(device: str | None, split: list[float] | None, tensor_parallel
         if parsed.type != "cuda":
             raise UserError(f"device={device!r}: ExLlama runs on GPUs only; hf_quant takes these checkpoints anywhere")
         index = parsed.index
+    if index == 0 and (split or tensor_parallel):
+        index = None
     if index is not None and (split or tensor_parallel):
         raise UserError(f"device={device!r} names one GPU, gpu_split and tensor_parallel spread; give one of them")
     if index is not None and index >= torch.cuda.device_count():

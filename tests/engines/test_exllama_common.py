@@ -13,6 +13,7 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
+from lm_eval.config.evaluate_config import EvaluatorConfig
 
 from lmeval_ext.errors import MissingEngineError, UserError
 from lmeval_ext.models import exllama_batching
@@ -566,6 +567,7 @@ def test_where_to_load(monkeypatch: Any) -> None:
     assert messages.single_device("cuda:1", None, False) == 1
     assert messages.single_device(None, None, False) is None
     assert messages.single_device("cuda", [20, 20], False) is None
+    assert messages.single_device("cuda:0", None, False) == 0
     for device, split, words in (
         ("cpu", None, "runs on GPUs only"),
         ("cuda:1", [1.0], "names one GPU"),
@@ -577,6 +579,15 @@ def test_where_to_load(monkeypatch: Any) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert messages.single_device(None, None, False) == 0
     assert messages.single_device(None, None, True) is None
+
+
+def test_the_device_that_the_harness_says_by_itself_is_no_wish(monkeypatch: Any) -> None:
+    """Where it says another one day, `gpu_split=` through its command line is refused."""
+    unasked = EvaluatorConfig(tasks="wiki2_strided").device
+    assert unasked == "cuda:0"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert messages.single_device(unasked, [20, 20], False) is None
+    assert messages.single_device(unasked, None, True) is None
 
 
 def test_checkpoints_that_are_not_there(tmp_path: Path) -> None:
