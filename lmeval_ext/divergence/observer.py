@@ -60,7 +60,8 @@ def chunk_tokens(vocabulary: int, asked: int | None = None) -> int:
 class Comparing:
     """Measures a model against the windows of a store.
 
-    vocabulary: the tokens that both have; head: gives the store's output matrix, None in mode "logits".
+    vocabulary: the tokens that both have; head: gives the store's output matrix, None in mode "logits". upload: what
+    has brought the matrix to a GPU already.
     """
 
     def __init__(
@@ -69,11 +70,12 @@ class Comparing:
         head: Callable[[], OutputHead] | None,
         vocabulary: int,
         chunk: int | None = None,
+        upload: Upload | None = None,
     ) -> None:
         self._windows, self._give_head, self.vocabulary = windows, head, vocabulary
         self._head: OutputHead | None = None
         self._chunk = chunk_tokens(vocabulary, chunk)
-        self._upload: Upload | None = None
+        self._upload = upload
 
     def observe(
         self, spans: Sequence[WindowSpan], hidden: torch.Tensor | None, logits: torch.Tensor, targets: torch.Tensor
@@ -111,8 +113,8 @@ class Upload:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.device = torch.empty(0, device=device).device  # with its number
+        self._stream = torch.cuda.Stream(self.device) if device.type == "cuda" else None
 
     def rows(self, parts: Iterable[Mapping[str, torch.Tensor]], total: int) -> dict[str, torch.Tensor]:
         """The parts' rows one after the other, `total` in all, by name. Of the parts, one at a time is looked at."""
@@ -130,10 +132,14 @@ class Upload:
         self._hand_over(found.values())
         return found
 
-    def head(self, head: OutputHead) -> OutputHead:
-        """A copy of its own, on a CPU too: a stored head is a file's memory."""
+    def copied(self, head: OutputHead) -> OutputHead:
+        """A copy there, on a CPU too: a stored head is a file's memory. `head` hands it over."""
         with self._beside():
-            there = head.to(self.device)
+            return head.to(self.device)
+
+    def head(self, head: OutputHead) -> OutputHead:
+        """The head for the current stream, copied unless `copied` has done that on this GPU."""
+        there = head if head.weight.is_cuda and head.weight.device == self.device else self.copied(head)
         self._hand_over(there.tensors().values())
         return there
 

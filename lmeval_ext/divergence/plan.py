@@ -6,8 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from lmeval_ext.divergence.head import OutputHead
-from lmeval_ext.divergence.observer import Comparing, Saving
+from lmeval_ext.divergence.observer import Comparing, Saving, Upload
 from lmeval_ext.divergence.store import ReferenceStore, tensors_sha256
 
 
@@ -24,21 +26,31 @@ class Plan:
     chunk: int | None = None
     keys: tuple[str, ...] = ()
 
-    def observer(self, head: OutputHead | None = None) -> Saving | Comparing:
-        """head: the model's own, cut to the vocabulary, where hidden states are to be saved."""
+    def observer(self, head: OutputHead | None = None, device: torch.device | None = None) -> Saving | Comparing:
+        """head: the model's own, cut to the vocabulary, where hidden states are to be saved. device: where logits will
+        be, if that is known."""
         if self.save:
             return Saving(head, self.vocabulary, self.chunk)
         store = ReferenceStore.open(self.folder)
         if self.mode != "hidden":
             return Comparing(store.windows(self.keys), None, self.vocabulary, self.chunk)
-        pool = ThreadPoolExecutor(1)  # reading and checking take as long as a small model takes for its first step
-        stored = pool.submit(store.head)
+        upload = Upload(device) if device is not None and device.type == "cuda" else None
+        pool = ThreadPoolExecutor(1)  # what it does takes as long as a small model takes for its first step
+        given = pool.submit(lambda: _uploaded(store.head(), upload))
         pool.shutdown(wait=False)
-        return Comparing(store.windows(self.keys), stored.result, self.vocabulary, self.chunk)
+        return Comparing(store.windows(self.keys), given.result, self.vocabulary, self.chunk, upload)
 
     @property
     def needs_head(self) -> bool:
         return self.save and self.mode == "hidden"
+
+
+def _uploaded(head: OutputHead, upload: Upload | None) -> OutputHead:
+    """The head on the GPU; as it was where there is no room, which the scoring has to make."""
+    try:
+        return head if upload is None else upload.copied(head)
+    except torch.cuda.OutOfMemoryError:
+        return head
 
 
 def cut_head(head: OutputHead, vocabulary: int) -> OutputHead:

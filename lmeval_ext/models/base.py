@@ -20,6 +20,8 @@ from lmeval_ext.storage import StorageError, StorageInfo, inspect
 from lmeval_ext.storage.kv_cache import kv_cache
 
 if TYPE_CHECKING:
+    import torch
+
     from lmeval_ext.divergence.head import OutputHead
     from lmeval_ext.divergence.observer import Observer
     from lmeval_ext.divergence.plan import Plan
@@ -139,6 +141,11 @@ class WindowScoring:
         """Whether the engine's own tokenizer may cut some texts otherwise than the original's does."""
         return False
 
+    @property
+    def logits_device(self) -> torch.device | None:
+        """Where an observer will see logits, if that is known before: the reference is brought there meanwhile."""
+        return None
+
     def output_head(self) -> OutputHead:
         """The model's output matrix and what follows it. UserError where it has none of its own to show."""
         raise NotImplementedError
@@ -152,7 +159,7 @@ class WindowScoring:
         from lmeval_ext.divergence.plan import cut_head, head_facts
 
         head = cut_head(self.output_head(), self.vocabulary) if plan.needs_head else None
-        self._observed_head, self.observer = head, plan.observer(head)
+        self._observed_head, self.observer = head, plan.observer(head, self.logits_device)
         return {} if head is None else head_facts(head)
 
     def write_head(self, store: ReferenceStore) -> None:

@@ -128,6 +128,10 @@ class ExLlamaLM(WindowScoring, TemplateLM):
     def windows_at_once(self) -> int:
         return 16 if self.engine.device.type == "cuda" else 1
 
+    @property
+    def logits_device(self) -> torch.device:
+        return self.engine.device
+
     def output_head(self) -> OutputHead:
         """As the engine holds it, in its own dtype."""
         head = dense_head(self.folder)

@@ -182,6 +182,10 @@ class HFQuantized(WindowScoring, HFLM):
     def windows_at_once(self) -> int:
         return 16 if self.device.type == "cuda" else 1
 
+    @property
+    def logits_device(self) -> torch.device:
+        return torch.device(self.device)
+
     def output_head(self) -> OutputHead:
         layer = self.model.get_output_embeddings()
         weight = getattr(layer, "weight", None)

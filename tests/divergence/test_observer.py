@@ -17,8 +17,8 @@ from lmeval_ext.divergence import observer as module
 from lmeval_ext.divergence.head import OutputHead
 from lmeval_ext.divergence.logits_code import decode, encode
 from lmeval_ext.divergence.measure import TokenDivergence, fetched, token_divergence
-from lmeval_ext.divergence.observer import Comparing, Saving, WindowSpan, chunk_tokens, spans_between
-from lmeval_ext.divergence.plan import cut_head
+from lmeval_ext.divergence.observer import Comparing, Saving, Upload, WindowSpan, chunk_tokens, spans_between
+from lmeval_ext.divergence.plan import _uploaded, cut_head
 from lmeval_ext.divergence.store import StoredWindow
 from tests.divergence.stores import random
 
@@ -246,6 +246,17 @@ def test_of_a_steps_windows_one_is_in_memory_at_a_time() -> None:
     found = Comparing(Fresh(), None, VOCABULARY, 6).observe(WHOLE, None, logits, targets)
     assert len(given_out) == len(WHOLE) > 1
     assert_close(found, compared("logits", None))
+
+
+def test_without_room_for_the_head_scoring_has_to_make_some() -> None:
+    """It can: batches are halved where memory runs out, but not where a background thread says so again and again."""
+
+    class Full(Upload):
+        def copied(self, head: OutputHead) -> OutputHead:
+            raise torch.cuda.OutOfMemoryError
+
+    given = head()
+    assert _uploaded(given, Full(torch.device("cpu"))) is given
 
 
 def test_a_smaller_common_vocabulary() -> None:
