@@ -43,6 +43,7 @@ from lmeval_ext.models.exllama_common import (
     measured_memory,
     quantized_cache,
     reset_peak_memory,
+    unload_at_exit,
 )
 from lmeval_ext.models.exllama_config import cache_bits as parse_bits
 from lmeval_ext.models.exllama_config import numbers, text_config
@@ -237,6 +238,8 @@ class ExLlamaV3(ExLlamaLM):
             if place is not None:
                 model.load(device=torch.device("cuda", place), progressbar=False)
             else:
+                if tensor_parallel:
+                    unload_at_exit(model)
                 model.load(
                     use_per_device=split,
                     tensor_p=bool(tensor_parallel),

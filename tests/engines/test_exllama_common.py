@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import types
 import weakref
 from pathlib import Path
@@ -588,6 +590,31 @@ def test_the_device_that_the_harness_says_by_itself_is_no_wish(monkeypatch: Any)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert messages.single_device(unasked, [20, 20], False) is None
     assert messages.single_device(unasked, None, True) is None
+
+
+WITH_A_PROCESS = """
+import multiprocessing
+from lmeval_ext.models.exllama_common import unload_at_exit
+
+class Model:
+    def __init__(self):
+        self.stop = multiprocessing.Event()
+        multiprocessing.Process(target=self.stop.wait).start()
+
+    def unload(self):
+        self.stop.set()
+
+if __name__ == "__main__":
+    model = Model()
+    unload_at_exit(model)
+"""
+
+
+def test_a_models_processes_end_with_the_program(tmp_path: Path) -> None:
+    """Python waits for them at exit; without `unload_at_exit` for ever, as `timeout` shows."""
+    script = tmp_path / "program.py"
+    script.write_text(WITH_A_PROCESS)
+    assert subprocess.run([sys.executable, script], timeout=120).returncode == 0
 
 
 def test_checkpoints_that_are_not_there(tmp_path: Path) -> None:
