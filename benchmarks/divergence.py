@@ -16,6 +16,7 @@ weights and the KV pool in it.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import random
 import statistics
@@ -74,6 +75,8 @@ class Bench:
         self.tokens = options.windows * options.length
         writer = load(*other, []) if other else self.model
         self.run(writer, save_reference=str(scratch / "reference"))
+        del writer
+        release()
         self.stored = sum(path.stat().st_size for path in (scratch / "reference").rglob("*.safetensors"))
 
     def run(self, model: Any, **reference: Any) -> float:
@@ -126,6 +129,15 @@ class Bench:
             "stored_bytes": self.stored,
             "float32_logits_bytes": sum(len(w.target_ids) for w in self.windows) * self.model.vocabulary * 4,
         }
+
+
+def release() -> None:
+    """The memory of a model that is gone: peaks are of the one that is measured."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def reset_peak() -> None:

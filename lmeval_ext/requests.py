@@ -75,7 +75,7 @@ def window_request(
 
 
 class WindowScores(NamedTuple):
-    """A model's answer for one window, JSON-ready for --log_samples.
+    """A model's answer for one window, in what --log_samples can write.
 
     loglikelihood: float64 sum, natural log. is_greedy: all targets are the model's first choice.
     logprobs: float32 values, one a target. greedy: whether each target is the model's first choice. divergence: from a
@@ -115,7 +115,9 @@ class Column:
         self.values = found.astype(bool if found.dtype == bool else np.float32)  # a copy: views keep whole batches
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
-        return np.array(self.values, dtype=dtype, copy=copy)
+        if copy is False and dtype not in (None, self.values.dtype):
+            raise ValueError("another dtype needs a copy")
+        return np.array(self.values, dtype=dtype) if copy else np.asarray(self.values, dtype=dtype)
 
     def __len__(self) -> int:
         return len(self.values)

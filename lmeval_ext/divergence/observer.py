@@ -7,8 +7,9 @@ belong to; they need not know which of the two is looking.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -114,7 +115,7 @@ class Upload:
 
     def __init__(self, device: torch.device) -> None:
         self.device = torch.empty(0, device=device).device  # with its number
-        self._stream = torch.cuda.Stream(self.device) if device.type == "cuda" else None
+        self._stream = _stream(self.device) if device.type == "cuda" else None
 
     def rows(self, parts: Iterable[Mapping[str, torch.Tensor]], total: int) -> dict[str, torch.Tensor]:
         """The parts' rows one after the other, `total` in all, by name. Of the parts, one at a time is looked at."""
@@ -143,8 +144,14 @@ class Upload:
         self._hand_over(there.tensors().values())
         return there
 
-    def _beside(self) -> contextlib.AbstractContextManager[Any]:
-        return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+    @contextlib.contextmanager
+    def _beside(self) -> Iterator[None]:
+        if self._stream is None:
+            yield
+            return
+        # The device first: leaving the stream alone would open a context on the thread's own, the first GPU
+        with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
+            yield
 
     def _hand_over(self, tensors: Iterable[torch.Tensor]) -> None:
         """To the current stream: it waits for them, and their memory, which is the other stream's, for it."""
@@ -154,6 +161,12 @@ class Upload:
         current.wait_stream(self._stream)
         for tensor in tensors:
             tensor.record_stream(current)
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One a device: PyTorch keeps the memory of each stream apart, also when it is free."""
+    return torch.cuda.Stream(device)
 
 
 class Saving:

@@ -46,10 +46,10 @@ class Plan:
 
 
 def _uploaded(head: OutputHead, upload: Upload | None) -> OutputHead:
-    """The head on the GPU; as it was where there is no room, which the scoring has to make."""
+    """The head on the GPU; as it was where there is no room, which the scoring has to make, and then tries again."""
     try:
         return head if upload is None else upload.copied(head)
-    except torch.cuda.OutOfMemoryError:
+    except RuntimeError:  # torch.cuda.OutOfMemoryError is one; drivers have others
         return head
 
 

@@ -6,9 +6,7 @@ this class turns the harness' requests into theirs.
 
 from __future__ import annotations
 
-import atexit
 import logging
-import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -319,18 +317,6 @@ def gpu_embedding(first: Any, device: Any, wanted: bool | None) -> torch.nn.Embe
     if wanted is None and weight.nbytes > _EMBEDDING_SHARE * torch.cuda.get_device_properties(device).total_memory:
         return None
     return torch.nn.Embedding(*weight.shape, _weight=weight.data.to(device), _freeze=True)
-
-
-def unload_at_exit(model: Any) -> None:
-    """End a model's processes before Python waits for them to end by themselves, which those of ExLlamaV3 never do."""
-    still_there = weakref.ref(model)
-
-    def unload() -> None:
-        found = still_there()
-        if found is not None:
-            found.unload()
-
-    atexit.register(unload)  # the last to be registered is the first to run: before multiprocessing's own
 
 
 def allocated_bytes() -> int:

@@ -43,12 +43,12 @@ from lmeval_ext.models.exllama_common import (
     measured_memory,
     quantized_cache,
     reset_peak_memory,
-    unload_at_exit,
 )
 from lmeval_ext.models.exllama_config import cache_bits as parse_bits
 from lmeval_ext.models.exllama_config import numbers, text_config
 from lmeval_ext.models.exllama_generation import Generator, Prompt
 from lmeval_ext.models.exllamav3_branches import Branches
+from lmeval_ext.models.exllamav3_processes import end_at_exit
 from lmeval_ext.storage.kv_cache import kv_cache
 
 logger = logging.getLogger(__name__)
@@ -239,7 +239,7 @@ class ExLlamaV3(ExLlamaLM):
                 model.load(device=torch.device("cuda", place), progressbar=False)
             else:
                 if tensor_parallel:
-                    unload_at_exit(model)
+                    end_at_exit(model)
                 model.load(
                     use_per_device=split,
                     tensor_p=bool(tensor_parallel),

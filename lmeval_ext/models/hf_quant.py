@@ -183,8 +183,9 @@ class HFQuantized(WindowScoring, HFLM):
         return 16 if self.device.type == "cuda" else 1
 
     @property
-    def logits_device(self) -> torch.device:
-        return torch.device(self.device)
+    def logits_device(self) -> torch.device | None:
+        spread = len(set((getattr(self.model, "hf_device_map", None) or {}).values())) > 1
+        return None if spread else torch.device(self.device)
 
     def output_head(self) -> OutputHead:
         layer = self.model.get_output_embeddings()

@@ -140,6 +140,13 @@ def forget_head_input(runner: Any) -> None:
         watch.remove()
 
 
+def logits_device(runner: Any) -> torch.device | None:
+    """Where its logits are; None for the ranks of a pipeline that have none."""
+    from vllm.distributed import get_pp_group
+
+    return torch.device(runner.device) if get_pp_group().is_last_rank else None
+
+
 def output_head(runner: Any) -> OutputHead:
     """The output matrix and what vLLM's LogitsProcessor does after it. UserError where it is not dense and whole."""
     processor = _logits_processor(runner)

@@ -49,7 +49,7 @@ class WorkerExtension:
             scorer.head_input = vllm_runners.watch_head_input(self.model_runner)
         if wanted.needs_head:
             self.lmeval_ext_head = cut_head(vllm_runners.output_head(self.model_runner), wanted.vocabulary)
-        scorer.observer = wanted.observer(self.lmeval_ext_head, self.model_runner.device)
+        scorer.observer = wanted.observer(self.lmeval_ext_head, vllm_runners.logits_device(self.model_runner))
         return {} if self.lmeval_ext_head is None else head_facts(self.lmeval_ext_head)
 
     def lmeval_ext_write_head(self, folder: str) -> None:

@@ -593,28 +593,42 @@ def test_the_device_that_the_harness_says_by_itself_is_no_wish(monkeypatch: Any)
 
 
 WITH_A_PROCESS = """
-import multiprocessing
-from lmeval_ext.models.exllama_common import unload_at_exit
+import multiprocessing, sys
+from lmeval_ext.models.exllamav3_processes import end_at_exit
 
-class Model:
-    def __init__(self):
-        self.stop = multiprocessing.Event()
-        multiprocessing.Process(target=self.stop.wait).start()
+class Model:  # as far as ExLlamaV3's has to do with it
+    def __init__(self, what):
+        self.what, self.mp_children, self.stop = what, [], multiprocessing.Event()
+
+    def load(self):
+        self.mp_children = [multiprocessing.Process(target=self.stop.wait), None]
+        self.mp_children[0].start()
+        if self.what != "loaded":
+            raise SystemExit("no room")
 
     def unload(self):
+        if self.what == "loaded":
+            self.destroy_tp_context()
+
+    def destroy_tp_context(self):
+        if self.what == "confused":
+            raise IndexError
         self.stop.set()
+        self.mp_children = []
 
 if __name__ == "__main__":
-    model = Model()
-    unload_at_exit(model)
+    model = Model(sys.argv[1])
+    end_at_exit(model)
+    model.load()
 """
 
 
-def test_a_models_processes_end_with_the_program(tmp_path: Path) -> None:
-    """Python waits for them at exit; without `unload_at_exit` for ever, as `timeout` shows."""
+@pytest.mark.parametrize(("what", "code"), [("loaded", 0), ("failed", 1), ("confused", 1)])
+def test_a_models_processes_end_with_the_program(what: str, code: int, tmp_path: Path) -> None:
+    """Python waits for them at exit; without `end_at_exit` for ever, as `timeout` shows."""
     script = tmp_path / "program.py"
     script.write_text(WITH_A_PROCESS)
-    assert subprocess.run([sys.executable, script], timeout=120).returncode == 0
+    assert subprocess.run([sys.executable, script, what], timeout=120).returncode == code
 
 
 def test_checkpoints_that_are_not_there(tmp_path: Path) -> None:
