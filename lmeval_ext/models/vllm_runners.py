@@ -144,7 +144,8 @@ def logits_device(runner: Any) -> torch.device | None:
     """Where its logits are; None for the ranks of a pipeline that have none."""
     from vllm.distributed import get_pp_group
 
-    return torch.device(runner.device) if get_pp_group().is_last_rank else None
+    alone = runner.vllm_config.parallel_config.pipeline_parallel_size == 1
+    return torch.device(runner.device) if alone or get_pp_group().is_last_rank else None
 
 
 def output_head(runner: Any) -> OutputHead:
