@@ -6,6 +6,10 @@ TORCH ?= torch==2.13.0
 
 export HF_HUB_OFFLINE ?= 1
 
+# llama.cpp (of llama-cpp-python 0.3.36) compiled for a CPU with AMX dies of an illegal instruction: it loads a tile before
+# it has configured any. Without AMX it is what it is on other CPUs
+NO_AMX := $(if $(shell grep -m1 -o amx_tile /proc/cpuinfo 2>/dev/null),-mno-amx-tile -mno-amx-int8 -mno-amx-bf16)
+
 .PHONY: install test lint tests demo clean
 install: $(VENV)/installed
 
@@ -13,7 +17,8 @@ $(VENV)/installed: pyproject.toml requirements/cpu.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet -r requirements/cpu.txt
+	CFLAGS="$(CFLAGS) $(NO_AMX)" CXXFLAGS="$(CXXFLAGS) $(NO_AMX)" $(BIN)/python -m pip install --quiet \
+		$(if $(NO_AMX),--no-cache-dir) -r requirements/cpu.txt
 	@# built for another torch, and vLLM fails to import beside them
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(BIN)/python -m pip install --quiet -e '.[dev,quant,gguf,ray]'
