@@ -123,13 +123,12 @@ class Upload:
         at = 0
         with self._beside():
             for part in parts:
-                count = 0
+                stop = at + len(next(iter(part.values())))
                 for name, rows in part.items():
-                    count = rows.shape[0]
                     if name not in found:
                         found[name] = rows.new_empty((total, *rows.shape[1:]), device=self.device)
-                    found[name][at : at + count].copy_(rows)
-                at += count
+                    found[name][at:stop].copy_(rows)
+                at = stop
         self._hand_over(found.values())
         return found
 

@@ -146,12 +146,12 @@ def single_device(device: str | None, split: list[float] | None, tensor_parallel
         if parsed.type != "cuda":
             raise UserError(f"device={device!r}: ExLlama runs on GPUs only; hf_quant takes these checkpoints anywhere")
         index = parsed.index
-    if index == 0 and (split or tensor_parallel):
-        index = None
-    if index is not None and (split or tensor_parallel):
-        raise UserError(f"device={device!r} names one GPU, gpu_split and tensor_parallel spread; give one of them")
+    if split or tensor_parallel:
+        if index not in (None, 0):
+            raise UserError(f"device={device!r} names one GPU, gpu_split and tensor_parallel spread; give one of them")
+        return None
     if index is not None and index >= torch.cuda.device_count():
         raise UserError(f"device={device!r}: this process sees {torch.cuda.device_count()} GPU(s)")
-    if index is None and not split and not tensor_parallel and torch.cuda.device_count() == 1:
+    if index is None and torch.cuda.device_count() == 1:
         index = 0
     return index
