@@ -64,7 +64,7 @@ class Transformers(Engine):
     """`hf_quant`; stock: `hf`; engine: one padded forward or `generate` a batch."""
 
     def __init__(self, path: str, new_tokens: int, batch_size: int, **arguments: Any) -> None:
-        from lmeval_ext.models.hf_quant import HFLM, HFQuantized
+        from lmeval_ext.models.hf.adapter import HFLM, HFQuantized
 
         model = HFQuantized(path, batch_size=batch_size, **{"max_length": LENGTH, **arguments})
         super().__init__(model, new_tokens, min_new_tokens=new_tokens)
@@ -107,7 +107,7 @@ class VLLM(Engine):
     """`vllm_nvfp4`; stock: `vllm`; engine: `LLM.generate` on all prompts at once."""
 
     def __init__(self, path: str, new_tokens: int, batch_size: int, **arguments: Any) -> None:
-        from lmeval_ext.models import vllm_nvfp4
+        from lmeval_ext.models.vllm import adapter as vllm_nvfp4
 
         model = vllm_nvfp4.VLLMQuantized(path, **{"max_model_len": LENGTH, **arguments})
         super().__init__(model, new_tokens, min_tokens=new_tokens, ignore_eos=True)
@@ -147,7 +147,7 @@ class LlamaCpp(Engine):
     """
 
     def __init__(self, path: str, new_tokens: int, batch_size: int, **arguments: Any) -> None:
-        from lmeval_ext.models.llamacpp import LlamaCpp as Adapter
+        from lmeval_ext.models.llamacpp.adapter import LlamaCpp as Adapter
 
         super().__init__(Adapter(path, **{"max_length": LENGTH, **arguments}), new_tokens)
 
@@ -161,7 +161,7 @@ class LlamaCpp(Engine):
         for _, context, continuation in asked:
             self.model.llama.reset()
             self.model.llama.eval(context + continuation)
-        self.model._held = []  # the adapter's cache is gone
+        self.model.scorer.forget()  # the adapter's cache is gone
 
     def _checked(self, generate: Callable[[Any], list[str]], texts: list[str]) -> int:
         made, tokens = 0, self.model.llama.generate
@@ -244,7 +244,7 @@ class ExLlama(Engine):
 
 
 class ExLlamaV3(ExLlama):
-    adapter = "lmeval_ext.models.exllamav3:ExLlamaV3"
+    adapter = "lmeval_ext.models.exllama.v3.adapter:ExLlamaV3"
 
     def job(self, ids: Any, new: int, index: int) -> Any:
         from exllamav3 import Job
@@ -254,7 +254,7 @@ class ExLlamaV3(ExLlama):
 
 
 class ExLlamaV2(ExLlama):
-    adapter = "lmeval_ext.models.exllamav2:ExLlamaV2Model"
+    adapter = "lmeval_ext.models.exllama.v2.adapter:ExLlamaV2Model"
 
     def job(self, ids: Any, new: int, index: int) -> Any:
         from exllamav2.generator import ExLlamaV2DynamicJob, ExLlamaV2Sampler

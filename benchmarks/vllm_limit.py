@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from lmeval_ext.models.vllm_scoring import PromptScorer
-from lmeval_ext.models.vllm_worker import WorkerExtension
+from lmeval_ext.models.vllm.scoring import PromptScorer
+from lmeval_ext.models.vllm.worker import WorkerExtension
 
 
 class LimitedWorker(WorkerExtension):

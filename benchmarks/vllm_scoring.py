@@ -53,7 +53,7 @@ class Bench:
     """One engine, and the ways to score with it."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        import lmeval_ext.models.vllm_nvfp4 as ours
+        import lmeval_ext.models.vllm.adapter as ours
 
         engine = dict(pair.split("=", 1) for pair in options.engine)
         values = {k: json.loads(v) if v[:1] in "[{0123456789tf" else v for k, v in engine.items()}
@@ -117,9 +117,9 @@ class Bench:
         self.model._loglikelihood_tokens(questions, disable_tqdm=True)
 
     def _prompt(self, window: list[int]) -> Any:
-        from lmeval_ext.models.vllm_client import Prompt
+        from lmeval_ext.models.vllm.client import ScoringPrompt
 
-        return Prompt(window, 1)
+        return ScoringPrompt(window, 1)
 
     def _generate(self, windows: Sample, **scores: Any) -> Any:
         import vllm

@@ -17,13 +17,13 @@ TASKS = Path(__file__).parent / "tasks"
 # The same rows as [project.entry-points."lm_eval.models"] in pyproject.toml (a test compares them).
 # A table, because scanning installed metadata at every `import lm_eval.models` costs tens of milliseconds.
 MODELS = {
-    "vllm_nvfp4": "lmeval_ext.models.vllm_nvfp4:VLLMQuantized",
-    "hf_quant": "lmeval_ext.models.hf_quant:HFQuantized",
-    "llamacpp": "lmeval_ext.models.llamacpp:LlamaCpp",
-    "exllamav3": "lmeval_ext.models.exllamav3:ExLlamaV3",
-    "exl3": "lmeval_ext.models.exllamav3:ExLlamaV3",
-    "exllamav2": "lmeval_ext.models.exllamav2:ExLlamaV2Model",
-    "exl2": "lmeval_ext.models.exllamav2:ExLlamaV2Model",
+    "vllm_nvfp4": "lmeval_ext.models.vllm.adapter:VLLMQuantized",
+    "hf_quant": "lmeval_ext.models.hf.adapter:HFQuantized",
+    "llamacpp": "lmeval_ext.models.llamacpp.adapter:LlamaCpp",
+    "exllamav3": "lmeval_ext.models.exllama.v3.adapter:ExLlamaV3",
+    "exl3": "lmeval_ext.models.exllama.v3.adapter:ExLlamaV3",
+    "exllamav2": "lmeval_ext.models.exllama.v2.adapter:ExLlamaV2Model",
+    "exl2": "lmeval_ext.models.exllama.v2.adapter:ExLlamaV2Model",
 }
 
 
@@ -35,7 +35,7 @@ def register_models(_module: ModuleType) -> None:
     """
     from lm_eval.api import registry
 
-    from lmeval_ext import results
+    from lmeval_ext import output_guard as results
     from lmeval_ext.errors import install_excepthook
 
     install_excepthook()
@@ -53,7 +53,7 @@ def register_tasks(manager: ModuleType) -> None:
     Our folder goes *before* the harness' own, and later folders win there: a task name that upstream
     or the user's `--include_path` owns stays theirs.
     """
-    from lmeval_ext import results
+    from lmeval_ext import output_guard as results
     from lmeval_ext.errors import install_excepthook
 
     install_excepthook()  # a mistake in --output_path shows before any model is loaded

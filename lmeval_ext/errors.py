@@ -36,3 +36,9 @@ def install_excepthook() -> None:
 
     hook._lmeval_ext = True  # type: ignore[attr-defined]
     sys.excepthook = hook
+
+
+def first_line(error: BaseException) -> str:
+    """An engine's error as one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

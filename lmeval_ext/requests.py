@@ -1,14 +1,13 @@
 """The contract between tasks and models: a window to score, and its scores.
 
-A `WindowRequest` is an `Instance` of the harness that is also the triple `(None, context_ids,
-continuation_ids)`. `evaluate()` looks up a request's type on the model, as a method, by name; ours is
-`score_token_windows`, which this module adds to the harness' `LM`. It checks that the windows fit and hands
-them to `_loglikelihood_tokens`, so *every* token-level model of the harness scores them: stock models answer
-`(loglikelihood, is_greedy)`, ours a `WindowScores`, which begins with the same two.
+A `WindowRequest` is an `Instance` of the harness that is also the triple `(None, context_ids, continuation_ids)`, so
+every token-level model of the harness can score it (`models/harness_models.py`). Stock models return `(loglikelihood,
+is_greedy)`, ours a `WindowScores`, which begins with the same two.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,15 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import LM
 
 from lmeval_ext.errors import UserError
 
 REQUEST_TYPE = "score_token_windows"
-
-# Stock models that generate a token after every prompt, so that a window may fill all positions but one.
-# They drop the start of longer ones with no more than a log line (lm-eval 0.4.13).
-_GENERATES_ONE = ("lm_eval.models.vllm_causallms", "lm_eval.models.vllm_vlms")
 
 
 @dataclass
@@ -78,9 +72,10 @@ class WindowScores(NamedTuple):
     """A model's answer for one window, in what --log_samples can write.
 
     loglikelihood: float64 sum, natural log. is_greedy: all targets are the model's first choice.
-    logprobs: float32 values, one a target. greedy: whether each target is the model's first choice. divergence: from a
-    stored reference, None without one: a `Column` each of `kld`, `reference_logprobs`, `model_logprobs`, `confidence`
-    (float32) and `agree` (bool; `lmeval_ext.divergence.measure.TokenDivergence`), and `reference`, what it is from.
+    logprobs: float32 values, one per target. greedy: whether each target is the model's first choice. divergence: from
+    a stored reference, None without one: a `TokenColumn` for each of `kld`, `reference_logprobs`, `model_logprobs`,
+    `confidence` (float32) and `agree` (bool; `lmeval_ext.divergence.measure.TokenDivergence`), and `reference`, the
+    identity of the reference.
     """
 
     loglikelihood: float
@@ -99,11 +94,11 @@ class WindowScores(NamedTuple):
         if values.shape != matches.shape or values.ndim != 1:
             raise ValueError(f"logprobs {values.shape} and greedy {matches.shape} must be equal and flat")
         total = float(values.sum(dtype=np.float64))
-        columns = None if divergence is None else {name: Column(found) for name, found in divergence.items()}
+        columns = None if divergence is None else {name: TokenColumn(found) for name, found in divergence.items()}
         return cls(total, bool(matches.all()), _ten_digits(values).tolist(), matches.tolist(), columns)
 
 
-class Column:
+class TokenColumn:
     """One value a target, float32 or bool; as text, a list.
 
     --log_samples alone wants the list (the harness writes `str` of what is no list itself). To make the lists of a
@@ -123,7 +118,7 @@ class Column:
         return len(self.values)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Column) and bool(np.array_equal(self.values, other.values, equal_nan=True))
+        return isinstance(other, TokenColumn) and bool(np.array_equal(self.values, other.values, equal_nan=True))
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -144,27 +139,6 @@ def _ten_digits(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
     return wide
 
 
-def score_token_windows(model: Any, requests: list[WindowRequest]) -> Any:
-    """Method of every `LM`: the model's own token-level scoring, once the windows are known to fit.
-
-    Raises UserError where the model scores no tokens, or a window is longer than its context: stock models
-    would drop the window's start, and score other positions than the result says.
-    """
-    # Underscored in lm-eval 0.4.13, but the method that TemplateLM declares abstract and every token-level
-    # model implements; tests/core/test_tasks.py fails when it goes.
-    score = getattr(model, "_loglikelihood_tokens", None)
-    if score is None:
-        raise UserError(
-            f"the model {type(model).__name__} does not score token ids, which perplexity windows are made of; use "
-            "vllm_nvfp4, hf_quant, llamacpp, or the harness' hf or vllm"
-        )
-    limit = getattr(model, "max_length", None)
-    if isinstance(limit, int):
-        spare = any(kind.__module__ in _GENERATES_ONE for kind in type(model).__mro__)
-        check_length(requests, limit - spare, "less the one token that vLLM generates" if spare else "")
-    return score(requests)
-
-
 def check_length(windows: Sequence[WindowRequest], limit: int, why: str = "") -> None:
     """Raises UserError where a window has more than `limit` tokens."""
     longest = max(len(w.ids) for w in windows)
@@ -176,4 +150,23 @@ def check_length(windows: Sequence[WindowRequest], limit: int, why: str = "") ->
         )
 
 
-setattr(LM, REQUEST_TYPE, score_token_windows)
+def same_shape(windows: Sequence[WindowRequest]) -> list[list[int]]:
+    """Indices of windows that can share a batch without padding: same length, same scored part."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for i, w in enumerate(windows):
+        groups.setdefault((len(w.context_ids), len(w.target_ids)), []).append(i)
+    return list(groups.values())
+
+
+def window_key(ids: Sequence[int], n_context: int) -> str:
+    """What a window is known by: its token ids, and from which on they are scored."""
+    return hashlib.sha256(np.array([n_context, *ids], dtype="<i8").tobytes()).hexdigest()[:32]
+
+
+def key_of(window: WindowRequest) -> str:
+    """`window_key` of a task's window, worked out once."""
+    known: str | None = getattr(window, "_key", None)
+    if known is None:
+        known = window_key(window.ids, len(window.context_ids))
+        setattr(window, "_key", known)  # noqa: B010 (no field of the request)
+    return known

@@ -23,7 +23,7 @@ def make_tokenizer(folder: Path, vocabulary: int = VOCABULARY, bos: bool = False
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from lmeval_ext.corpus import SAMPLE
+    from lmeval_ext.tasks.corpus import SAMPLE
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

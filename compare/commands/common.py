@@ -4,17 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from compare.axis import AXES, MEMORY
-from compare.comparison import Comparison, Options, build_comparisons
-from compare.errors import NOTHING_USABLE, CompareError
-from compare.records import Record
-from compare.text import clean
+from compare.comparison.axis import AXES, MEMORY
 
 
 def add_selection(parser: argparse.ArgumentParser) -> None:
@@ -105,61 +97,3 @@ def _limit(text: str) -> float:
     if math.isnan(value):
         raise ValueError
     return value
-
-
-def load_comparisons(arguments: argparse.Namespace, sort: str = "family") -> list[Comparison]:
-    """Read the files, build a comparison a metric, and say on stderr what was skipped, replaced or left out."""
-    comparisons = compare_records(arguments, load_records(arguments), sort=sort)
-    for comparison in comparisons:
-        for notice in comparison.notices:
-            say(notice)
-        if comparison.verdict is not None:
-            for line in comparison.verdict.lines(comparison):
-                say(line if len(comparisons) == 1 else f"{comparison.metric.label}: {line}")
-    return comparisons
-
-
-def load_records(arguments: argparse.Namespace, note: Callable[[str], None] | None = None) -> list[Record]:
-    """The records in the paths given; what was skipped is said on stderr, or to `note`."""
-    note = note or say
-    _check_memory(arguments)
-    from compare.reading import read_results
-
-    reading = read_results(arguments.paths)
-    for problem in reading.problems:
-        note(f"skipped: {problem.path}: {problem.reason}")
-    if not reading.records:
-        raise CompareError("no usable result file (results_*.json) in the paths given", NOTHING_USABLE)
-    return reading.records
-
-
-def compare_records(arguments: argparse.Namespace, records: list[Record], **changes: Any) -> list[Comparison]:
-    """The comparisons that the arguments ask for, one a metric; `changes` are fields of `Options` that go before."""
-    budget = arguments.budget
-    options = Options(
-        metrics=tuple(arguments.metric),
-        subtasks=arguments.subtasks,
-        mean=arguments.mean,
-        axis=arguments.x or (MEMORY if budget is not None else "bpw"),
-        pareto=arguments.pareto,
-        budget=budget,
-        context=arguments.context,
-        mask=arguments.mask,
-        max_x=arguments.max_x,
-        max_y=arguments.max_y,
-        allow_mixed=arguments.allow_mixed,
-    )
-    return build_comparisons(records, replace(options, **changes))
-
-
-def _check_memory(arguments: argparse.Namespace) -> None:
-    if arguments.context is None and (arguments.budget is not None or arguments.x == MEMORY):
-        asked = "--budget" if arguments.budget is not None else "--x memory"
-        raise CompareError(f"{asked} needs --context TOKENS, what the KV cache shall hold, e.g. --context 8192")
-    if arguments.context is not None and arguments.budget is None and arguments.x != MEMORY:
-        raise CompareError("--context is for --budget GB or --x memory; add one of them")
-
-
-def say(message: str) -> None:
-    """One line on stderr; what file names or labels hold cannot act on the terminal."""
-    print(f"compare: {clean(message)}", file=sys.stderr)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from compare.commands.common import load_comparisons, say
-from compare.divergence import KLD
+from compare.comparison.load import load_comparisons
+from compare.console import say
 from compare.errors import NOTHING_USABLE, CompareError
+from compare.metrics import KLD
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,9 +31,10 @@ def run(arguments: argparse.Namespace, output: Path | None) -> int:
     (comparison,) = load_comparisons(arguments)
     if comparison.metric.metric != KLD:
         raise CompareError(f"{flag} is of {KLD} only, not of {comparison.metric.label}")
-    from compare.plot import distributions, figure, histogram, spread
+    from compare.plot import distributions, figure
+    from compare.plot.pictures import histogram, spread
 
-    settings = figure.Settings(title=arguments.title, dark=arguments.dark)
+    settings = figure.PlotSettings(title=arguments.title, dark=arguments.dark)
     find = distributions.boxes if arguments.spread else distributions.histograms
     found = find(comparison)
     for message in found.left_out:

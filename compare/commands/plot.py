@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compare.commands import distribution
-from compare.commands.common import add_choice, add_log_y, add_selection, load_comparisons, say
+from compare.commands.common import add_choice, add_log_y, add_selection
+from compare.comparison.load import load_comparisons
+from compare.console import say
 from compare.errors import NOTHING_USABLE, CompareError
 
 if TYPE_CHECKING:
-    from compare.comparison import Comparison
+    from compare.comparison.comparison import Comparison
     from compare.plot.series import Drawing
 
 HELP = "draw the models of result files: size across, metric upwards, one line a family; a panel a --metric"
@@ -47,10 +49,11 @@ def run(arguments: argparse.Namespace) -> int:
     comparisons = load_comparisons(arguments)
     panels = _panels(comparisons, arguments.log_y)
     from compare.plot import figure
+    from compare.plot.pictures.scatter import picture_of
 
-    settings = figure.Settings(title=arguments.title, dark=arguments.dark)
+    settings = figure.PlotSettings(title=arguments.title, dark=arguments.dark)
     if output is None:
-        figure.show(figure.picture_of(panels, settings), settings, say)
+        figure.show(picture_of(panels, settings), settings, say)
         return 0
     from compare.files import write_atomically
 
@@ -60,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         content = plot_page(panels, settings, say)
     else:
-        content = figure.render(figure.picture_of(panels, settings), settings, kind, say)
+        content = figure.render(picture_of(panels, settings), settings, kind, say)
     write_atomically(output, content)
     points, lines = sum(len(d.points) for _, d in panels), sum(len(d.references) for _, d in panels)
     inside = f", {len(panels)} panels" if len(panels) > 1 else ""

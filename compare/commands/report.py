@@ -6,11 +6,13 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from compare.commands.common import add_choice, add_log_y, add_selection, compare_records, load_records, say
-from compare.comparison import Comparison
-from compare.divergence import KLD
+from compare.commands.common import add_choice, add_log_y, add_selection
+from compare.comparison.comparison import Comparison
+from compare.comparison.load import compare_records, load_records
+from compare.console import say
 from compare.errors import CompareError
-from compare.records import Record
+from compare.metrics import KLD
+from compare.results.records import Record
 
 HELP = "write one HTML page: plots, sortable table, settings, the command behind each result"
 

@@ -6,8 +6,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from compare.commands.common import add_choice, add_selection, load_comparisons, say
-from compare.comparison import SORTS, Comparison
+from compare.commands.common import add_choice, add_selection
+from compare.comparison.build import SORTS
+from compare.comparison.comparison import Comparison
+from compare.comparison.load import load_comparisons
+from compare.console import say
 from compare.errors import CompareError
 
 HELP = "list the models of result files with their size and metric"
@@ -62,12 +65,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _measure(comparisons: list[Comparison], label: str) -> None:
     """Pair the models; why some have no pair is said. CompareError where none has."""
-    from compare.versus import check_formed, measure
+    from compare.comparison.pairs import check_formed, measure
 
     found = []
     for comparison in comparisons:
-        comparison.versus = measure(comparison, label)
-        found.append(comparison.versus)
+        comparison.pairs = measure(comparison.points, comparison.metric, label)
+        found.append(comparison.pairs)
     check_formed(label, found)
     for comparison, versus in zip(comparisons, found, strict=True):
         prefix = f"{comparison.metric.label}: " if len(comparisons) > 1 else ""

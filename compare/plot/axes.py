@@ -7,12 +7,12 @@ from typing import Any
 
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from compare.comparison import Comparison
+from compare.comparison.comparison import Comparison
 from compare.families import DOMINATED
 from compare.plot import style
+from compare.plot.captions import y_label
 from compare.plot.header import marker_size
 from compare.plot.series import Drawing, Series
-from compare.plot.words import y_label
 
 _CROWD = 200  # points; beyond, lines and bars step back so that the markers can be seen
 
@@ -98,9 +98,9 @@ def _series(ax: Any, drawing: Drawing, series: Series, theme: style.Theme) -> No
 
 def _floor(ax: Any, drawing: Drawing, theme: style.Theme) -> None:
     """The noise floor, shaded to the edge of the axes where it begins at zero and the axis has none."""
-    if drawing.floor is None:
+    if drawing.noise_floor is None:
         return
-    low, high = drawing.floor.low, drawing.floor.high
+    low, high = drawing.noise_floor.low, drawing.noise_floor.high
     bottom = ax.get_ylim()[0]
     if drawing.log_y and high <= bottom:
         return
@@ -136,10 +136,10 @@ def _limits(ax: Any, drawing: Drawing) -> None:
     """Room around every point, bar and line; a point or two do not make the scale collapse."""
     shown = drawing.points + drawing.references
     ys = [(point.y or 0.0, point.stderr or 0.0) for point in shown]
-    if drawing.floor is not None and drawing.log_y:  # its top; zero is at no place
-        ys += [(drawing.floor.high, 0.0)] if drawing.floor.high > 0 else []
-    elif drawing.floor is not None:
-        ys += [(drawing.floor.low, 0.0), (drawing.floor.high, 0.0)]
+    if drawing.noise_floor is not None and drawing.log_y:  # its top; zero is at no place
+        ys += [(drawing.noise_floor.high, 0.0)] if drawing.noise_floor.high > 0 else []
+    elif drawing.noise_floor is not None:
+        ys += [(drawing.noise_floor.low, 0.0), (drawing.noise_floor.high, 0.0)]
     low, high = min(y - e for y, e in ys), max(y + e for y, e in ys)
     if drawing.log_y:
         low = max(low, min(y for y, _ in ys) / 2)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from compare.comparison import Comparison, Point
-from compare.divergence import Divergence, Histogram
+from compare.comparison.comparison import Comparison
+from compare.comparison.point import Point
 from compare.plot.series import Drawing, Series, drawing_of
+from compare.results.divergence import Divergence, Histogram
 from compare.text import and_more
 
 NEEDED = (5.0, 25.0, 50.0, 75.0, 95.0)  # percentiles of a box
@@ -18,10 +19,10 @@ MOST_LINES, MOST_BOXES = 24, 60
 
 @dataclass
 class Distributions:
-    """`drawing` has the models by family; `floor` those of full precision; `left_out` is said to the user."""
+    """`drawing` has the models by family; `noise_floor` those of full precision; `left_out` is said to the user."""
 
     drawing: Drawing
-    floor: list[Point] = field(default_factory=list)
+    noise_floor: list[Point] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
     @property
@@ -56,7 +57,7 @@ def histograms(comparison: Comparison) -> Distributions:
 def _arranged(
     comparison: Comparison, lacks: Callable[[Point, Divergence], str], most: int, with_x: bool
 ) -> Distributions:
-    defining = {id(point) for point in comparison.floor.points} if comparison.floor is not None else set()
+    defining = {id(point) for point in comparison.noise_floor.points} if comparison.noise_floor is not None else set()
     shown: list[Point] = []
     floor: list[Point] = []
     left_out: list[str] = []

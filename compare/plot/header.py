@@ -9,10 +9,10 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from compare.comparison import family_order
+from compare.families import family_order
 from compare.plot import style
+from compare.plot.captions import Texts
 from compare.plot.series import Drawing, Series
-from compare.plot.words import Texts
 from compare.text import shorten
 
 MARGIN = 0.028  # of the figure's width

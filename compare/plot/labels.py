@@ -1,232 +1,230 @@
-"""Where labels go: adjustText pushes them apart, then whatever still collides is moved to a free place nearby.
-
-All geometry is in pixels of the figure. A label may not cover another label, a point, or leave the axes; it should not
-lie on a line, and its leader should cross nothing. What adjustText's forces leave is settled by trying places on
-rings around the point and taking the cheapest; both are deterministic.
-"""
+"""Labels of points and reference lines, with leaders where a label had to move away."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.patheffects import withStroke
 
-Box = tuple[float, float, float, float]  # x0, y0, x1, y1
-Segment = tuple[float, float, float, float]
+from compare.comparison.best import frontier
+from compare.comparison.comparison import Comparison
+from compare.comparison.point import Point
+from compare.plot import style
+from compare.plot.captions import WEIGHT_ONLY_MARK, point_label
+from compare.plot.header import marker_size
+from compare.plot.label_places import Box, Obstacles, Segment, covered, place
+from compare.plot.series import Drawing
+from compare.text import shorten
 
-_COVERS_LABEL, _COVERS_POINT, _CUTS_LABEL, _CROSSES_LEADER, _ON_LINE = 1000.0, 400.0, 120.0, 60.0, 45.0
-_MAX_POINTS, _MAX_SEGMENTS = 200, 400
-
-
-@dataclass
-class Obstacles:
-    """What labels keep away from: points with their radius, line segments, boxes such as the legend."""
-
-    points: np.ndarray  # [P, 2]
-    radius: float
-    segments: list[Segment] = field(default_factory=list)
-    boxes: list[Box] = field(default_factory=list)
+MAX_LABELS, IN_A_CROWD = 60, 24
+_MAX_LENGTH, _MAX_FLOOR = 34, 90
 
 
-def place(ax: Any, texts: list[Any], anchors: np.ndarray, obstacles: Obstacles, pad: float = 2.0) -> list[Box]:
-    """Move `texts` (matplotlib, centred on their anchors [N, 2] in pixels) and return their boxes."""
-    if not texts:
+def draw_labels(
+    ax: Any, comparison: Comparison, drawing: Drawing, theme: style.Theme, legend_shown: bool, most: int = MAX_LABELS
+) -> int:
+    """Draw them; returns how many points stay without a label. Of more than `most`, only the best are labelled."""
+    scale = ax.figure.dpi / 72
+    obstacles = _obstacles(ax, drawing, 6.5 * scale)
+    _limit_label(ax, drawing, theme, obstacles)
+    _reference_labels(ax, drawing, theme, obstacles)
+    _floor_label(ax, drawing, theme, obstacles)
+    chosen = {id(point) for point in _labelled(comparison, drawing, most)}
+    texts, anchors, colours = [], [], []
+    for series in drawing.series:
+        for point in series.points:
+            if id(point) in chosen:
+                colour = readable(drawing.colour(point, series, theme.dark), theme)
+                texts.append(_text(ax, point, colour, theme, legend_shown))
+                texts[-1].set_fontweight("bold" if point is drawing.best else "normal")
+                anchors.append(tuple(ax.transData.transform((point.x, point.y))))
+                colours.append(colour)
+    placed = place(ax, texts, np.array(anchors), obstacles, pad=1.2 * scale)
+    for box, anchor, colour in zip(placed, anchors, colours, strict=True):
+        _leader(ax, box, anchor, colour, scale)
+    return len(drawing.points) - len(texts)
+
+
+def _obstacles(ax: Any, drawing: Drawing, radius: float) -> Obstacles:
+    """The points, and the lines, error bars and reference lines as segments, in pixels."""
+    points: list[tuple[float, float]] = []
+    segments: list[Segment] = []
+    for series in drawing.series:
+        pixels = ax.transData.transform([(point.x, point.y) for point in series.points])
+        points += [tuple(pixel) for pixel in pixels]
+        if series.joined:
+            segments += [(*a, *b) for a, b in pairwise(pixels)]
+        for point in series.points:
+            segments += _error_bar(ax, point)
+    extent = ax.get_window_extent()
+    for point in drawing.references:
+        y = ax.transData.transform((0, point.y))[1]
+        segments.append((extent.x0, y, extent.x1, y))
+    if drawing.noise_floor is not None:
+        for edge in {drawing.noise_floor.low, drawing.noise_floor.high}:
+            y = ax.transData.transform((0, edge if edge > 0 or not drawing.log_y else ax.get_ylim()[0]))[1]
+            segments.append((extent.x0, y, extent.x1, y))
+    if drawing.limit is not None:
+        x = ax.transData.transform((drawing.limit, 0))[0]
+        segments.append((x, extent.y0, x, extent.y1))
+    return Obstacles(np.array(points).reshape(-1, 2), radius, segments)
+
+
+def _labelled(comparison: Comparison, drawing: Drawing, most: int) -> list[Point]:
+    """Every point, or, where they are too many, those no other beats in both size and metric."""
+    points = drawing.points
+    if len(points) <= most:
+        return points
+    best = frontier(points, bool(comparison.metric.higher_is_better))
+    step = max(1, -(-len(best) // IN_A_CROWD))
+    return best[::step]
+
+
+def _text(ax: Any, point: Point, colour: str, theme: style.Theme, legend_shown: bool) -> Any:
+    label = shorten(point_label(point, legend_shown), _MAX_LENGTH)
+    if point.record.quantization.runs_other_than_named:
+        label += WEIGHT_ONLY_MARK
+    return ax.text(
+        point.x,
+        point.y,
+        label,
+        fontsize=style.LABEL,
+        color=colour,
+        ha="center",
+        va="center",
+        zorder=6,
+        path_effects=[withStroke(linewidth=2.6, foreground=theme.ground)],
+    )
+
+
+def _error_bar(ax: Any, point: Point) -> list[Segment]:
+    if not point.stderr or point.y is None:
         return []
-    obstacles = _bounded(obstacles, anchors)
-    renderer = ax.figure.canvas.get_renderer()
-    extents = [text.get_window_extent(renderer) for text in texts]
-    sizes = np.array([(e.width + 6 * pad, e.height + 2 * pad) for e in extents])  # words need room sideways
-    centres = np.array(_pushed_apart(ax, texts, obstacles, renderer))
-    bounds = ax.get_window_extent(renderer)
-    centres = _settled(centres, sizes, anchors, obstacles, (bounds.x0, bounds.y0, bounds.x1, bounds.y1))
-    inverse = ax.transData.inverted()
-    boxes = []
-    for text, centre, size in zip(texts, centres, sizes, strict=True):
-        text.set_position(inverse.transform(centre))
-        boxes.append(_box(centre, size - np.array([5 * pad, 2 * pad])))
-    return boxes
+    low = max(point.y - point.stderr, ax.get_ylim()[0])
+    (x0, y0), (x1, y1) = ax.transData.transform([(point.x, low), (point.x, point.y + point.stderr)])
+    return [(x0, y0, x1, y1)]
 
 
-def _bounded(obstacles: Obstacles, anchors: np.ndarray) -> Obstacles:
-    """The same up to some hundred points; of more, one a patch as large as a marker, the nearest to the labels.
-
-    Keeps the cost of placing labels independent of how many points are drawn.
-    """
-    points, segments = obstacles.points, obstacles.segments
-    if len(points) > _MAX_POINTS:
-        patches = np.unique(np.round(points / obstacles.radius), axis=0) * obstacles.radius
-        distance = np.full(len(patches), np.inf)
-        for anchor in anchors:
-            distance = np.minimum(distance, np.linalg.norm(patches - anchor, axis=1))
-        points = np.vstack([anchors, patches[np.argsort(distance, kind="stable")[:_MAX_POINTS]]])
-    if len(segments) > _MAX_SEGMENTS:  # lines everywhere: no label can keep off them
-        segments = []
-    return Obstacles(points, obstacles.radius, segments, obstacles.boxes)
+def readable(colour: str, theme: style.Theme) -> str:
+    """The colour, moved towards the ink, for text and thin lines."""
+    mixed = [0.72 * c + 0.28 * ink for c, ink in zip(to_rgb(colour), to_rgb(theme.ink), strict=True)]
+    return str(to_hex(mixed))
 
 
-def _pushed_apart(ax: Any, texts: list[Any], obstacles: Obstacles, renderer: Any) -> list[tuple[float, float]]:
-    import logging
-
-    from adjustText import adjust_text
-
-    logging.getLogger("adjustText").setLevel(logging.ERROR)
-    along = [_along(segment, 40.0) for segment in obstacles.segments]
-    avoid = np.vstack([obstacles.points, *along]) if along else obstacles.points
-    data = ax.transData.inverted().transform(avoid)
-    adjust_text(
-        texts,
-        x=data[:, 0],
-        y=data[:, 1],
-        ax=ax,
-        iter_lim=60,  # not a time limit: the same input must give the same picture
-        prevent_crossings=False,  # settled later, and quadratic in Python
-        expand=(1.06, 1.3),
-        force_text=(0.2, 0.35),
-        force_static=(0.15, 0.3),
-        max_move=(12, 12),
-    )
-    extents = [text.get_window_extent(renderer) for text in texts]
-    return [((e.x0 + e.x1) / 2, (e.y0 + e.y1) / 2) for e in extents]
+def _leader(ax: Any, box: Box, anchor: tuple[float, float], colour: str, scale: float) -> None:
+    """A thin line from the marker's edge to the nearest point of the label, if they are apart."""
+    start = np.array(anchor)
+    end = np.clip(start, box[:2], box[2:])
+    length = float(np.linalg.norm(end - start))
+    gap = marker_size("o") / 2 * scale
+    if length < gap + 8 * scale:
+        return
+    start = start + (end - start) * (gap / length)
+    (x0, y0), (x1, y1) = ax.transData.inverted().transform([start, end])
+    ax.plot([x0, x1], [y0, y1], color=colour, linewidth=0.8, alpha=0.55, zorder=2.5, scalex=False, scaley=False)
 
 
-def _along(segment: Segment, step: float) -> np.ndarray:
-    x0, y0, x1, y1 = segment
-    count = max(int(math.hypot(x1 - x0, y1 - y0) // step), 1)
-    t = np.linspace(0, 1, count + 1)[:, None]
-    return np.array([[x0, y0]]) * (1 - t) + np.array([[x1, y1]]) * t
-
-
-def _box(centre: np.ndarray, size: np.ndarray) -> Box:
-    return (centre[0] - size[0] / 2, centre[1] - size[1] / 2, centre[0] + size[0] / 2, centre[1] + size[1] / 2)
-
-
-def _settled(
-    centres: np.ndarray, sizes: np.ndarray, anchors: np.ndarray, obstacles: Obstacles, bounds: Box
-) -> np.ndarray:
-    """Four rounds over all labels, each taking its cheapest place given the others'."""
-    layout = _Layout(centres, sizes, anchors, obstacles, bounds)
-    for _ in range(4):
-        moved = [layout.improve(i) for i in range(len(centres))]
-        if not any(moved):
-            break
-    return layout.centres
-
-
-class _Layout:
-    def __init__(
-        self, centres: np.ndarray, sizes: np.ndarray, anchors: np.ndarray, obstacles: Obstacles, bounds: Box
-    ) -> None:
-        self.centres, self.sizes, self.anchors, self.obstacles, self.bounds = centres, sizes, anchors, obstacles, bounds
-        self.segments = np.array(obstacles.segments).reshape(-1, 4)
-        self.fixed = np.array(obstacles.boxes).reshape(-1, 4)
-
-    def improve(self, i: int) -> bool:
-        """Put label `i` on its cheapest place; whether it moved."""
-        candidates = self._candidates(i)
-        costs = self._costs(i, candidates)
-        best = int(np.argmin(costs))
-        if costs[best] > costs[0] - 1e-6:
-            best = 0
-        self.centres[i] = candidates[best]  # the place where it stands too may have been moved inside the axes
-        return best != 0
-
-    def _candidates(self, i: int) -> np.ndarray:
-        """Where it stands, then rings around its point: the box's edge, not its middle, keeps the ring's distance."""
-        width, height = self.sizes[i]
-        places = [self.centres[i]]
-        for distance in (1, 5, 10, 16, 24, 34, 50, 70, 95, 125, 160, 200, 250, 310, 380):
-            for step in range(24):
-                angle = math.tau * step / 24
-                dx, dy = math.cos(angle), math.sin(angle)
-                reach = self.obstacles.radius + distance
-                places.append(self.anchors[i] + (dx * (width / 2 + reach), dy * (height / 2 + reach)))
-        found = np.array(places)
-        x0, y0, x1, y1 = self.bounds
-        found[:, 0] = np.clip(found[:, 0], x0 + width / 2 + 2, max(x1 - width / 2 - 2, x0 + width / 2 + 2))
-        found[:, 1] = np.clip(found[:, 1], y0 + height / 2 + 2, max(y1 - height / 2 - 2, y0 + height / 2 + 2))
-        return found
-
-    def _costs(self, i: int, places: np.ndarray) -> np.ndarray:
-        """[C] cost of each place: how far, what it covers, what its leader crosses."""
-        half = self.sizes[i] / 2
-        boxes = np.hstack([places - half, places + half])
-        others = np.arange(len(self.centres)) != i
-        other_half = self.sizes[others] / 2
-        labels = np.vstack(
-            [np.hstack([self.centres[others] - other_half, self.centres[others] + other_half]), self.fixed]
+def _limit_label(ax: Any, drawing: Drawing, theme: style.Theme, obstacles: Obstacles) -> None:
+    """``limit 8 GB`` at the top or the bottom of its line, on the side where less is in the way."""
+    if drawing.limit is None or drawing.limit >= ax.get_xlim()[1]:
+        return
+    tried = [
+        ax.annotate(
+            f"limit {drawing.limit:g} GB",
+            (drawing.limit, end),
+            xycoords=ax.get_xaxis_transform(),  # x in data, y from 0 to 1: right at any resolution
+            xytext=(-5 if align == "right" else 5, -3 if end else 4),
+            textcoords="offset points",
+            fontsize=style.LABEL,
+            color=theme.ink,
+            ha=align,
+            va="top" if end else "bottom",
+            zorder=6,
         )
-        nearest = np.clip(self.anchors[i], boxes[:, :2], boxes[:, 2:])
-        leader = np.hstack([np.broadcast_to(self.anchors[i], nearest.shape), nearest])
-        length = np.linalg.norm(nearest - self.anchors[i], axis=1)
-        points = self.obstacles.points
-        inside = _distance_to_boxes(points, boxes) < self.obstacles.radius
-        cost = length * 0.25 + length**2 * 0.002
-        cost = cost + _COVERS_LABEL * _overlaps(boxes, labels).sum(axis=1)
-        cost += _COVERS_POINT * inside.sum(axis=1)
-        cost += _ON_LINE * _segments_hit_boxes(self.segments, boxes).sum(axis=0)
-        own = np.linalg.norm(points - self.anchors[i], axis=1) < 1e-6
-        near = _distance_to_segments(points[~own], leader) < self.obstacles.radius * 0.8
-        cost += _COVERS_POINT * near.sum(axis=1)
-        cost += _CUTS_LABEL * _segments_hit_boxes(leader, labels).sum(axis=1)
-        if others.any():
-            theirs = np.hstack([self.anchors[others], self.centres[others]])
-            cost += _CROSSES_LEADER * _cross(leader, theirs).sum(axis=1)
-        # Above and to the right reads best when everything else is equal.
-        cost += 1.5 * (places[:, 1] < self.anchors[i][1]) + 0.5 * (places[:, 0] < self.anchors[i][0])
-        return cost
+        for end in (1, 0)
+        for align in ("right", "left")
+    ]
+    _keep_cheapest(ax, tried, obstacles)
 
 
-def covered(box: Box, obstacles: Obstacles) -> int:
-    """How many points, lines and boxes a text in `box` would lie on; a point counts as much as three lines."""
-    boxes = np.array([box])
-    points = (_distance_to_boxes(obstacles.points, boxes) < obstacles.radius).sum()
-    lines = _segments_hit_boxes(np.array(obstacles.segments).reshape(-1, 4), boxes).sum()
-    labels = _overlaps(boxes, np.array(obstacles.boxes).reshape(-1, 4)).sum()
-    return int(3 * points + lines + 3 * labels)
+def _floor_label(ax: Any, drawing: Drawing, theme: style.Theme, obstacles: Obstacles) -> None:
+    """``noise floor: BF16 in vllm, rounding`` along the band's edge, inside or outside, where less is in the way."""
+    if drawing.noise_floor is None or not ax.get_ylim()[0] < drawing.noise_floor.high:
+        return
+    tried = [
+        ax.annotate(
+            shorten(f"noise floor: {drawing.noise_floor.words}", _MAX_FLOOR),
+            (end, drawing.noise_floor.high),
+            xycoords=ax.get_yaxis_transform(),
+            xytext=(-6 if end else 6, 4 if side == "bottom" else -4),
+            textcoords="offset points",
+            fontsize=style.LABEL,
+            color=theme.soft,
+            ha="right" if end else "left",
+            va=side,
+            zorder=6,
+            path_effects=[withStroke(linewidth=2.6, foreground=theme.ground)] if side == "bottom" else [],
+        )
+        for side in ("top", "bottom")
+        for end in (0, 1)
+    ]
+    _keep_cheapest(ax, tried, obstacles)
 
 
-def _overlaps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """[A, B] whether boxes overlap."""
-    return (
-        (a[:, None, 0] < b[None, :, 2])
-        & (a[:, None, 2] > b[None, :, 0])
-        & (a[:, None, 1] < b[None, :, 3])
-        & (a[:, None, 3] > b[None, :, 1])
-    )
+def _keep_cheapest(ax: Any, tried: list[Any], obstacles: Obstacles) -> None:
+    """Of texts that say the same, the one that covers least and does not leave the axes, becomes an obstacle."""
+    extent = ax.get_window_extent()
+
+    def cost(text: Any) -> int:
+        box = text.get_window_extent()
+        outside = box.x0 < extent.x0 or box.x1 > extent.x1 or box.y0 < extent.y0 or box.y1 > extent.y1
+        return covered((box.x0, box.y0, box.x1, box.y1), obstacles) + 9 * outside
+
+    kept = min(tried, key=cost)  # the first of equals
+    for text in tried:
+        if text is not kept:
+            text.remove()
+    box = kept.get_window_extent()
+    obstacles.boxes.append((box.x0, box.y0, box.x1, box.y1))
 
 
-def _distance_to_boxes(points: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """[B, P] distance of each point to each box, 0 inside."""
-    nearest = np.clip(points[None, :, :], boxes[:, None, :2], boxes[:, None, 2:])
-    return np.linalg.norm(nearest - points[None, :, :], axis=2)
+def _reference_labels(ax: Any, drawing: Drawing, theme: style.Theme, obstacles: Obstacles) -> None:
+    """On each dashed line, at the end and side where least is in the way; lines close together share one label.
 
-
-def _distance_to_segments(points: np.ndarray, segments: np.ndarray) -> np.ndarray:
-    """[S, P] distance of each point to each segment."""
-    start, direction = segments[:, None, :2], (segments[:, 2:] - segments[:, :2])[:, None, :]
-    squared = np.maximum((direction**2).sum(axis=2), 1e-12)
-    t = np.clip(((points[None] - start) * direction).sum(axis=2) / squared, 0, 1)
-    return np.linalg.norm(start + t[..., None] * direction - points[None], axis=2)
-
-
-def _segments_hit_boxes(segments: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """[S, B] whether a segment passes through a box (Liang-Barsky clipping)."""
-    start = segments[:, None, :2]
-    direction = (segments[:, 2:] - segments[:, :2])[:, None, :]
-    safe = np.where(np.abs(direction) < 1e-9, 1e-9, direction)
-    low, high = (boxes[None, :, :2] - start) / safe, (boxes[None, :, 2:] - start) / safe
-    enter = np.minimum(low, high).max(axis=2)
-    leave = np.maximum(low, high).min(axis=2)
-    return np.maximum(enter, 0) < np.minimum(leave, 1)
-
-
-def _cross(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """[A, B] whether segments cross."""
-
-    def side(p: np.ndarray, q: np.ndarray, r: np.ndarray) -> np.ndarray:
-        return (q[..., 0] - p[..., 0]) * (r[..., 1] - p[..., 1]) - (q[..., 1] - p[..., 1]) * (r[..., 0] - p[..., 0])
-
-    a0, a1, b0, b1 = a[:, None, :2], a[:, None, 2:], b[None, :, :2], b[None, :, 2:]
-    return (side(a0, a1, b0) * side(a0, a1, b1) < 0) & (side(b0, b1, a0) * side(b0, b1, a1) < 0)
+    Their boxes are added to `obstacles`.
+    """
+    height = style.LABEL * 1.5 * ax.figure.dpi / 72
+    groups: list[list[tuple[float, Point]]] = []
+    for y, point in sorted(
+        ((float(ax.transData.transform((0, p.y))[1]), p) for p in drawing.references), key=lambda pair: pair[0]
+    ):
+        if groups and y - groups[-1][-1][0] < height:
+            groups[-1].append((y, point))
+        else:
+            groups.append([(y, point)])
+    for group in groups:
+        words = [f"{shorten(p.record.label, _MAX_LENGTH)}  {p.y:.5g}" for _, p in group[:3]]
+        if len(group) > 3:
+            words.append(f"and {len(group) - 3} more")
+        tried = [
+            ax.annotate(
+                "   ".join(words),
+                (end, point.y),
+                xycoords=ax.get_yaxis_transform(),  # x from 0 to 1, y in data: right at any resolution
+                xytext=(-6 if end else 6, 4 if side == "bottom" else -5),
+                textcoords="offset points",
+                fontsize=style.LABEL,
+                fontweight="bold",
+                color=theme.ink,
+                ha="right" if end else "left",
+                va=side,
+                zorder=6,
+                path_effects=[withStroke(linewidth=2.6, foreground=theme.ground)],
+            )
+            for end in (0, 1)
+            for point, side in ((group[-1][1], "bottom"), (group[0][1], "top"))
+        ]
+        _keep_cheapest(ax, tried, obstacles)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from compare.axis import MEMORY
-from compare.comparison import Comparison, Point
-from compare.divergence import KLD, from_reference
+from compare.comparison.axis import MEMORY
+from compare.comparison.comparison import Comparison
+from compare.comparison.memory import why_unknown
+from compare.comparison.noise_floor import NoiseFloor
+from compare.comparison.point import Point
 from compare.families import DOMINATED, Family, family_style
-from compare.floor import Floor
-from compare.memory import why_unknown
+from compare.metrics import KLD, from_reference
 from compare.text import is_colour
 
 
@@ -43,7 +44,7 @@ class Drawing:
     best: Point | None = None
     limit: float | None = None  # the budget, where it is a place on x
     log_y: bool = False
-    floor: Floor | None = None  # a band, instead of the points that define it
+    noise_floor: NoiseFloor | None = None  # a band, instead of the points that define it
 
     @property
     def points(self) -> list[Point]:
@@ -61,10 +62,10 @@ def arrange(comparison: Comparison, log_y: bool | None) -> Drawing:
 
     log_y: None leaves it to the metric: divergences span decades.
     """
-    drawing = Drawing(log_y=_logarithmic(comparison) if log_y is None else log_y, floor=comparison.floor)
-    floor = {id(point) for point in drawing.floor.points} if drawing.floor is not None else set()
+    drawing = Drawing(log_y=_logarithmic(comparison) if log_y is None else log_y, noise_floor=comparison.noise_floor)
+    floor = {id(point) for point in drawing.noise_floor.points} if drawing.noise_floor is not None else set()
     if floor and all(id(point) in floor for point in comparison.points if point.comparable):
-        floor, drawing.floor = set(), None  # full precision only: they are what is compared
+        floor, drawing.noise_floor = set(), None  # full precision only: they are what is compared
     placed: list[Point] = []
     for point in comparison.points:
         if id(point) in floor:

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from html import escape
 
-from compare.comparison import Comparison
-from compare.plot.figure import Settings
-from compare.plot.multiples import title_of_all
+from compare.comparison.comparison import Comparison
+from compare.plot.captions import subtitle, title_of
+from compare.plot.figure import PlotSettings
+from compare.plot.pictures.panels import title_of_all
 from compare.plot.series import Drawing, arrange
-from compare.plot.words import subtitle, title_of
 from compare.report import content, divergence
 from compare.report.page import page
 from compare.report.pictures import palette, picture
@@ -19,7 +19,7 @@ from compare.text import clean
 Say = Callable[[str], None]
 
 
-def plot_page(panels: Sequence[tuple[Comparison, Drawing]], settings: Settings, say: Say) -> bytes:
+def plot_page(panels: Sequence[tuple[Comparison, Drawing]], settings: PlotSettings, say: Say) -> bytes:
     """The plots as a page of their own, with what each point says on hover, touch and focus."""
     one = len(panels) == 1
     body = ""
@@ -90,7 +90,7 @@ def _plots(comparisons: Sequence[Sequence[Comparison]], log_y: bool | None, note
                 note(message if one else f"{comparison.metric.label}: {message}")
             if drawing.points:
                 title = None if one else f"{comparison.metric.label} by {comparison.axis.short}"
-                settings = Settings(title=title)
+                settings = PlotSettings(title=title)
                 plots.append(picture(comparison, drawing, settings, len(plots) + 1, note))
                 colours |= palette(drawing)
     return "".join(plots), colours

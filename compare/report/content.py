@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from html import escape
 
-from compare.comparison import Comparison, Point, family_order
-from compare.families import FULL_PRECISION, family_style
-from compare.provenance import command
-from compare.records import Record
+from compare.comparison.comparison import Comparison
+from compare.comparison.point import Point
+from compare.families import FULL_PRECISION, family_order, family_style
 from compare.report.family_notes import FAMILY_NOTES
 from compare.report.pictures import colour_variable
+from compare.results.provenance import command
+from compare.results.records import Record
 from compare.table.columns import Section, sections
 from compare.text import show_controls
 
@@ -28,7 +29,7 @@ def verdict(comparison: Comparison, alone: bool = True) -> str:
     found = comparison.verdict
     if found is None:
         return ""
-    headline, *rest = found.lines(comparison)
+    headline, *rest = found.lines(comparison.metric)
     headline = _capital(headline) if alone else f"{comparison.metric.label}: {headline}"
     if found.best is not None:
         rest.append("Activations and the engine's buffers come on top of weights and cache.")

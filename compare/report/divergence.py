@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from html import escape
 
-from compare.comparison import Comparison, Point
-from compare.divergence import Bucket
+from compare.comparison.comparison import Comparison
+from compare.comparison.point import Point
 from compare.families import family_style
-from compare.floor import within
-from compare.plot import distributions, histogram, spread
-from compare.plot.figure import Settings
+from compare.plot import distributions
+from compare.plot.captions import reference_of
+from compare.plot.figure import PlotSettings
+from compare.plot.pictures import histogram, spread
 from compare.plot.series import arrange
-from compare.plot.words import reference_of
 from compare.report import content
 from compare.report.pictures import colour_variable, palette, picture, still
+from compare.results.divergence import Bucket
 from compare.table.column import metric_text
 from compare.text import and_more
 
@@ -61,7 +62,7 @@ def section(
         for message in drawing.left_out:
             note(f"{comparison.metric.label}: {message}")
         if drawing.points:
-            parts.append(picture(comparison, drawing, Settings(), first, note))
+            parts.append(picture(comparison, drawing, PlotSettings(), first, note))
             colours |= palette(drawing)
         parts.append(content.tables(comparison))
     for number, (find, draw) in enumerate(_PICTURES, first + 1):
@@ -69,8 +70,8 @@ def section(
         for message in found.left_out:
             note(f"{comparison.metric.label}: {message}")
         if found.points:
-            shown = draw(comparison, found, Settings())
-            parts.append(still(shown, found.drawing, Settings(), number, note))
+            shown = draw(comparison, found, PlotSettings())
+            parts.append(still(shown, found.drawing, PlotSettings(), number, note))
             colours |= palette(found.drawing)
     parts.append(_by_confidence(comparison))
     parts.append(content.pairs(_MEANING, "families"))
@@ -88,9 +89,9 @@ _PICTURES = (
 
 def _lead(comparison: Comparison) -> str:
     said = [f"{comparison.metric.task}: how far each model is from the reference, {reference_of(comparison)}."]
-    if comparison.floor is not None:
-        said.append(f"Noise floor: {comparison.floor}.")
-        inside = within(comparison)
+    if comparison.noise_floor is not None:
+        said.append(f"Noise floor: {comparison.noise_floor}.")
+        inside = comparison.in_noise
         if inside:
             names = and_more([point.record.label for point in inside])
             said.append(f"Within it, and so not to be told from the reference: {names}.")

@@ -8,14 +8,16 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from typing import Any
 
-from compare.comparison import Comparison, Point
+from compare.comparison.comparison import Comparison
+from compare.comparison.memory import GIB
+from compare.comparison.point import Point
 from compare.families import DOMINATED, FAMILIES
-from compare.memory import GIB
 from compare.plot import style
-from compare.plot.figure import Picture, Say, Settings, Spot, render, render_svg
-from compare.plot.labelling import readable
+from compare.plot.captions import alternative_text
+from compare.plot.figure import Picture, PlotSettings, Say, render
+from compare.plot.labels import readable
+from compare.plot.pictures.scatter import Spot, render_svg
 from compare.plot.series import Drawing
-from compare.plot.words import alternative_text
 from compare.table.column import metric_text
 from compare.table.columns import relative_text
 
@@ -25,20 +27,20 @@ _REFERENCE = re.compile(r"url\(#([^)]*)\)")
 _KEYBOARD = 200  # points; beyond, the Tab key does not stop at each
 
 
-def picture(comparison: Comparison, drawing: Drawing, settings: Settings, number: int, say: Say) -> str:
+def picture(comparison: Comparison, drawing: Drawing, settings: PlotSettings, number: int, say: Say) -> str:
     """``<figure>`` with picture `number` of a page and what its points say, for page.js."""
     svg, spots = render_svg(comparison, drawing, settings, say)
     facts = [dict(_facts(comparison, spot.point)) for spot in spots]
     return _embed(svg, drawing, settings, number, alternative_text(comparison, drawing, limit=20), spots, facts)
 
 
-def still(shown: Picture, drawing: Drawing, settings: Settings, number: int, say: Say) -> str:
+def still(shown: Picture, drawing: Drawing, settings: PlotSettings, number: int, say: Say) -> str:
     """A picture whose parts say nothing on hover; `drawing` has its colours."""
     return _embed(render(shown, settings, "svg", say), drawing, settings, number, shown.description, [], [])
 
 
 def _embed(
-    svg: bytes, drawing: Drawing, settings: Settings, number: int, spoken: str, spots: list[Spot],
+    svg: bytes, drawing: Drawing, settings: PlotSettings, number: int, spoken: str, spots: list[Spot],
     facts: list[dict[str, str]],
 ) -> str:  # fmt: skip
     """The SVG's names get the picture's number, so that several share a page; comments and metadata are left out."""
@@ -158,7 +160,7 @@ def _facts(comparison: Comparison, point: Point) -> Iterator[tuple[str, str]]:
 
 
 def _memory(comparison: Comparison, point: Point) -> Iterator[tuple[str, str]]:
-    from compare.memory import fit, memory_bytes
+    from compare.comparison.memory import fit, memory_bytes
 
     verdict = comparison.verdict
     assert verdict is not None

@@ -7,11 +7,12 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from compare.presentation import Presentation
-from compare.reading import read_file
-from compare.records import PERPLEXITY, Record
-from compare.run.progress import duration
-from compare.run.tasks import Outcome, Task
+from compare.results.label_index import Presentation
+from compare.results.reading import read_file
+from compare.results.records import PERPLEXITY, Record
+from compare.run.plan.task import Task
+from compare.run.processes.outcome import Outcome
+from compare.run.processes.progress import duration
 from compare.text import clean, shorten
 
 _SHOWN = {PERPLEXITY: "perplexity", "kld": "KL divergence"}

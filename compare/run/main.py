@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
-from compare.commands.common import say
+from compare.console import say
 from compare.errors import NOTHING_USABLE, CompareError
 from compare.run.display import Display
-from compare.run.fingerprint import fingerprint
-from compare.run.harness import HARNESS
-from compare.run.jobs import Job, Plan
-from compare.run.planning import (
+from compare.run.plan.fingerprint import fingerprint
+from compare.run.plan.job import Job
+from compare.run.plan.jobs import RunSettings
+from compare.run.plan.planning import (
     as_measured_before,
     forget,
     kept_and_missing,
@@ -29,9 +29,11 @@ from compare.run.planning import (
     select,
     with_divergence,
 )
-from compare.run.pool import run_local
+from compare.run.plan.task import Task
+from compare.run.processes.local_pool import run_local
+from compare.run.processes.outcome import Outcome
+from compare.run.processes.process import HARNESS
 from compare.run.store import Store
-from compare.run.tasks import Outcome, Task
 
 SOME_FAILED = 3
 INTERRUPTED = 130
@@ -121,7 +123,7 @@ def _launch(
     if not tasks:
         return []
     if arguments.launcher == "ray":
-        from compare.run.ray_pool import run_on_ray
+        from compare.run.processes.ray_pool import run_on_ray
 
         chosen = harness if arguments.harness else None  # None: each worker's own Python
         return run_on_ray(tasks, store, display, arguments.ray_address, chosen, arguments.gpu_gb)
@@ -148,7 +150,7 @@ def _say_plan(
         print(f"{job.label}: not run: {reason} ({job.source})")
 
 
-def _say_data(plan: Plan) -> None:
+def _say_data(plan: RunSettings) -> None:
     data = plan.data
     if data is None or not (data.dataset or data.text_path):
         return

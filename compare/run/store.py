@@ -2,11 +2,11 @@
 
 ::
 
-    RESULTS/compare_run.json            labels by key (`compare.presentation`)
+    RESULTS/compare_run.json            labels by key (`compare.results.label_index`)
     RESULTS/KEY/results_2026-….json     one finished computation, as the harness wrote it
     RESULTS/KEY/samples_TASK_….jsonl    its samples, if they were asked for
     RESULTS/logs/LABEL-KEY.log          what its process said, finished or failed
-    RESULTS/reference/MODEL/            a reference store, if no other place is named (`compare.run.divergence`)
+    RESULTS/reference/MODEL/            a reference store, if no other place is named (`compare.run.plan.reference`)
     RESULTS/.work/KEY-HOST-PID/         where a running harness writes; swept once its `compare run` is gone
 
 A result is there or not: the harness writes into `.work`, the folder is checked, and then renamed.
@@ -23,8 +23,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from compare.errors import CompareError
-from compare.presentation import INDEX, Presentation, format_index, parse_index
-from compare.reading import read_file
+from compare.results.label_index import INDEX, Presentation, format_index, parse_index
+from compare.results.reading import read_file
 
 _WORK = ".work"
 _LOCK = ".lock"

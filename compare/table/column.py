@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from compare.comparison import Comparison, Point
+from compare.comparison.comparison import Comparison
+from compare.comparison.point import Point
 
 
 @dataclass(frozen=True)

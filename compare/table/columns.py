@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from compare.axis import MEMORY
-from compare.comparison import Comparison, Point
-from compare.divergence import from_reference
-from compare.memory import GIB, fit, memory_bytes
-from compare.records import Quantization
+from compare.comparison.axis import MEMORY
+from compare.comparison.comparison import Comparison
+from compare.comparison.memory import GIB, fit, memory_bytes
+from compare.comparison.point import Point
+from compare.metrics import from_reference
+from compare.results.records import Quantization
 from compare.table import divergence_columns, versus_columns
 from compare.table.column import Column, figure_text, metric_text
 from compare.table.rows import relative
@@ -116,7 +117,7 @@ def sections(comparison: Comparison) -> Iterator[Section]:
             rows=[[cell for cell, keep in zip(line, used, strict=True) if keep] for line in texts],
             columns=columns,
             points=points,
-            note=comparison.versus.about if comparison.versus is not None else "",
+            note=comparison.pairs.about if comparison.pairs is not None else "",
         )
 
 
@@ -153,8 +154,8 @@ def _caption(comparison: Comparison, point: Point) -> str:
         parts.append(f"ref. = {comparison.reference.record.label}")
     if from_reference(metric.metric) and point.record.divergence is not None:
         parts.append(f"reference: {point.record.divergence.reference.describe()}")
-    if point.comparable and comparison.floor is not None:
-        parts.append(f"noise floor: {comparison.floor}")
+    if point.comparable and comparison.noise_floor is not None:
+        parts.append(f"noise floor: {comparison.noise_floor}")
     if point.comparable and comparison.mixed_in:
         parts.append(f"mixed as asked with others: {and_more([p.record.label for p in comparison.mixed_in])}")
     caption = ", ".join(part for part in parts if part)

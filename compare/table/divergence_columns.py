@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from compare.comparison import Comparison, Point
-from compare.divergence import KLD, from_reference
-from compare.floor import within
+from compare.comparison.comparison import Comparison
+from compare.comparison.point import Point
+from compare.metrics import KLD, from_reference
 from compare.table.column import Column, metric_text
 
 _BESIDE_KLD = (
@@ -25,8 +25,8 @@ def columns(comparison: Comparison) -> Iterator[Column]:
     if metric.metric == KLD:
         for heading, name in _BESIDE_KLD:
             yield _figure(heading, f"{name},{metric.filter_name}" if metric.filter_name else name)
-    if comparison.floor is not None:
-        floor, inside = {id(p) for p in comparison.floor.points}, {id(p) for p in within(comparison)}
+    if comparison.noise_floor is not None:
+        floor, inside = {id(p) for p in comparison.noise_floor.points}, {id(p) for p in comparison.in_noise}
         yield Column("Noise", lambda _, p: "floor" if id(p) in floor else "within" if id(p) in inside else "")
 
 

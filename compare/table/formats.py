@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from compare.comparison import Comparison
+from compare.comparison.comparison import Comparison
 from compare.table.columns import sections
 from compare.table.rows import row
 from compare.text import csv_cell, markdown

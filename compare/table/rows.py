@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from compare.comparison import Comparison, Point
-from compare.divergence import KLD, OF_A_RUN, from_reference
-from compare.memory import fit, memory_bytes
-from compare.records import PERPLEXITY
+from compare.comparison.comparison import Comparison
+from compare.comparison.memory import fit, memory_bytes
+from compare.comparison.point import Point
+from compare.metrics import KLD, OF_A_RUN, from_reference
+from compare.results.records import PERPLEXITY
+from compare.results.values import number
 from compare.table import versus_columns
-from compare.values import number
 
 
 def row(comparison: Comparison, point: Point) -> dict[str, Any]:
@@ -92,7 +93,7 @@ def _divergence(comparison: Comparison, point: Point) -> dict[str, Any]:
     metric, found = comparison.metric, point.record.divergence
     if metric.averaged or not from_reference(metric.metric):
         return {}
-    floor = comparison.floor if point.comparable else None
+    floor = comparison.noise_floor if point.comparable else None
     said: dict[str, Any] = {
         "reference": found.reference.label or None if found is not None else None,
         "reference_id": found.reference.id or None if found is not None else None,

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import IO, Any
 
-from compare.comparison import Comparison
+from compare.comparison.comparison import Comparison
 from compare.table.columns import Section, sections
 from compare.text import shorten
 

@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from compare.comparison import Comparison, Point
+from compare.comparison.comparison import Comparison
+from compare.comparison.point import Point
 from compare.table.column import Column
 from compare.text import shorten
 
@@ -18,16 +19,16 @@ _REPLACED = {"Family", "Scheme", "Head bpw", "VRAM GB", "vs. ref.", "Kernel", "E
 
 def replaced(comparison: Comparison) -> set[str]:
     """Headings that a table with pairs does without."""
-    if comparison.versus is None:
+    if comparison.pairs is None:
         return set()
     return _REPLACED - {"VRAM GB"} if comparison.axis.key == "vram" else _REPLACED
 
 
 def columns(comparison: Comparison) -> Iterator[Column]:
     """Columns of the pairs; none without --versus."""
-    if comparison.versus is None:
+    if comparison.pairs is None:
         return
-    yield Column(f"Δ to {shorten(comparison.versus.label, 24)}", _difference, _difference_number, always=True)
+    yield Column(f"Δ to {shorten(comparison.pairs.label, 24)}", _difference, _difference_number, always=True)
     yield Column("95 % interval", _interval, lambda c, p: _low(c, p), always=True)
     yield Column("p (Holm)", _p, _p_number, always=True)
     yield Column("Verdict", lambda c, p: "≈" if verdict(c, p) == NOT_APART else verdict(c, p), always=True)
@@ -35,8 +36,8 @@ def columns(comparison: Comparison) -> Iterator[Column]:
 
 def verdict(comparison: Comparison, point: Point) -> str:
     """``better``, ``worse``, ``not told apart``, ``too few windows`` …"""
-    assert comparison.versus is not None
-    pair, higher = comparison.versus.pair(point), comparison.metric.higher_is_better
+    assert comparison.pairs is not None
+    pair, higher = comparison.pairs.pair(point), comparison.metric.higher_is_better
     if pair.baseline:
         return "baseline"
     if pair.verdict is None:
@@ -52,12 +53,12 @@ def verdict(comparison: Comparison, point: Point) -> str:
 
 def fields(comparison: Comparison, point: Point) -> dict[str, Any]:
     """The same for the JSON and CSV tables, and the reason where there is no pair."""
-    if comparison.versus is None:
+    if comparison.pairs is None:
         return {}
-    pair = comparison.versus.pair(point)
+    pair = comparison.pairs.pair(point)
     found = pair.verdict
     return {
-        "versus": comparison.versus.label,
+        "versus": comparison.pairs.label,
         "difference": found.difference if found is not None else None,
         "difference_low": found.low if found is not None else None,
         "difference_high": found.high if found is not None else None,
@@ -76,29 +77,29 @@ def _difference(comparison: Comparison, point: Point) -> str:
 
 
 def _difference_number(comparison: Comparison, point: Point) -> float | None:
-    assert comparison.versus is not None
-    found = comparison.versus.pair(point).verdict
+    assert comparison.pairs is not None
+    found = comparison.pairs.pair(point).verdict
     return None if found is None else found.difference
 
 
 def _interval(comparison: Comparison, point: Point) -> str:
-    assert comparison.versus is not None
-    found, half = comparison.versus.pair(point).verdict, _half(comparison, point)
+    assert comparison.pairs is not None
+    found, half = comparison.pairs.pair(point).verdict, _half(comparison, point)
     if found is None or found.low is None or found.high is None:
         return ""
     return f"{_signed(found.low, half)} to {_signed(found.high, half)}"
 
 
 def _low(comparison: Comparison, point: Point) -> float | None:
-    assert comparison.versus is not None
-    found = comparison.versus.pair(point).verdict
+    assert comparison.pairs is not None
+    found = comparison.pairs.pair(point).verdict
     return None if found is None else found.low
 
 
 def _half(comparison: Comparison, point: Point) -> float | None:
     """Half the interval's width."""
-    assert comparison.versus is not None
-    found = comparison.versus.pair(point).verdict
+    assert comparison.pairs is not None
+    found = comparison.pairs.pair(point).verdict
     return None if found is None or found.low is None or found.high is None else (found.high - found.low) / 2
 
 
@@ -115,5 +116,5 @@ def _p(comparison: Comparison, point: Point) -> str:
 
 
 def _p_number(comparison: Comparison, point: Point) -> float | None:
-    assert comparison.versus is not None
-    return comparison.versus.pair(point).p_holm
+    assert comparison.pairs is not None
+    return comparison.pairs.pair(point).p_holm

@@ -9,13 +9,10 @@ from typing import Any
 from lmeval_ext.errors import UserError
 
 MODES = ("hidden", "logits")
-# Model arguments that change no distribution: names, places, sizes of batches and of memory
-_NO_MATTER = frozenset({
-    "pretrained", "label", "revision", "batch_size", "max_batch_size", "max_gen_toks", "trust_remote_code", "verbose",
-    "gpu_memory_utilization", "kv_cache_memory_bytes", "num_gpu_blocks_override", "swap_space", "max_model_len",
-    "max_length", "n_ctx", "n_threads", "n_threads_batch", "n_batch", "n_ubatch", "max_num_seqs", "disable_log_stats",
-    "max_num_batched_tokens", "cache_tokens", "max_jobs", "worker_extension_cls", "use_safetensors", "softmax_dtype",
-    "embedding_on_gpu", "device", "enforce_eager", "tokenizer",
+# Arguments of every adapter that do not change a distribution; engines add their own (`Observed.neutral_arguments`)
+NEUTRAL = frozenset({
+    "pretrained", "label", "revision", "tokenizer", "trust_remote_code", "device", "batch_size", "max_batch_size",
+    "max_length", "max_gen_toks",
 })  # fmt: skip
 
 
@@ -35,14 +32,17 @@ class ReferenceArguments:
     others: dict[str, str] = field(default_factory=dict, compare=False)
 
     @classmethod
-    def take(cls, arguments: dict[str, Any]) -> ReferenceArguments:
-        """Takes them out of an adapter's arguments. UserError where they do not fit each other."""
+    def take(cls, arguments: dict[str, Any], neutral: frozenset[str] = frozenset()) -> ReferenceArguments:
+        """Removes them from an adapter's arguments. Raises UserError if they contradict each other.
+
+        neutral: the engine's own arguments that do not change its distributions.
+        """
         names = ("reference", "save_reference", "reference_chunk", "reference_mode")
         given: dict[str, Any] = {name: arguments.pop(name, None) for name in names}
         given["others"] = {
             name: str(value)
             for name, value in sorted(arguments.items())
-            if name not in _NO_MATTER and value is not None
+            if name not in NEUTRAL | neutral and value is not None
         }
         for name in ("reference", "save_reference"):
             if given[name] is not None and (not isinstance(given[name], str) or not given[name].strip()):

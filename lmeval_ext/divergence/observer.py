@@ -16,7 +16,8 @@ import torch
 from lmeval_ext.divergence import logits_code
 from lmeval_ext.divergence.head import OutputHead
 from lmeval_ext.divergence.measure import TokenDivergence, token_divergence
-from lmeval_ext.divergence.store import StoredWindow, Windows
+from lmeval_ext.divergence.read_ahead import Windows
+from lmeval_ext.divergence.store import StoredWindow
 
 # Float32 logits of the reference that stand in memory at once, unless reference_chunk says otherwise
 _CHUNK_BYTES = 128 << 20

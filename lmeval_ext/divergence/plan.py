@@ -10,11 +10,13 @@ import torch
 
 from lmeval_ext.divergence.head import OutputHead
 from lmeval_ext.divergence.observer import Comparing, Saving, Upload
-from lmeval_ext.divergence.store import ReferenceStore, tensors_sha256
+from lmeval_ext.divergence.read_ahead import Windows
+from lmeval_ext.divergence.store import ReferenceStore
+from lmeval_ext.divergence.store_files import tensors_sha256
 
 
 @dataclass(frozen=True)
-class Plan:
+class ObservationPlan:
     """folder: of the store. save: write it, or measure against it. mode: "hidden" or "logits". vocabulary: columns of
     the softmax, the model's own or those in common. chunk: tokens at a time, None for the default. keys: of the
     windows to come, where they are measured."""
@@ -33,12 +35,12 @@ class Plan:
             return Saving(head, self.vocabulary, self.chunk)
         store = ReferenceStore.open(self.folder)
         if self.mode != "hidden":
-            return Comparing(store.windows(self.keys), None, self.vocabulary, self.chunk)
+            return Comparing(Windows(store, self.keys), None, self.vocabulary, self.chunk)
         upload = Upload(device) if device is not None and device.type == "cuda" else None
         pool = ThreadPoolExecutor(1)  # what it does takes as long as a small model takes for its first step
         given = pool.submit(lambda: _uploaded(store.head(), upload))
         pool.shutdown(wait=False)
-        return Comparing(store.windows(self.keys), given.result, self.vocabulary, self.chunk, upload)
+        return Comparing(Windows(store, self.keys), given.result, self.vocabulary, self.chunk, upload)
 
     @property
     def needs_head(self) -> bool:

@@ -8,39 +8,32 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
+from lmeval_ext.divergence.fit import check_fit, probe
 from lmeval_ext.divergence.logits_code import EXACT
 from lmeval_ext.divergence.measure import TokenDivergence
-from lmeval_ext.divergence.plan import Plan
-from lmeval_ext.divergence.store import Manifest, ReferenceStore, StoredWindow, key_of
+from lmeval_ext.divergence.measured_model import MeasuredModel
+from lmeval_ext.divergence.plan import ObservationPlan
+from lmeval_ext.divergence.store import Manifest, ReferenceStore, StoredWindow
+from lmeval_ext.divergence.weights import weights_sha256
 from lmeval_ext.errors import UserError
-from lmeval_ext.requests import WindowRequest, WindowScores
-from lmeval_ext.tokens import HFTokenizer
-
-if TYPE_CHECKING:
-    from lmeval_ext.models.base import WindowScoring
+from lmeval_ext.requests import WindowRequest, WindowScores, key_of
 
 logger = logging.getLogger(__name__)
 
-# Models round their matrices up to multiples of 64 to 512, some further (Phi-2: 51,200 for 50,295)
-PADDING = 1024
 # States that stand in memory until they are written, and so what an interruption can cost
 _GROUP_BYTES = 256 << 20
 # Nats a token. 16-bit logits are off by 1e-6 to 1e-4; a forgotten scale or softcap by more than this
 _NOT_THE_HEAD = 0.01
-# Digits, scripts, spaces, code: what tokenizers of different models cut differently
-PROBE = (
-    "In 1984, naïve cafés — l'été, größer, Привет мир, 你好世界, नमस्ते:\n\n\tdef f(x): return x**2 != 12345.678  # 🙂"
-)
 
 
-def score(model: WindowScoring, windows: Sequence[WindowRequest]) -> list[WindowScores]:
+def score(model: MeasuredModel, windows: Sequence[WindowRequest]) -> list[WindowScores]:
     """Scores of the windows, with `divergence`. UserError where the reference does not fit, before anything is run."""
     by_key = {key_of(w): w for w in windows}
     arguments = model.reference_arguments
@@ -51,13 +44,13 @@ def score(model: WindowScoring, windows: Sequence[WindowRequest]) -> list[Window
 # ---------------------------------------------------------------------- measuring against a store
 
 
-def _compare(model: WindowScoring, windows: dict[str, WindowRequest]) -> dict[str, WindowScores]:
+def _compare(model: MeasuredModel, windows: dict[str, WindowRequest]) -> dict[str, WindowScores]:
     arguments = model.reference_arguments
     store = ReferenceStore.open(str(arguments.reference))
     common = check_fit(model, store, windows)
     requests = list(windows.values())
     keys = tuple(key_of(requests[i]) for i in model.scoring_order(requests))
-    plan = Plan(str(store.folder), False, store.manifest.mode, common, arguments.reference_chunk, keys)
+    plan = ObservationPlan(str(store.folder), False, store.manifest.mode, common, arguments.reference_chunk, keys)
     with ThreadPoolExecutor(1) as beside:  # milliseconds, in which a GPU would have nothing to do
         weights = beside.submit(weights_sha256, model.checkpoint())
         rounding = beside.submit(lambda: {key: _rounding(store.own_kld(key)) for key in windows})
@@ -66,43 +59,18 @@ def _compare(model: WindowScoring, windows: dict[str, WindowRequest]) -> dict[st
             scores = model.score_timed(requests)
         finally:
             model.stop_observing()
-    about = _About(store.manifest, "comparison", common, weights.result())
+    about = DivergenceSource(store.manifest, "comparison", common, weights.result())
     own = rounding.result()
     return {key: about.added(found, own[key]) for key, found in zip(windows, scores, strict=True)}
-
-
-def check_fit(model: WindowScoring, store: ReferenceStore, windows: dict[str, WindowRequest]) -> int:
-    """The vocabulary that both have. UserError where tokenizer, vocabulary or windows are others than the store's."""
-    said, what = store.manifest, f"reference={store.folder}"
-    missing = [w for key, w in windows.items() if key not in store]
-    if (missing or not model.tokenizer_may_differ) and any(said.tokenizer_probe != p for p in probes(model)):
-        raise UserError(
-            f"{what}: the reference {said.describe()} has another tokenizer than this model; divergence is between "
-            "distributions over the same tokens: use a reference of the same model family"
-        )
-    if missing:
-        raise UserError(
-            f"{what}: holds {len(store)} windows, but not {len(missing)} of the {len(windows)} of this task (first: "
-            f"{missing[0].arguments[0]}): they are over another text, eval_len, stride, max_rows or bos. Run the same "
-            "task and --metadata with save_reference= first"
-        )
-    ours, theirs = model.vocabulary, said.vocabulary
-    largest = max(max(w.ids) for w in windows.values())
-    if abs(ours - theirs) >= PADDING or largest >= min(ours, theirs):
-        raise UserError(
-            f"{what}: the reference has a vocabulary of {theirs} tokens, this model {ours}; they differ by more than "
-            "padding, so the distributions are not over the same tokens"
-        )
-    return min(ours, theirs)
 
 
 # ---------------------------------------------------------------------- writing a store
 
 
-def _save(model: WindowScoring, windows: dict[str, WindowRequest]) -> dict[str, WindowScores]:
+def _save(model: MeasuredModel, windows: dict[str, WindowRequest]) -> dict[str, WindowScores]:
     arguments = model.reference_arguments
     folder, mode = Path(str(arguments.save_reference)), _mode(model)
-    plan = Plan(str(folder), True, mode, model.vocabulary, arguments.reference_chunk)
+    plan = ObservationPlan(str(folder), True, mode, model.vocabulary, arguments.reference_chunk)
     try:
         facts = model.observe_windows(plan)
         store = ReferenceStore.create(folder, _manifest(model, mode, facts))
@@ -126,11 +94,11 @@ def _save(model: WindowScoring, windows: dict[str, WindowRequest]) -> dict[str, 
         model.bar = None
         model.stop_observing()
     _say_size(store, windows)
-    about = _About(store.manifest, "reference", model.vocabulary, store.manifest.model["weights_sha256"])
+    about = DivergenceSource(store.manifest, "reference", model.vocabulary, store.manifest.model["weights_sha256"])
     return {key: about.added(s, _rounding((s.divergence or {})["kld"])) for key, s in found.items()}
 
 
-def _manifest(model: WindowScoring, mode: str, head: dict[str, Any]) -> Manifest:
+def _manifest(model: MeasuredModel, mode: str, head: dict[str, Any]) -> Manifest:
     """What decides over the distributions: weights, config, arguments, and what they run on."""
     about, path = model.describe(), model.checkpoint()
     config = None if path is None else Path(path) / "config.json"
@@ -154,7 +122,7 @@ def _manifest(model: WindowScoring, mode: str, head: dict[str, Any]) -> Manifest
 
 
 def _groups(
-    todo: list[str], windows: dict[str, WindowRequest], model: WindowScoring, manifest: Manifest
+    todo: list[str], windows: dict[str, WindowRequest], model: MeasuredModel, manifest: Manifest
 ) -> Iterator[list[str]]:
     """Windows that are scored and written together: one after the other, or as many as a GPU likes and memory holds."""
     width = 2 * manifest.vocabulary + 8 * EXACT if manifest.mode == "logits" else 4 * int(manifest.width or 1)
@@ -164,7 +132,7 @@ def _groups(
         yield todo[start : start + count]
 
 
-def _mode(model: WindowScoring) -> str:
+def _mode(model: MeasuredModel) -> str:
     asked = model.reference_arguments.reference_mode
     if asked is not None and asked not in model.reference_modes:
         raise UserError(
@@ -191,7 +159,7 @@ def _kept(store: ReferenceStore, windows: dict[str, WindowRequest]) -> dict[str,
 
 
 def _stored(
-    model: WindowScoring, scores: dict[str, WindowScores]
+    model: MeasuredModel, scores: dict[str, WindowScores]
 ) -> dict[str, tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
     """States and scores of each window, as a store keeps them."""
     states = model.take_states({key: len(s.logprobs) for key, s in scores.items()})
@@ -207,7 +175,7 @@ def _stored(
     return result
 
 
-def _check_distributions(scores: dict[str, WindowScores], model: WindowScoring, mode: str) -> None:
+def _check_distributions(scores: dict[str, WindowScores], model: MeasuredModel, mode: str) -> None:
     """There must be some, and hidden states × output matrix must give the model's own logits, up to their rounding."""
     kld = np.concatenate([np.asarray((s.divergence or {})["kld"], np.float64) for s in scores.values()])
     if not np.isfinite(kld).all():
@@ -249,7 +217,7 @@ def _rounding(kld: npt.ArrayLike) -> dict[str, float]:
 
 
 @dataclass(frozen=True)
-class _About:
+class DivergenceSource:
     """What a divergence is from, and of which weights."""
 
     manifest: Manifest
@@ -270,36 +238,3 @@ class _About:
             "model_weights_sha256": self.weights,
         }
         return scores._replace(divergence={**(scores.divergence or {}), "reference": about})
-
-
-def probe(model: Any) -> list[int]:
-    """Token ids of `PROBE`."""
-    return [int(i) for i in model.tok_encode(PROBE, add_special_tokens=False)]
-
-
-def probes(model: Any) -> Iterator[list[int]]:
-    """Of the tokenizer that is used, and of the checkpoint's own where that is another."""
-    yield probe(model)
-    path, used = model.checkpoint(), getattr(getattr(model, "tokenizer", None), "name_or_path", None)
-    if path is None or not (Path(path) / "tokenizer.json").is_file():
-        return
-    if used is None or Path(used).resolve() != Path(path).resolve():
-        yield HFTokenizer(path).encode(PROBE).ids.tolist()
-
-
-def weights_sha256(path: str | None) -> str | None:
-    """Of a checkpoint's weight files: names, sizes and samples of their bytes (whole files would take minutes)."""
-    if path is None:
-        return None
-    root = Path(path)
-    files = sorted(p for p in root.iterdir() if p.suffix in (".safetensors", ".gguf")) if root.is_dir() else [root]
-    digest = hashlib.sha256()
-    piece, pieces = 1 << 16, 64
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size} ".encode())
-        with file.open("rb") as stream:
-            for i in range(pieces):
-                stream.seek(max(0, size - piece) * i // (pieces - 1))
-                digest.update(stream.read(piece))
-    return digest.hexdigest()

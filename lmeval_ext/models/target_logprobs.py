@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import numpy as np
 import torch
 
 # Float32 elements of one block of rows off the GPU: 4 MiB, about a core's share of the cache.
@@ -54,3 +55,11 @@ def _fused() -> Any:
     except ImportError:
         return None
     return target_logprobs_triton
+
+
+def logprobs_of_targets(logits: Any, targets: Any, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
+    """`target_logprobs`, fetched: (logprobs float32, greedy bool), both [positions]."""
+    from lmeval_ext.models.target_logprobs import target_logprobs
+
+    logprobs, greedy = target_logprobs(logits, targets.to(logits.device), vocabulary)
+    return logprobs.cpu().numpy(), greedy.cpu().numpy()

@@ -17,15 +17,18 @@ import numpy as np
 from lm_eval.api.task import Task, TaskConfig
 from lm_eval.filters import build_filter_ensemble
 
-from lmeval_ext import corpus, metrics
+from lmeval_ext import metrics
 from lmeval_ext.divergence import summary
 from lmeval_ext.divergence.summary import TokenValues
 from lmeval_ext.errors import UserError
 from lmeval_ext.metrics import WindowSum
+from lmeval_ext.models import harness_models  # noqa: F401 (gives every LM the method `score_token_windows`)
 from lmeval_ext.requests import REQUEST_TYPE, WindowRequest, WindowScores, window_request
-from lmeval_ext.tasks.settings import Settings, check_context
-from lmeval_ext.tokens import load_tokenizer, tokenize
-from lmeval_ext.windows import PROTOCOLS, Window, fingerprint, scored_spans, window_ids
+from lmeval_ext.tasks import corpus
+from lmeval_ext.tasks.protocols import PROTOCOLS, Window, fingerprint, scored_spans, window_ids
+from lmeval_ext.tasks.settings import TaskSettings, check_context
+from lmeval_ext.tasks.tokenizers import load_tokenizer
+from lmeval_ext.tokens import tokenize
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +47,7 @@ _STATISTICS: dict[str, tuple[Callable[[Sequence[WindowSum]], float | None], bool
 
 
 class PerplexityTask(Task):
-    """Perplexity of a text under a protocol of `lmeval_ext.windows`.
+    """Perplexity of a text under a protocol of `lmeval_ext.tasks.protocols`.
 
     config: the task's YAML with the harness' merged metadata. Raises UserError for settings, texts and
     tokenizers that do not fit.
@@ -68,7 +71,7 @@ class PerplexityTask(Task):
         self._filters = [build_filter_ensemble("none", [("take_first", None)])]
         self.fewshot_rnd = None
 
-        settings = Settings.of(metadata)
+        settings = TaskSettings.of(metadata)
         self.spec = settings.window_spec()
         rule = PROTOCOLS[self.spec.protocol]
         tokenizer = load_tokenizer(metadata)
@@ -250,7 +253,7 @@ class PerplexityTask(Task):
         return config
 
 
-def _read(settings: Settings) -> corpus.Corpus:
+def _read(settings: TaskSettings) -> corpus.Corpus:
     if settings.bundled_text and settings.text_path:
         # one --metadata may serve several tasks; a task of this name scores this text and no other
         logger.warning("text_path=%r is for other tasks: this one scores the bundled text", settings.text_path)

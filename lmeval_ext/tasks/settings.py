@@ -16,13 +16,13 @@ from typing import Any
 
 from lmeval_ext.errors import UserError
 from lmeval_ext.tasks.data_sets import data_set_settings
-from lmeval_ext.windows import PROTOCOLS, WindowSpec
+from lmeval_ext.tasks.protocols import PROTOCOLS, WindowSpec
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Settings:
+class TaskSettings:
     """All settings of a perplexity task. None for eval_len, stride and max_rows: the protocol's usual value.
 
     dataset: a short name (`tasks/data_sets.py`) or a hub id; it stands for the dataset_* settings, and each of those
@@ -63,7 +63,7 @@ class Settings:
             raise UserError(f"chat_template={self.chat_template!r}: expected true or false")
 
     @classmethod
-    def of(cls, metadata: Mapping[str, Any]) -> Settings:
+    def of(cls, metadata: Mapping[str, Any]) -> TaskSettings:
         """Pick the settings out of `metadata`; warns of a key that looks like a misspelt setting."""
         names = cls.__dataclass_fields__
         for key in metadata:

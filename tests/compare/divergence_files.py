@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from conftest import Content, Folder, quantization, result, sha
+
+from tests.compare.conftest import Content, Folder, quantization, result, sha
 
 TASK = "wiki2_strided"
 EDGES = [-10 + 0.25 * i for i in range(49)]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from conftest import Content, quantization
+from tests.compare.conftest import Content, quantization
 
 SUBTASKS = {
     "mmlu_stem": ("abstract_algebra", "anatomy", "astronomy"),

@@ -11,9 +11,9 @@ import random
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from conftest import Folder, result
+from tests.compare.conftest import Folder, result
 
 FAMILIES = ("EXL2", "EXL3", "GGUF", "VPTQ", "QTIP", "NVFP4", "AWQ", "GPTQ")
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from tests.conftest import ROOT, VOCABULARY, make_llama, make_tokenizer
-from tests.engines.tiny_engine import TinyExLlama
+from tests.models.exllama.tiny_engine import TinyExLlama
 
 ADAPTERS = ("hf_quant", "vllm_nvfp4", "llamacpp", "exllama")
 LENGTH = 256  # the model's context, everywhere but in vLLM

@@ -10,7 +10,8 @@ import torch
 from lmeval_ext.divergence.head import OutputHead
 from lmeval_ext.divergence.logits_code import encode
 from lmeval_ext.divergence.plan import head_facts
-from lmeval_ext.divergence.store import Manifest, ReferenceStore, StoredWindow, window_key
+from lmeval_ext.divergence.store import Manifest, ReferenceStore, StoredWindow
+from lmeval_ext.requests import window_key
 
 VOCABULARY, WIDTH = 11, 4
 

@@ -17,15 +17,15 @@ import torch
 from lm_eval.api.registry import get_model
 from safetensors.torch import load_file, save_file
 
-from lmeval_ext.divergence.store import ReferenceStore, window_key
+from lmeval_ext.divergence.store import ReferenceStore
 from lmeval_ext.errors import UserError
-from lmeval_ext.models.base import WindowScoring
-from lmeval_ext.requests import WindowRequest, WindowScores
+from lmeval_ext.models.observed import Observed
+from lmeval_ext.requests import WindowRequest, WindowScores, window_key
 from tests.conftest import VOCABULARY, evaluate, make_llama, make_tokenizer, run
 from tests.divergence.independent import divergences, figures, log_probabilities, windows_of
 from tests.divergence.stores import same
-from tests.engines.test_adapters import requests_of
-from tests.engines.tiny_engine import TinyExLlama
+from tests.models.exllama.tiny_engine import TinyExLlama
+from tests.models.test_adapters import requests_of
 
 pytestmark = pytest.mark.engine
 
@@ -304,7 +304,7 @@ def test_exllama_runs_out_of_memory_half_way_through_the_logits(
 
 @pytest.fixture(scope="module")
 def ggufs(tiny_llama: Path, other_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    from tests.engines.conftest import demo
+    from tests.models.conftest import demo
 
     folder = tmp_path_factory.mktemp("gguf")
     files = [folder / "tiny-F32.gguf", folder / "other-F32.gguf"]
@@ -344,7 +344,7 @@ class Counting:
     """Counts the windows that an adapter scores; raises after `limit` of them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, limit: int | None = None) -> None:
-        from lmeval_ext.models.hf_quant import HFQuantized
+        from lmeval_ext.models.hf.adapter import HFQuantized
 
         self.windows, self.limit = list[str](), limit
         original = HFQuantized.score_windows
@@ -545,7 +545,7 @@ def test_a_model_of_nan_has_no_figures(tiny_llama: Path, reference: Path, tmp_pa
 
 
 def test_a_head_that_does_something_unknown(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lmeval_ext.models import hf_quant
+    from lmeval_ext.models.hf import adapter as hf_quant
 
     monkeypatch.setattr(hf_quant, "logit_settings", lambda config: (None, 0.5))
     with pytest.raises(UserError, match="its head does something that is not known here; use reference_mode=logits"):
@@ -576,7 +576,7 @@ def test_nothing_looks_on_after_a_failure(tiny_llama: Path, reference: Path, mon
         with pytest.raises(ZeroDivisionError):
             scored(model, tiny_llama)
     assert model.observer is None
-    assert isinstance(model, WindowScoring)
+    assert isinstance(model, Observed)
     assert metrics_of(scored(model, tiny_llama))["kld"] == pytest.approx(0, abs=1e-6)
 
 

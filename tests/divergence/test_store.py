@@ -19,15 +19,11 @@ from hypothesis import strategies as st
 
 from lmeval_ext.divergence import store as module
 from lmeval_ext.divergence.head import OutputHead
-from lmeval_ext.divergence.store import (
-    Manifest,
-    ReferenceStore,
-    StoredWindow,
-    Windows,
-    tensors_sha256,
-    window_key,
-)
+from lmeval_ext.divergence.read_ahead import Windows
+from lmeval_ext.divergence.store import Manifest, ReferenceStore, StoredWindow
+from lmeval_ext.divergence.store_files import tensors_sha256
 from lmeval_ext.errors import UserError
+from lmeval_ext.requests import window_key
 from tests.divergence.stores import equal, made, manifest, same, some_head, window
 
 MODES = ["hidden", "logits"]
@@ -377,7 +373,7 @@ def test_windows_beyond_the_memory_make_room_for_each_other(tmp_path: Path, monk
     keys = [window(n).key for n in range(9)]
     monkeypatch.setattr(module, "_IN_MEMORY", 4 * store.path(keys[0]).stat().st_size + 1)
     reading = Reading(store, monkeypatch)
-    found = store.windows([*keys, keys[0]])
+    found = Windows(store, [*keys, keys[0]])
     assert list(found) == keys
     assert len(found) == 9
     for n in (0, 1, 0, 1, 1, 2, 2, 3, 4, 3, 5, 6, 7, 8):
@@ -394,7 +390,7 @@ def test_windows_in_another_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     keys = [window(n).key for n in range(9)]
     monkeypatch.setattr(module, "_IN_MEMORY", 4 * store.path(keys[0]).stat().st_size)
     reading = Reading(store, monkeypatch)
-    found = store.windows(keys)
+    found = Windows(store, keys)
     assert held(found) == 4
     for n in (8, 8, 2, 8, 0, 3, 1, 7, 8, 0, 4, 5, 6, 4):
         assert same(found[keys[n]], window(n))
@@ -410,7 +406,7 @@ def test_one_window_ahead_where_there_is_room_for_few(
     keys = [window(n).key for n in range(6)]
     monkeypatch.setattr(module, "_IN_MEMORY", room * store.path(keys[0]).stat().st_size)
     reading = Reading(store, monkeypatch)
-    found = store.windows(keys)
+    found = Windows(store, keys)
     for n, key in enumerate(keys):
         assert same(found[key], window(n))
         assert found._alone is None
@@ -422,7 +418,7 @@ def test_windows_larger_than_the_memory(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(module, "_IN_MEMORY", 0)
     store = made(tmp_path, 3)
     reading = Reading(store, monkeypatch)
-    found = store.windows([window(n).key for n in range(3)])
+    found = Windows(store, [window(n).key for n in range(3)])
     for n in (0, 0, 1, 2, 2, 0):
         assert same(found[window(n).key], window(n))
     assert reading.keys == [window(n).key for n in (0, 1, 2, 0)]
@@ -435,13 +431,13 @@ def test_damage_is_told_to_whoever_asks_next(tmp_path: Path, harm: str) -> None:
     path = store.path(window(2).key)
     whole = path.read_bytes()
     path.unlink() if harm == "missing" else path.write_bytes(whole[:-1])
-    found = store.windows([window(n).key for n in range(3)])
+    found = Windows(store, [window(n).key for n in range(3)])
     assert held(found) == 3
     found._pool.shutdown(wait=True)  # a window is there a moment before its damage is noted
     with pytest.raises(UserError, match=path.name):
         found[window(0).key]
     path.write_bytes(whole)
-    assert same(store.windows([window(0).key])[window(0).key], window(0))
+    assert same(Windows(store, [window(0).key])[window(0).key], window(0))
 
 
 def test_the_first_windows_are_not_kept_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -456,7 +452,7 @@ def test_the_first_windows_are_not_kept_waiting(tmp_path: Path, monkeypatch: pyt
         return original(key)
 
     monkeypatch.setattr(store, "read", read)
-    found = store.windows(keys)
+    found = Windows(store, keys)
     assert same(found[keys[0]], window(0))
     seen.set()
     assert all(same(found[key], window(n)) for n, key in enumerate(keys))
@@ -475,7 +471,7 @@ def test_nothing_is_read_after_the_end(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(store, "read", read)
     monkeypatch.setattr(module, "_READERS", 1)
-    found = store.windows(keys)
+    found = Windows(store, keys)
     assert begun.wait(60)
     found.close()
     go.set()
@@ -493,7 +489,7 @@ def test_nothing_is_read_after_the_end(tmp_path: Path, monkeypatch: pytest.Monke
 def test_damage_done_in_between_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_IN_MEMORY", 0)
     store = made(tmp_path, 1)
-    found = store.windows([window(0).key])
+    found = Windows(store, [window(0).key])
     path = store.path(window(0).key)
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))

@@ -14,9 +14,9 @@ import torch
 from lm_eval.api.registry import get_model
 
 from lmeval_ext.divergence.arguments import ReferenceArguments
-from lmeval_ext.divergence.store import ReferenceStore, window_key
+from lmeval_ext.divergence.store import ReferenceStore
 from lmeval_ext.errors import UserError
-from lmeval_ext.requests import WindowScores
+from lmeval_ext.requests import WindowScores, window_key
 from tests.conftest import make_llama
 from tests.divergence.independent import divergences, figures, log_probabilities, windows_of
 from tests.divergence.test_end_to_end import TASK, assert_figures, description, perturbed, scored
@@ -81,7 +81,7 @@ def mixed(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
 
 def _described(model: Any) -> Any:
     """Without the memory figures, which a CPU has none of."""
-    from lmeval_ext.models.base import from_storage
+    from lmeval_ext.models.record import from_storage
 
     return from_storage(model.checkpoint(), label="vllm", engine="vllm", engine_version="0", dtype="float32")
 

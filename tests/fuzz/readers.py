@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
 
-from mutations import damage, damage_json, dump
-
-HERE = Path(__file__).parent
-for beside in ("compare", "storage"):  # their builders of sound files
-    sys.path.append(str(HERE.parent / beside))
+from tests.fuzz.mutations import damage, damage_json, dump
 
 
 class Unsound(AssertionError):
@@ -46,7 +41,7 @@ class Reader:
 
 
 def _header() -> dict[str, Any]:
-    from storage_builders import dense, header_of
+    from tests.storage.storage_builders import dense, header_of
 
     header, _ = header_of(dense(layers=1, hidden=8, inner=8, vocab=8))
     return {"__metadata__": {"format": "pt"}, **header}
@@ -153,9 +148,9 @@ def _config(random: Random) -> dict[str, bytes]:
 
 
 def _results() -> list[dict[str, Any]]:
-    from conftest import result
-    from divergence_files import divergent
-    from harness_files import suite
+    from tests.compare.conftest import result
+    from tests.compare.divergence_files import divergent
+    from tests.compare.harness_files import suite
 
     return [result(), suite(), result(quantized=False), divergent()[0], divergent("BF16", "full precision")[0]]
 
@@ -168,10 +163,11 @@ def _result(random: Random) -> dict[str, bytes]:
 
 
 def _read_results(folder: Path) -> None:
-    from compare.comparison import Options, build_comparisons
+    from compare.comparison.build import build_comparisons
+    from compare.comparison.comparison import Options
     from compare.errors import CompareError
-    from compare.provenance import command
-    from compare.reading import read_results
+    from compare.results.provenance import command
+    from compare.results.reading import read_results
     from compare.table.formats import render_csv, render_json, render_markdown
 
     reading = read_results([folder])
@@ -197,9 +193,11 @@ def _read_results(folder: Path) -> None:
 
 def _draw_distributions(records: list[Any]) -> None:
     """What is drawn of a divergence, as far as the points and their places."""
-    from compare.comparison import Options, build_comparison
+    from compare.comparison.build import build_comparison
+    from compare.comparison.comparison import Options
     from compare.errors import CompareError
-    from compare.plot import distributions, histogram, series, spread
+    from compare.plot import distributions, series
+    from compare.plot.pictures import histogram, spread
 
     try:
         comparison = build_comparison(records, Options(metrics=("wiki2_strided/kld",)))
@@ -232,25 +230,26 @@ def _damaged(lines: list[dict[str, Any]], random: Random) -> list[bytes]:
 
 
 def _runs() -> list[Any]:
-    from divergence_files import divergent
+    from tests.compare.divergence_files import divergent
 
     return [divergent("a", windows=20), divergent("b", windows=20, size=0.05, seed=2)]
 
 
 def _read_samples(folder: Path) -> None:
-    from compare.comparison import Options, build_comparisons
+    from compare.comparison.build import build_comparisons
+    from compare.comparison.comparison import Options
+    from compare.comparison.pairs import check_formed, measure
     from compare.errors import CompareError
-    from compare.reading import read_results
+    from compare.results.reading import read_results
     from compare.table.formats import render_csv, render_json, render_markdown
-    from compare.versus import check_formed, measure
 
     for comparison in build_comparisons(read_results([folder]).records, Options(metrics=("kld", "token_perplexity"))):
-        comparison.versus = measure(comparison, "a")
-        for pair in comparison.versus.pairs.values():
+        comparison.pairs = measure(comparison.points, comparison.metric, "a")
+        for pair in comparison.pairs.pairs.values():
             if pair.reason:
                 check_message(pair.reason, "")
         try:
-            check_formed("a", [comparison.versus])
+            check_formed("a", [comparison.pairs])
         except CompareError as error:
             check_message(str(error), "")
         for render in (render_json, render_csv, render_markdown):
@@ -290,8 +289,8 @@ def _spec(random: Random) -> dict[str, bytes]:
 
 def _read_specs(folder: Path) -> None:
     from compare.errors import CompareError
-    from compare.run.jobs import Plan
-    from compare.run.loading import load_data, load_models
+    from compare.run.plan.jobs import RunSettings
+    from compare.run.specs.loading import load_data, load_models
 
     data = None
     try:
@@ -303,7 +302,7 @@ def _read_specs(folder: Path) -> None:
             entries, problems = load_models([str(folder / name)])
             for problem in problems:
                 check_message(problem, name, 20_000)
-            plan = Plan(data, folder / "data.json" if data else None, (), None)
+            plan = RunSettings(data, folder / "data.json" if data else None, (), None)
             for entry in entries:
                 plan.job(entry)
         except CompareError as error:
@@ -321,7 +320,7 @@ def _labels(random: Random) -> dict[str, bytes]:
 
 def _read_labels(folder: Path) -> None:
     from compare.errors import CompareError
-    from compare.reading import read_results
+    from compare.results.reading import read_results
 
     key = folder / "KEY"
     if not key.exists():

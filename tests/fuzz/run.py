@@ -20,9 +20,9 @@ from pathlib import Path
 from random import Random
 from types import FrameType
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from readers import READERS, Reader
+from tests.fuzz.readers import READERS, Reader
 
 _WARM_UP = 50  # cases before memory is measured: modules are imported, caches filled
 _SHOWN = 10

@@ -8,8 +8,9 @@ from random import Random
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from readers import READERS, Reader, Unsound, check_message
-from run import main
+
+from tests.fuzz.readers import READERS, Reader, Unsound, check_message
+from tests.fuzz.run import main
 
 EXAMPLES = {"result": 60, "spec": 80}
 

@@ -158,7 +158,8 @@ def test_vllms_reference_is_what_transformers_computes_in_float32(reference: Cal
     """An implementation of its own: Transformers in float32 beside hidden states × output matrix of the store."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from lmeval_ext.divergence.store import ReferenceStore, window_key
+    from lmeval_ext.divergence.store import ReferenceStore
+    from lmeval_ext.requests import window_key
 
     path = folder(WIDE)
     store = ReferenceStore.open(reference("vllm"))

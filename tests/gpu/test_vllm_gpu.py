@@ -108,10 +108,10 @@ def texts(model: Any, n: int, length: int) -> list[list[int]]:
 
 def test_same_numbers_as_prompt_logprobs(model: Any) -> None:
     """In the same steps both read the same 16-bit logits: what is left is rounding of float32 log-softmax."""
-    from lmeval_ext.models.vllm_client import Prompt
+    from lmeval_ext.models.vllm.client import ScoringPrompt
 
     assert model._engine is not None, model._why_not_engine
-    prompts = [Prompt(ids, 1) for ids in texts(model, 8, 2048)]
+    prompts = [ScoringPrompt(ids, 1) for ids in texts(model, 8, 2048)]
     ours = np.concatenate([s.logprobs for s in model._score(prompts, False, False)]).astype(float)
     engine, model._engine = model._engine, None
     theirs = np.concatenate([s.logprobs for s in model._score(prompts, False, False)]).astype(float)
@@ -134,9 +134,9 @@ def test_batch_size_and_order_do_not_matter(model: Any) -> None:
 
 def test_a_window_in_other_company_is_the_same_but_for_rounding(model: Any) -> None:
     """Kernels choose shapes by a step's tokens: 16-bit results then differ in the last bit, logits by 0.1."""
-    from lmeval_ext.models.vllm_client import Prompt
+    from lmeval_ext.models.vllm.client import ScoringPrompt
 
-    prompts = [Prompt(ids, 1) for ids in texts(model, 8, 2048)]
+    prompts = [ScoringPrompt(ids, 1) for ids in texts(model, 8, 2048)]
     together = np.concatenate([s.logprobs for s in model._score(prompts, False, False)]).astype(float)
     alone = np.concatenate([model._score([p], False, False)[0].logprobs for p in prompts]).astype(float)
     print(f"perplexity together {np.exp(-together.mean()):.6f}, alone {np.exp(-alone.mean()):.6f}")
@@ -145,12 +145,12 @@ def test_a_window_in_other_company_is_the_same_but_for_rounding(model: Any) -> N
 
 
 def test_choices_share_a_cached_context(model: Any) -> None:
-    from lmeval_ext.models.vllm_client import Prompt
+    from lmeval_ext.models.vllm.client import ScoringPrompt
 
     prompts = []
     for i, ids in enumerate(texts(model, 6, 400)):
         context = ids[: 16 * (10 + i)]  # on a block's border: the worst case
-        prompts += [Prompt(context + ids[350 : 350 + n], len(context)) for n in (1, 4, 9, 30)]
+        prompts += [ScoringPrompt(context + ids[350 : 350 + n], len(context)) for n in (1, 4, 9, 30)]
     shared = [float(s.logprobs.sum()) for s in model._score(prompts, True, False)]
     fresh = [float(s.logprobs.sum()) for s in model._score(prompts, False, False)]
     np.testing.assert_allclose(shared, fresh, rtol=1e-2, atol=0.5)

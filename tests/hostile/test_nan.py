@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from compare.reading import read_file
+from compare.results.reading import read_file
 from tests.conftest import TASKS
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from compare.reading import read_results
+from compare.results.reading import read_results
 from lmeval_ext.errors import UserError
-from lmeval_ext.results import check_writable
+from lmeval_ext.output_guard import check_writable
 from tests.conftest import run
 
 METADATA = '{"eval_len": 64, "stride": 64, "max_rows": 5}'
@@ -64,7 +64,7 @@ def tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The harness' own tracker, wrapped, about to write into a folder `wanted`; the process stands in `here`."""
     from lm_eval.loggers import EvaluationTracker
 
-    from lmeval_ext.results import guard
+    from lmeval_ext.output_guard import guard
 
     guard()
     guard()  # a second time changes nothing

@@ -18,10 +18,10 @@ from compressed_tensors.quantization import (
     apply_quantization_config,
     preset_name_to_scheme,
 )
-from storage_builders import LLAMA, write_checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lmeval_ext.storage import inspect
+from tests.storage.storage_builders import LLAMA, write_checkpoint
 
 HIDDEN, INNER, LAYERS, VOCAB = 96, 160, 2, 256
 KV = HIDDEN // 2

@@ -8,9 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from storage_builders import LLAMA, dense, header_of, write_checkpoint, write_index, write_raw, write_sharded
 
 from lmeval_ext.storage import StorageError, inspect
+from tests.storage.storage_builders import (
+    LLAMA,
+    dense,
+    header_of,
+    write_checkpoint,
+    write_index,
+    write_raw,
+    write_sharded,
+)
 
 MATRICES = 2 * (128 * 64 + 96 * 64 + 64 * 96)  # of `dense()`: two layers of qkv, up, down
 HEAD = 128 * 64

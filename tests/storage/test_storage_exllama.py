@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
-from storage_builders import FIXTURES, LLAMA, real_header, write_checkpoint
 
 from lmeval_ext.storage import StorageError, inspect
+from tests.storage.storage_builders import FIXTURES, LLAMA, real_header, write_checkpoint
 
 
 def test_exl3_is_what_exllamav3_reports(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def split(folder: Path, files: list[str]) -> None:
 @pytest.mark.parametrize("shards", [1, 2])
 def test_exl2_beside_the_originals_index(tmp_path: Path, shards: int) -> None:
     """ExLlamaV2's converter copies the index of a sharded original, which names files that are not there."""
-    original = Path(__file__).parents[1] / "engines" / "fixtures" / "tiny-exl2-4.0"
+    original = Path(__file__).parents[1] / "models" / "fixtures" / "tiny-exl2-4.0"
     folder = Path(shutil.copytree(original, tmp_path / "model"))
     files = [f"output-0000{i + 1}-of-00002.safetensors" for i in range(shards)]
     if shards == 2:

@@ -138,7 +138,7 @@ def test_a_real_cache_is_as_large(tiny_llama):
 
 def test_adapters_record_it(tiny_llama):
     """Two layers of width 64: queries and outputs 64 × 64, keys and values 64 × 32 (two heads), MLP 3 × 64 × 128."""
-    from lmeval_ext.models.base import from_storage
+    from lmeval_ext.models.record import from_storage
 
     facts = from_storage(str(tiny_llama), label="m", engine="e", engine_version="1")
     assert facts.layer_parameters == 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)

@@ -1,0 +1,1 @@
+"""Records to judgement: which results compare, what is best, what differs by more than chance."""

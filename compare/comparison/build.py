@@ -1,0 +1,189 @@
+"""From records to what is shown: one metric, one axis, and who may be compared with whom.
+
+Two numbers are comparable only if they are over the same tokens under the same protocol, and a divergence only if it is
+from the same reference (`Record.comparability`). The largest such group is the comparison; the other points are kept
+apart: listed, drawn, never joined or ranked.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from compare.comparison.axis import Axis, axis_of
+from compare.comparison.comparison import Comparison, Options
+from compare.comparison.mean import Part, average
+from compare.comparison.metric_choice import MetricChoice, choose_metrics
+from compare.comparison.model_sizes import size_clusters, size_text
+from compare.comparison.point import Point
+from compare.comparison.reruns import distinct_labels, newest
+from compare.errors import NOTHING_USABLE, CompareError
+from compare.families import family_order
+from compare.metrics import from_reference
+from compare.results.records import Record
+from compare.text import and_more, shorten
+
+if TYPE_CHECKING:
+    pass
+
+
+def build_comparison(records: list[Record], options: Options) -> Comparison:
+    """The one comparison of at most one metric, or of a mean. Raises as `build_comparisons` does."""
+    (comparison,) = build_comparisons(records, options)
+    return comparison
+
+
+def build_comparisons(records: list[Record], options: Options) -> list[Comparison]:
+    """Settle re-runs, apply the options, group what compares: a comparison a metric, or one of their mean.
+
+    Raises CompareError when a metric is unknown or ambiguous, or nothing is left to show.
+    """
+    records, notices = newest(records)
+    records = distinct_labels(records, across_tasks=options.mean)
+    records = _masked(records, options.mask, notices)
+    choices = choose_metrics(records, options.metrics, options.subtasks, notices)
+    axis = axis_of(options.axis, options.context)
+    if options.mean:
+        metric, models = average(records, choices, notices)
+        points = [_point(m.record, metric, axis, m.parts) for m in models]
+        return [_comparison(points, metric, axis, options, notices)]
+    found = []
+    for metric in choices:
+        points = [_point(r, metric, axis) for r in records if r.task == metric.task and metric.key in r.metrics]
+        said: list[str] = []
+        found.append(_comparison(points, metric, axis, options, said))
+        notices += said if len(choices) == 1 else [f"{metric.label}: {notice}" for notice in said]
+    for comparison in found:
+        comparison.notices = notices if comparison is found[0] else []  # each is said once
+    return found
+
+
+def _point(record: Record, metric: MetricChoice, axis: Axis, parts: tuple[Part, ...] = ()) -> Point:
+    figure = record.metric(metric.key)
+    return Point(record, axis.value(record), figure.value, figure.stderr, parts=parts)
+
+
+def _comparison(
+    points: list[Point], metric: MetricChoice, axis: Axis, options: Options, notices: list[str]
+) -> Comparison:
+    if metric.higher_is_better is None and (options.pareto or options.budget is not None):
+        raise CompareError(
+            f"these files do not say whether a higher {shorten(metric.short, 120)} is better; --pareto and --budget "
+            "have to know"
+        )
+    points = _within_limits(points, options, notices)
+    if not points:
+        raise CompareError("nothing left to show: --max-x or --max-y leaves out every point", NOTHING_USABLE)
+    points = _grouped(points, metric, options.allow_mixed, notices)
+    points = _sized(points, notices)
+    points.sort(key=_sort_key(options.sort, metric))
+    comparison = Comparison(metric, axis, points, notices, options)
+    in_noise = comparison.in_noise
+    if in_noise:
+        names = and_more([point.record.label for point in in_noise])
+        notices.append(
+            f"within the noise floor, {comparison.noise_floor}: {names}: such a difference may be noise alone"
+        )
+    return comparison
+
+
+def _masked(records: list[Record], mask: str | None, notices: list[str]) -> list[Record]:
+    wanted = [part.strip().casefold() for part in (mask or "").split(";") if part.strip()]
+    if not wanted:
+        return records
+    kept = [record for record in records if any(part in record.label.casefold() for part in wanted)]
+    if not kept:
+        labels = and_more(sorted({record.label for record in records}))
+        raise CompareError(f"--mask {mask}: no label contains any of these; labels: {labels}", NOTHING_USABLE)
+    if len(kept) < len(records):
+        notices.append(f"--mask keeps {len(kept)} of {len(records)} results")
+    return kept
+
+
+def _within_limits(points: list[Point], options: Options, notices: list[str]) -> list[Point]:
+    kept = []
+    for point in points:
+        beyond = _beyond("x", point.x, options.max_x) or _beyond("y", point.y, options.max_y)
+        if beyond and not (point.record.is_reference and beyond.startswith("x")):
+            notices.append(f"left out: {point.record.label}: {beyond}")
+        else:
+            kept.append(point)
+    return kept
+
+
+def _beyond(name: str, value: float | None, limit: float | None) -> str:
+    if limit is None or value is None or value <= limit:
+        return ""
+    return f"{name} = {value:.6g} is above --max-{name} {limit:g}"
+
+
+def _grouped(points: list[Point], metric: MetricChoice, allow_mixed: bool, notices: list[str]) -> list[Point]:
+    keys = [point.record.comparability(metric.metric) for point in points]
+    sizes = Counter(keys)
+    with_reference = {key for key, point in zip(keys, points, strict=True) if point.record.is_reference}
+    order = sorted(sizes, key=lambda key: (-sizes[key], key not in with_reference, key))
+    if len(order) == 1:
+        return points
+    one_text = len({point.record.protocol.fingerprint for point in points}) == 1
+    over = "against the same reference" if one_text else "over the same tokens"
+    for number, key in enumerate(order):
+        members = [point.record for point, own in zip(points, keys, strict=True) if own == key]
+        which = _over(members[0], metric.metric)
+        names = and_more([record.label for record in members], limit=8 if number == 0 else 50)
+        if allow_mixed:
+            notices.append(f"warning: mixed as asked (--allow-mixed): {which}: {names}")
+        elif number == 0:
+            notices.append(f"warning: not all results are {over}; compared: {which}: {names}")
+        else:
+            notices.append(f"warning: kept apart, not comparable (--allow-mixed overrides): {which}: {names}")
+    if allow_mixed:
+        return points
+    return [replace(point, group=order.index(key)) for point, key in zip(points, keys, strict=True)]
+
+
+def _over(record: Record, metric: str) -> str:
+    """``20 × 2048 tokens, stride 512, exllama protocol, tokens 1a2b3c4d, reference BF16 in vllm``."""
+    protocol = record.protocol
+    parts = [protocol.describe() or ", ".join(protocol.fingerprint)]
+    if protocol.tokens_sha256:
+        parts.append(f"tokens {protocol.tokens_sha256[:8]}")
+    if from_reference(metric):
+        found = record.divergence
+        named = found is not None and found.reference.id
+        parts.append(f"reference {found.reference.describe()}" if found and named else "reference not named")
+    return ", ".join(parts)
+
+
+def _sized(points: list[Point], notices: list[str]) -> list[Point]:
+    numbers = size_clusters([point.record for point in points])
+    points = [replace(point, size=number) for point, number in zip(points, numbers, strict=True)]
+    sizes = sorted({p.size for p in points if p.comparable}, key=lambda size: (size is None, size or 0))
+    if len(sizes) > 1:
+        notices.append("warning: models of different size: no line joins them, each has the reference of its own size")
+        for size in sizes:
+            records = [p.record for p in points if p.comparable and p.size == size]
+            notices.append(f"warning: {size_text(records)}: {and_more([r.label for r in records])}")
+    return points
+
+
+SORTS = ("family", "x", "metric", "label")
+
+
+def _sort_key(sort: str, metric: MetricChoice) -> Callable[[Point], tuple[object, ...]]:
+    def missing_last(value: float | None, sign: int = 1) -> tuple[bool, float]:
+        return (value is None, 0.0 if value is None else sign * value)
+
+    def key(point: Point) -> tuple[object, ...]:
+        by_x = missing_last(point.x)
+        by_metric = missing_last(point.y, -1 if metric.higher_is_better else 1)
+        first: dict[str, tuple[object, ...]] = {
+            "family": (*family_order(point.record.quantization.family), by_x),
+            "x": by_x,
+            "metric": by_metric,
+            "label": (point.record.label.casefold(),),
+        }
+        return (point.group, *first[sort], by_x, by_metric, point.record.label, str(point.record.file))
+
+    return key

@@ -1,0 +1,232 @@
+"""Where labels go: adjustText pushes them apart, then whatever still collides is moved to a free place nearby.
+
+All geometry is in pixels of the figure. A label may not cover another label, a point, or leave the axes; it should not
+lie on a line, and its leader should cross nothing. What adjustText's forces leave is settled by trying places on
+rings around the point and taking the cheapest; both are deterministic.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+Box = tuple[float, float, float, float]  # x0, y0, x1, y1
+Segment = tuple[float, float, float, float]
+
+_COVERS_LABEL, _COVERS_POINT, _CUTS_LABEL, _CROSSES_LEADER, _ON_LINE = 1000.0, 400.0, 120.0, 60.0, 45.0
+_MAX_POINTS, _MAX_SEGMENTS = 200, 400
+
+
+@dataclass
+class Obstacles:
+    """What labels keep away from: points with their radius, line segments, boxes such as the legend."""
+
+    points: np.ndarray  # [P, 2]
+    radius: float
+    segments: list[Segment] = field(default_factory=list)
+    boxes: list[Box] = field(default_factory=list)
+
+
+def place(ax: Any, texts: list[Any], anchors: np.ndarray, obstacles: Obstacles, pad: float = 2.0) -> list[Box]:
+    """Move `texts` (matplotlib, centred on their anchors [N, 2] in pixels) and return their boxes."""
+    if not texts:
+        return []
+    obstacles = _bounded(obstacles, anchors)
+    renderer = ax.figure.canvas.get_renderer()
+    extents = [text.get_window_extent(renderer) for text in texts]
+    sizes = np.array([(e.width + 6 * pad, e.height + 2 * pad) for e in extents])  # words need room sideways
+    centres = np.array(_pushed_apart(ax, texts, obstacles, renderer))
+    bounds = ax.get_window_extent(renderer)
+    centres = _settled(centres, sizes, anchors, obstacles, (bounds.x0, bounds.y0, bounds.x1, bounds.y1))
+    inverse = ax.transData.inverted()
+    boxes = []
+    for text, centre, size in zip(texts, centres, sizes, strict=True):
+        text.set_position(inverse.transform(centre))
+        boxes.append(_box(centre, size - np.array([5 * pad, 2 * pad])))
+    return boxes
+
+
+def _bounded(obstacles: Obstacles, anchors: np.ndarray) -> Obstacles:
+    """The same up to some hundred points; of more, one a patch as large as a marker, the nearest to the labels.
+
+    Keeps the cost of placing labels independent of how many points are drawn.
+    """
+    points, segments = obstacles.points, obstacles.segments
+    if len(points) > _MAX_POINTS:
+        patches = np.unique(np.round(points / obstacles.radius), axis=0) * obstacles.radius
+        distance = np.full(len(patches), np.inf)
+        for anchor in anchors:
+            distance = np.minimum(distance, np.linalg.norm(patches - anchor, axis=1))
+        points = np.vstack([anchors, patches[np.argsort(distance, kind="stable")[:_MAX_POINTS]]])
+    if len(segments) > _MAX_SEGMENTS:  # lines everywhere: no label can keep off them
+        segments = []
+    return Obstacles(points, obstacles.radius, segments, obstacles.boxes)
+
+
+def _pushed_apart(ax: Any, texts: list[Any], obstacles: Obstacles, renderer: Any) -> list[tuple[float, float]]:
+    import logging
+
+    from adjustText import adjust_text
+
+    logging.getLogger("adjustText").setLevel(logging.ERROR)
+    along = [_along(segment, 40.0) for segment in obstacles.segments]
+    avoid = np.vstack([obstacles.points, *along]) if along else obstacles.points
+    data = ax.transData.inverted().transform(avoid)
+    adjust_text(
+        texts,
+        x=data[:, 0],
+        y=data[:, 1],
+        ax=ax,
+        iter_lim=60,  # not a time limit: the same input must give the same picture
+        prevent_crossings=False,  # settled later, and quadratic in Python
+        expand=(1.06, 1.3),
+        force_text=(0.2, 0.35),
+        force_static=(0.15, 0.3),
+        max_move=(12, 12),
+    )
+    extents = [text.get_window_extent(renderer) for text in texts]
+    return [((e.x0 + e.x1) / 2, (e.y0 + e.y1) / 2) for e in extents]
+
+
+def _along(segment: Segment, step: float) -> np.ndarray:
+    x0, y0, x1, y1 = segment
+    count = max(int(math.hypot(x1 - x0, y1 - y0) // step), 1)
+    t = np.linspace(0, 1, count + 1)[:, None]
+    return np.array([[x0, y0]]) * (1 - t) + np.array([[x1, y1]]) * t
+
+
+def _box(centre: np.ndarray, size: np.ndarray) -> Box:
+    return (centre[0] - size[0] / 2, centre[1] - size[1] / 2, centre[0] + size[0] / 2, centre[1] + size[1] / 2)
+
+
+def _settled(
+    centres: np.ndarray, sizes: np.ndarray, anchors: np.ndarray, obstacles: Obstacles, bounds: Box
+) -> np.ndarray:
+    """Four rounds over all labels, each taking its cheapest place given the others'."""
+    layout = _Layout(centres, sizes, anchors, obstacles, bounds)
+    for _ in range(4):
+        moved = [layout.improve(i) for i in range(len(centres))]
+        if not any(moved):
+            break
+    return layout.centres
+
+
+class _Layout:
+    def __init__(
+        self, centres: np.ndarray, sizes: np.ndarray, anchors: np.ndarray, obstacles: Obstacles, bounds: Box
+    ) -> None:
+        self.centres, self.sizes, self.anchors, self.obstacles, self.bounds = centres, sizes, anchors, obstacles, bounds
+        self.segments = np.array(obstacles.segments).reshape(-1, 4)
+        self.fixed = np.array(obstacles.boxes).reshape(-1, 4)
+
+    def improve(self, i: int) -> bool:
+        """Put label `i` on its cheapest place; whether it moved."""
+        candidates = self._candidates(i)
+        costs = self._costs(i, candidates)
+        best = int(np.argmin(costs))
+        if costs[best] > costs[0] - 1e-6:
+            best = 0
+        self.centres[i] = candidates[best]  # the place where it stands too may have been moved inside the axes
+        return best != 0
+
+    def _candidates(self, i: int) -> np.ndarray:
+        """Where it stands, then rings around its point: the box's edge, not its middle, keeps the ring's distance."""
+        width, height = self.sizes[i]
+        places = [self.centres[i]]
+        for distance in (1, 5, 10, 16, 24, 34, 50, 70, 95, 125, 160, 200, 250, 310, 380):
+            for step in range(24):
+                angle = math.tau * step / 24
+                dx, dy = math.cos(angle), math.sin(angle)
+                reach = self.obstacles.radius + distance
+                places.append(self.anchors[i] + (dx * (width / 2 + reach), dy * (height / 2 + reach)))
+        found = np.array(places)
+        x0, y0, x1, y1 = self.bounds
+        found[:, 0] = np.clip(found[:, 0], x0 + width / 2 + 2, max(x1 - width / 2 - 2, x0 + width / 2 + 2))
+        found[:, 1] = np.clip(found[:, 1], y0 + height / 2 + 2, max(y1 - height / 2 - 2, y0 + height / 2 + 2))
+        return found
+
+    def _costs(self, i: int, places: np.ndarray) -> np.ndarray:
+        """[C] cost of each place: how far, what it covers, what its leader crosses."""
+        half = self.sizes[i] / 2
+        boxes = np.hstack([places - half, places + half])
+        others = np.arange(len(self.centres)) != i
+        other_half = self.sizes[others] / 2
+        labels = np.vstack(
+            [np.hstack([self.centres[others] - other_half, self.centres[others] + other_half]), self.fixed]
+        )
+        nearest = np.clip(self.anchors[i], boxes[:, :2], boxes[:, 2:])
+        leader = np.hstack([np.broadcast_to(self.anchors[i], nearest.shape), nearest])
+        length = np.linalg.norm(nearest - self.anchors[i], axis=1)
+        points = self.obstacles.points
+        inside = _distance_to_boxes(points, boxes) < self.obstacles.radius
+        cost = length * 0.25 + length**2 * 0.002
+        cost = cost + _COVERS_LABEL * _overlaps(boxes, labels).sum(axis=1)
+        cost += _COVERS_POINT * inside.sum(axis=1)
+        cost += _ON_LINE * _segments_hit_boxes(self.segments, boxes).sum(axis=0)
+        own = np.linalg.norm(points - self.anchors[i], axis=1) < 1e-6
+        near = _distance_to_segments(points[~own], leader) < self.obstacles.radius * 0.8
+        cost += _COVERS_POINT * near.sum(axis=1)
+        cost += _CUTS_LABEL * _segments_hit_boxes(leader, labels).sum(axis=1)
+        if others.any():
+            theirs = np.hstack([self.anchors[others], self.centres[others]])
+            cost += _CROSSES_LEADER * _cross(leader, theirs).sum(axis=1)
+        # Above and to the right reads best when everything else is equal.
+        cost += 1.5 * (places[:, 1] < self.anchors[i][1]) + 0.5 * (places[:, 0] < self.anchors[i][0])
+        return cost
+
+
+def covered(box: Box, obstacles: Obstacles) -> int:
+    """How many points, lines and boxes a text in `box` would lie on; a point counts as much as three lines."""
+    boxes = np.array([box])
+    points = (_distance_to_boxes(obstacles.points, boxes) < obstacles.radius).sum()
+    lines = _segments_hit_boxes(np.array(obstacles.segments).reshape(-1, 4), boxes).sum()
+    labels = _overlaps(boxes, np.array(obstacles.boxes).reshape(-1, 4)).sum()
+    return int(3 * points + lines + 3 * labels)
+
+
+def _overlaps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """[A, B] whether boxes overlap."""
+    return (
+        (a[:, None, 0] < b[None, :, 2])
+        & (a[:, None, 2] > b[None, :, 0])
+        & (a[:, None, 1] < b[None, :, 3])
+        & (a[:, None, 3] > b[None, :, 1])
+    )
+
+
+def _distance_to_boxes(points: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """[B, P] distance of each point to each box, 0 inside."""
+    nearest = np.clip(points[None, :, :], boxes[:, None, :2], boxes[:, None, 2:])
+    return np.linalg.norm(nearest - points[None, :, :], axis=2)
+
+
+def _distance_to_segments(points: np.ndarray, segments: np.ndarray) -> np.ndarray:
+    """[S, P] distance of each point to each segment."""
+    start, direction = segments[:, None, :2], (segments[:, 2:] - segments[:, :2])[:, None, :]
+    squared = np.maximum((direction**2).sum(axis=2), 1e-12)
+    t = np.clip(((points[None] - start) * direction).sum(axis=2) / squared, 0, 1)
+    return np.linalg.norm(start + t[..., None] * direction - points[None], axis=2)
+
+
+def _segments_hit_boxes(segments: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """[S, B] whether a segment passes through a box (Liang-Barsky clipping)."""
+    start = segments[:, None, :2]
+    direction = (segments[:, 2:] - segments[:, :2])[:, None, :]
+    safe = np.where(np.abs(direction) < 1e-9, 1e-9, direction)
+    low, high = (boxes[None, :, :2] - start) / safe, (boxes[None, :, 2:] - start) / safe
+    enter = np.minimum(low, high).max(axis=2)
+    leave = np.maximum(low, high).min(axis=2)
+    return np.maximum(enter, 0) < np.minimum(leave, 1)
+
+
+def _cross(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """[A, B] whether segments cross."""
+
+    def side(p: np.ndarray, q: np.ndarray, r: np.ndarray) -> np.ndarray:
+        return (q[..., 0] - p[..., 0]) * (r[..., 1] - p[..., 1]) - (q[..., 1] - p[..., 1]) * (r[..., 0] - p[..., 0])
+
+    a0, a1, b0, b1 = a[:, None, :2], a[:, None, 2:], b[None, :, :2], b[None, :, 2:]
+    return (side(a0, a1, b0) * side(a0, a1, b1) < 0) & (side(b0, b1, a0) * side(b0, b1, a1) < 0)

@@ -1,0 +1,143 @@
+"""How many tokens diverge by how much: a step line a model, on a logarithmic axis across."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from itertools import pairwise
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from compare.comparison.comparison import Comparison
+from compare.comparison.noise_floor import source
+from compare.comparison.point import Point
+from compare.plot import style
+from compare.plot.axes import frame, log_ticks
+from compare.plot.captions import Texts, mixed, subtitle
+from compare.plot.distributions import Distributions, histogram
+from compare.plot.figure import Picture, PlotSettings, Say
+from compare.plot.header import MARGIN, draw_texts, make_room_for_ticks
+from compare.text import clean, shorten
+
+_TITLE = "How far tokens diverge"
+_DASHES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)), (0, (9, 2)))
+_LEGEND = 0.31  # of the figure's width
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def picture(comparison: Comparison, found: Distributions, settings: PlotSettings, log_y: bool) -> Picture:
+    title = clean(settings.title) if settings.title else _TITLE
+
+    def draw(figure: Figure, settings: PlotSettings, say: Say) -> None:
+        _draw(figure, comparison, found, title, settings.theme, log_y)
+
+    names = ", ".join(point.record.label for point in found.points)
+    return Picture((style.WIDTH, style.HEIGHT), title, f"{title}: histograms of {names}.", draw)
+
+
+def power(exponent: float) -> str:
+    """``10⁻⁴``; ``10^-2.5`` where the exponent is no whole number."""
+    return "10" + str(int(exponent)).translate(_SUPERSCRIPT) if exponent == int(exponent) else f"10^{exponent:g}"
+
+
+def outside(point: Point) -> str:
+    """``0.31 % below 10⁻¹⁰``: what the axis does not show of a model; empty where it shows all."""
+    found = histogram(point)
+    parts = [(found.below, f"below {power(found.edges[0])}"), (found.above, f"above {power(found.edges[-1])}")]
+    return ", ".join(f"{_share(count, found.total)} {where}" for count, where in parts if count)
+
+
+def _share(count: int, total: int) -> str:
+    share = count / total
+    return "< 0.01 %" if share < 1e-4 else f"{100 * share:.2g} %"
+
+
+def _draw(
+    figure: Figure, comparison: Comparison, found: Distributions, title: str, theme: style.Theme, log_y: bool
+) -> None:
+    caption = ["Tokens by the divergence of their next-token distribution from the reference's, as a share of all "
+               "tokens per factor of ten."]  # fmt: skip
+    if found.noise_floor:
+        caption.append("Shaded: full precision, whose divergence is noise.")
+    caption += mixed(comparison)
+    layout = draw_texts(figure, Texts(title, subtitle(comparison), caption), [], theme)
+    left, bottom, width, height = layout.axes_box
+    box = (left, bottom, width - _LEGEND, height)
+    ax: Any = figure.add_axes(box)
+    frame(ax, "KL divergence of a token (nats)", "Share of tokens per factor of ten")
+    handles: list[Any] = []
+    names: list[str] = []
+    room = 30 if len(found.points) <= 14 else 36
+    for point, stroke in zip(found.points, _strokes(found, theme), strict=True):
+        steps, heights = _steps(point)
+        ax.plot(steps, heights, **stroke, linewidth=1.7, zorder=3, solid_joinstyle="miter")
+        handles.append(Line2D([], [], **stroke, linewidth=1.9))
+        names.append(_name(point, shorten(point.record.label, room)))
+    for number, point in enumerate(found.noise_floor):
+        steps, heights = _steps(point)
+        alpha = 0.13 + 0.12 * (number % 3)
+        ax.fill_between(steps, 0 if not log_y else 1e-12, heights, color=theme.soft, alpha=alpha, linewidth=0, zorder=1)
+        ax.plot(steps, heights, color=theme.soft, linewidth=0.8, zorder=1.5)
+        handles.append(Patch(facecolor=theme.soft, alpha=alpha + 0.06))
+        names.append(_name(point, shorten(source(point), room)))
+    _limits(ax, found, log_y)
+    make_room_for_ticks(figure, ax, box)
+    size = style.TICK - 1 if len(names) <= 14 else style.CAPTION - 1
+    figure.legend(
+        handles=handles, labels=names, loc="upper left", bbox_to_anchor=(1 - MARGIN - _LEGEND + 0.02, bottom + height),
+        frameon=False, fontsize=size, handlelength=2.6, borderaxespad=0, borderpad=0, labelspacing=0.55,
+    )  # fmt: skip
+
+
+def _name(point: Point, label: str) -> str:
+    more = outside(point)
+    return f"{label}\n{more}" if more else label
+
+
+def _strokes(found: Distributions, theme: style.Theme) -> list[dict[str, Any]]:
+    """How each line is drawn: in its family's colour, each next of a family paler and dashed otherwise."""
+    seen: dict[str, int] = defaultdict(int)
+    result = []
+    for point, series in found.pairs:
+        rank = seen[series.name]
+        seen[series.name] += 1
+        paler = (rank + rank // len(_DASHES)) % len(_DASHES)
+        colour = found.drawing.colour(point, series, theme.dark)
+        result.append({"color": colour, "alpha": 1 - 0.13 * paler, "linestyle": _DASHES[rank % len(_DASHES)]})
+    return result
+
+
+def _steps(point: Point) -> tuple[list[float], list[float]]:
+    """The outline of a histogram, from zero to zero."""
+    found = histogram(point)
+    steps, heights = [found.edges[0]], [0.0]
+    for (a, b), density in zip(pairwise(found.edges), found.densities(), strict=True):
+        steps += [a, b]
+        heights += [density, density]
+    return [*steps, found.edges[-1]], [*heights, 0.0]
+
+
+def _limits(ax: Any, found: Distributions, log_y: bool) -> None:
+    """From the first to the last bin that holds a token; of the shares, all."""
+    ends: list[float] = []
+    peaks: list[float] = []
+    for point in found.points + found.noise_floor:
+        shown = histogram(point)
+        ends += [e for (a, b), n in zip(pairwise(shown.edges), shown.counts, strict=True) if n for e in (a, b)]
+        peaks += [density for density in shown.densities() if density]
+    low, high = (min(ends), max(ends)) if ends else (-10.0, 2.0)
+    ax.set_xlim(low - 0.02 * (high - low), high + 0.02 * (high - low))
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: power(value)))
+    top = max(peaks, default=1.0)
+    if log_y:
+        bottom = min(peaks, default=1e-4) / 1.5
+        ax.set_yscale("log")
+        ax.set_ylim(bottom, top * 1.5)
+        log_ticks(ax, top / bottom)
+    else:
+        ax.set_ylim(0, top * 1.07)
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))

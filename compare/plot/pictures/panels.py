@@ -1,0 +1,128 @@
+"""Several metrics in one picture: a panel each, one legend, one caption."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from compare.comparison.comparison import Comparison
+from compare.errors import CompareError
+from compare.plot import style
+from compare.plot.axes import draw_data
+from compare.plot.captions import Texts, caption, settings_of, title_of
+from compare.plot.header import Box, draw_texts, make_room_for_ticks
+from compare.plot.labels import draw_labels
+from compare.plot.series import Drawing
+
+MAX_PANELS = 12
+_PANEL_WIDTH, _PANEL_HEIGHT, _AROUND, _LINE = (
+    6.0,
+    4.2,
+    1.65,
+    0.2,
+)  # inches; around: title and legend; a line of the caption
+_HEADING, _FOOT, _GAP = 0.62, 0.62, 0.35  # inches of a panel above and below its axes, and between panels
+_MAX_LABELS = 30
+
+Panels = Sequence[tuple[Comparison, Drawing]]
+
+
+def columns_of(count: int) -> int:
+    """How many panels stand beside one another."""
+    return count if count <= 3 else 2 if count == 4 else 3
+
+
+def new_figure(panels: Panels) -> Figure:
+    """An empty figure, as large as the panels need. Raises CompareError for more than can be read."""
+    if len(panels) > MAX_PANELS:
+        raise CompareError(
+            f"{len(panels)} metrics are more than one picture can show ({MAX_PANELS}); name fewer, or draw their --mean"
+        )
+    columns = columns_of(len(panels))
+    rows = -(-len(panels) // columns)
+    height = _AROUND + rows * _PANEL_HEIGHT + _LINE * len(_captions(panels))
+    return Figure(figsize=(columns * _PANEL_WIDTH, height), dpi=style.DPI)
+
+
+def draw(figure: Figure, panels: Panels, title: str | None, theme: style.Theme) -> int:
+    """Draw everything; returns how many points stay without a label."""
+    models = len({p.record.identity[1:] for _, drawing in panels for p in drawing.points + drawing.references})
+    texts = Texts(title_of_all(panels, title), f"{models} models", _captions(panels))
+    layout = draw_texts(figure, texts, [drawing for _, drawing in panels], theme)
+    unlabelled = 0
+    for box, (comparison, drawing) in zip(_boxes(figure, layout.axes_box, len(panels)), panels, strict=True):
+        ax = figure.add_axes(_inner(figure, box))
+        draw_data(ax, comparison, drawing, theme)
+        _shorten(ax)
+        make_room_for_ticks(figure, ax, _inner(figure, box))
+        _heading(figure, box, comparison, theme)
+        unlabelled += draw_labels(ax, comparison, drawing, theme, layout.legend_shown, _MAX_LABELS)
+    return unlabelled
+
+
+def title_of_all(panels: Panels, title: str | None) -> str:
+    names = {comparison.metric.name for comparison, _ in panels}
+    first = panels[0][0]
+    if title or len(names) == 1:
+        return title_of(first, title)
+    return f"{len(panels)} metrics by {first.axis.short}"
+
+
+def _captions(panels: Panels) -> list[str]:
+    """What the marks mean, each statement once, and the best model of each metric within a budget."""
+    lines = dict.fromkeys(line for panel in panels for line in caption(*panel, alone=False))
+    verdicts = [
+        f"{comparison.metric.label}: {comparison.verdict.headline(comparison.metric)}."
+        for comparison, _ in panels
+        if comparison.verdict is not None
+    ]
+    return [*lines, *verdicts]
+
+
+def _boxes(figure: Figure, area: Box, count: int) -> list[Box]:
+    """Panels in rows from the upper left corner."""
+    left, bottom, width, height = area
+    columns = columns_of(count)
+    rows = -(-count // columns)
+    gap = _GAP / figure.get_figwidth()
+    wide = (width - gap * (columns - 1)) / columns
+    bottom -= 0.5 / figure.get_figheight()  # `draw_texts` left room for the tick labels of one plot
+    high = (height + 0.5 / figure.get_figheight()) / rows
+    return [
+        (left + (i % columns) * (wide + gap), bottom + (rows - 1 - i // columns) * high, wide, high)
+        for i in range(count)
+    ]
+
+
+def _inner(figure: Figure, box: Box) -> Box:
+    """Where a panel's axes and their tick labels go."""
+    inch = 1 / figure.get_figheight()
+    left, bottom, width, height = box
+    return left, bottom + _FOOT * inch, width, height - (_HEADING + _FOOT) * inch
+
+
+def _shorten(ax: Any) -> None:
+    """The metric's name no longer than its axis."""
+    name = ax.yaxis.label
+    while name.get_window_extent().height > ax.get_window_extent().height and name.get_fontsize() > style.CAPTION - 1:
+        name.set_fontsize(name.get_fontsize() - 0.5)
+
+
+def _heading(figure: Figure, box: Box, comparison: Comparison, theme: style.Theme) -> None:
+    """The metric, and what it is over."""
+    left, bottom, width, height = box
+    inch, top = 1 / figure.get_figheight(), bottom + height
+    room = width * figure.bbox.width
+    about = "  ·  ".join(filter(None, (comparison.protocol.text, *settings_of(comparison.protocol))))
+    for text, size, drop, colour, weight in (
+        (comparison.metric.label, style.SUBTITLE + 1, 0.05, theme.ink, "bold"),
+        (about, style.CAPTION + 0.5, 0.28, theme.soft, "normal"),
+    ):
+        artist: Any = figure.text(
+            left, top - drop * inch, text, fontsize=size, color=colour, weight=weight, va="top", ha="left"
+        )
+        while artist.get_window_extent().width > room and len(text) > 8:
+            text = text[:-2].rstrip("… ") + "…"
+            artist.set_text(text)

@@ -1,0 +1,242 @@
+"""From a ``results_*.json`` to records. Anything may stand in such a file; what does not fit is said by name.
+
+The file format is the harness' own (``EvaluationTracker.save_results_aggregated``), plus ``config.quantization``
+and the ``configs.TASK.metadata`` of this project's perplexity tasks.
+"""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from compare.results.discover import Problem, find_result_files
+from compare.results.divergence import read_divergence
+from compare.families import canonical_family
+from compare.results.groups import Tree, common, group_tree, leaves, total
+from compare.results.label_index import Relabelling
+from compare.results.provenance import Run
+from compare.results.records import Metric, ProtocolRecord, Quantization, Record
+from compare.results.stock_models import stock_quantization
+from compare.text import clean, split_colour_tag
+from compare.results.values import count, flag, mapping, mapping_or_none, number, positive, scalar, text, whole
+
+# A harness result file is some 10 kB a task; samples stand in files of their own.
+MAX_BYTES = 64 * 1024 * 1024
+_LOGLIKELIHOODS = {"multiple_choice", "loglikelihood", "loglikelihood_rolling"}
+_NOT_METRICS = {"alias", "name", "sample_len", "sample_count", "samples"}
+
+
+@dataclass
+class Reading:
+    """What was found below the paths given."""
+
+    records: list[Record] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+
+def read_results(paths: Iterable[Path]) -> Reading:
+    """Every record below `paths`; files that hold none are in `problems`, with the reason."""
+    files, problems = find_result_files(paths)
+    reading = Reading(problems=problems)
+    relabelled = Relabelling()
+    for file in files:
+        try:
+            reading.records.extend(relabelled(file, read_file(file)))
+        except ValueError as error:
+            reading.problems.append(Problem(file, str(error)))
+        except OSError as error:
+            reading.problems.append(Problem(file, error.strerror or str(error)))
+    return reading
+
+
+def read_file(path: Path) -> list[Record]:
+    """The records of one file. ValueError (what is wrong) or OSError (why it cannot be read) otherwise."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("is not a regular file")
+    if status.st_size > MAX_BYTES:
+        raise ValueError(f"has {status.st_size:,} bytes, more than any result file")
+    content = mapping_or_none(_parse(path.read_bytes()))
+    if content is None or not isinstance(content.get("results"), dict):
+        raise ValueError('is not a harness result file (expected an object with "results")')
+    tree = group_tree(content)
+    records = [
+        record
+        for task, figures in (mapping(content, "groups") | content["results"]).items()
+        if isinstance(figures, dict) and (record := _record(path, content, tree, task, figures, status.st_mtime))
+    ]
+    if not records:
+        raise ValueError("holds no task with a figure")
+    return records
+
+
+def _parse(data: bytes) -> object:
+    if not data.strip():
+        raise ValueError("is empty")
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("is nested too deeply for a result file") from None
+    except UnicodeDecodeError:
+        raise ValueError("is not text (not UTF-8)") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not JSON, or is cut off (line {error.lineno}: {error.msg})") from None
+    except ValueError as error:
+        raise ValueError(f"is not usable JSON ({clean(str(error))})") from None
+
+
+def _record(
+    path: Path, content: dict[str, Any], tree: Tree, task: str, figures: dict[str, Any], modified: float
+) -> Record | None:
+    directions = mapping(content, "higher_is_better")
+    metrics = _metrics(figures, lambda name: common(tree, task, lambda t: flag(mapping(directions, t).get(name))))
+    if not metrics:
+        return None
+    config = mapping(content, "config")
+    model = text(config.get("model"))
+    arguments = model_arguments(config.get("model_args"))
+    checkpoint = _checkpoint_name(arguments)
+    quantization = _quantization(config, arguments, checkpoint)
+    if quantization.nan_loglikelihoods and _rests_on_loglikelihoods(content, tree, task):
+        metrics = {key: replace(metric, value=None, stderr=None) for key, metric in metrics.items()}
+    raw_label = mapping(config, "quantization").get("label")
+    stock_name = " ".join(part for part in (model, checkpoint) if part) or text(content.get("model_name"))
+    label, colour = split_colour_tag(text(raw_label) or stock_name or path.stem)
+    return Record(
+        label=label or stock_name or path.stem,
+        colour=colour,
+        task=clean(task),
+        alias=text(figures.get("alias")).lstrip(" -"),
+        groups=tree,
+        metrics=metrics,
+        quantization=quantization,
+        protocol=_protocol(content, tree, task),
+        model=model,
+        checkpoint=checkpoint,
+        run=Run.of(content, task),
+        date=number(content.get("date")) or modified,
+        file=path,
+        divergence=read_divergence(mapping(mapping(mapping(content, "configs"), task), "metadata")),
+    )
+
+
+def _metrics(figures: dict[str, Any], direction: Callable[[str], bool | None]) -> dict[str, Metric]:
+    metrics: dict[str, Metric] = {}
+    for key, value in figures.items():
+        name, _, filter_name = key.partition(",")
+        if name in _NOT_METRICS or name.endswith("_stderr") or not _is_figure(value):
+            continue
+        stderr = number(figures.get(f"{name}_stderr,{filter_name}" if filter_name else f"{name}_stderr"))
+        metrics[clean(key)] = Metric(
+            value=number(value),
+            stderr=stderr if stderr is None or stderr >= 0 else None,
+            higher_is_better=direction(name),
+        )
+    return metrics
+
+
+def _rests_on_loglikelihoods(content: dict[str, Any], tree: Tree, task: str) -> bool:
+    """Whether a task's figures come of log-likelihoods; of windows they do not, whose task looks at each itself."""
+    configs = mapping(content, "configs")
+    tasks = [mapping(configs, leaf) for leaf in leaves(tree, task)]
+    return any(
+        text(config.get("output_type")) in _LOGLIKELIHOODS and not mapping(config, "metadata").get("protocol")
+        for config in tasks
+    )
+
+
+def _is_figure(value: object) -> bool:
+    """Numbers, and null, which stands for a number that could not be formed."""
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+
+
+def _quantization(config: dict[str, Any], arguments: dict[str, str], checkpoint: str) -> Quantization:
+    said = mapping_or_none(config.get("quantization"))
+    if said is None:
+        return stock_quantization(config, arguments, checkpoint)
+    notes = said.get("notes")
+    return Quantization(
+        known=True,
+        family=canonical_family(text(said.get("family")) or "unknown"),
+        scheme=text(said.get("scheme")),
+        layer_bpw=positive(said.get("layer_bpw")),
+        head_bpw=positive(said.get("head_bpw")),
+        vram_gb=positive(said.get("vram_gb")),
+        file_bpw=positive(said.get("file_bpw")),
+        weight_bytes=count(said.get("weight_bytes")),
+        layer_parameters=count(said.get("layer_parameters")),
+        kv_bytes_per_token=count(said.get("kv_bytes_per_token")),
+        kv_cache_dtype=text(said.get("kv_cache_dtype")),
+        engine=text(said.get("engine")),
+        engine_version=text(said.get("engine_version")),
+        kernel=text(said.get("kernel")) or None,
+        dtype=text(said.get("dtype")),
+        device=text(said.get("device")),
+        revision=text(said.get("revision")),
+        scoring=text(said.get("scoring")),
+        tokens_per_second=positive(said.get("tokens_per_second")),
+        peak_vram_gb=positive(said.get("peak_vram_gb")),
+        kv_pool_gb=positive(said.get("kv_pool_gb")),
+        nan_loglikelihoods=count(said.get("nan_loglikelihoods")) or 0,
+        notes=tuple(text(note) for note in notes if isinstance(note, str)) if isinstance(notes, list) else (),
+    )
+
+
+def _protocol(content: dict[str, Any], tree: Tree, task: str) -> ProtocolRecord:
+    metadata = mapping(mapping(mapping(content, "configs"), task), "metadata")
+    return ProtocolRecord(
+        name=text(metadata.get("protocol")),
+        eval_len=whole(metadata.get("eval_len")),
+        stride=whole(metadata.get("stride")),
+        windows=whole(metadata.get("windows")),
+        scored_tokens=whole(metadata.get("scored_tokens")),
+        tokens_sha256=text(metadata.get("tokens_sha256")) or None,
+        text=text(metadata.get("text")),
+        tokenizer=text(metadata.get("tokenizer")),
+        harness=tuple(_harness_settings(content, tree, task)),
+    )
+
+
+def _harness_settings(content: dict[str, Any], tree: Tree, task: str) -> Iterator[str]:
+    """What two numbers of a task without token windows must have in common to be compared."""
+    counts = mapping(content, "n-samples")
+    yield f"version {scalar(mapping(content, 'versions').get(task))}"
+    samples = total(tree, task, lambda t: whole(mapping(counts, t).get("effective")))
+    yield f"{samples if samples is not None else 'unknown'} samples"
+    shots = common(tree, task, lambda t: mapping(content, "n-shot").get(t))
+    yield f"{scalar(shots) or 'unknown'}-shot"
+    if task in tree:
+        yield f"{len(leaves(tree, task))} subtasks"
+    if content.get("chat_template"):
+        yield "chat template"
+    if content.get("system_instruction"):
+        yield f"system prompt {text(content.get('system_instruction_sha'))[:8]}".strip()
+    config = mapping(content, "config")
+    kinds = [mapping(mapping(content, "configs"), leaf).get("output_type") for leaf in [task, *leaves(tree, task)]]
+    bos = mapping(mapping(config, "quantization"), "bos").get("add_bos_token")
+    if isinstance(bos, bool):
+        yield f"add_bos_token {bos}"
+    if config.get("gen_kwargs") and "generate_until" in kinds:
+        yield f"gen_kwargs {clean(json.dumps(config['gen_kwargs'], sort_keys=True, ensure_ascii=False))}"
+
+
+def model_arguments(said: object) -> dict[str, str]:
+    """``config.model_args``, a dict or ``"key=value,key=value"``, as a dict of strings."""
+    if isinstance(said, dict):
+        return {str(key): scalar(value) for key, value in said.items()}
+    if not isinstance(said, str):
+        return {}
+    pairs = (part.split("=", 1) for part in said.split(",") if "=" in part)
+    return {key.strip(): value.strip() for key, value in pairs}
+
+
+def _checkpoint_name(arguments: dict[str, str]) -> str:
+    for key in ("pretrained", "model", "path", "gguf_file", "filename"):
+        if arguments.get(key):
+            path = PurePosixPath(arguments[key].replace("\\", "/"))
+            return clean(path.name)
+    return ""

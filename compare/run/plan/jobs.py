@@ -1,0 +1,158 @@
+"""What is to be run: one `Job` a model, made of its entry, the data spec and the flags; and the key of its result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compare.errors import CompareError
+from compare.results.label_index import Presentation
+from compare.run.plan.job import Job
+from compare.run.specs.engines import LOAD_FNS, PATH_ARGUMENTS, TAKES_TOKENIZER
+from compare.run.specs.loading import Entry
+from compare.run.specs.paths import absolute, resolve, trained_context
+from compare.run.specs.schema import DataSpec, GuideModel, HarnessOptions
+
+GIB = 1024**3
+
+# Data sets that have a task under their own name; every other goes by `text_strided`, the same task.
+_TASK_OF = {"wiki2": "wiki2_strided", "wikitext2": "wiki2_strided", "sample": "sample_strided"}
+_OTHER_TEXT = "text_strided"
+STRIDED = frozenset({*_TASK_OF.values(), _OTHER_TEXT})
+
+# compare_q loads a model for `window + 512` tokens; the argument that says so
+_SIZE_ARGUMENT = {"vllm_nvfp4": "max_model_len", "llamacpp": "max_length"}
+_HEADROOM = 512
+
+
+def _options(options: HarnessOptions, file: Path) -> dict[str, Any]:
+    given, missing = resolve(options.model_dump(exclude_none=True), file.parent, ("include_path",))
+    if missing:
+        raise CompareError(f"{file}: {missing}")
+    return given
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """The settings that all jobs of one command share."""
+
+    data: DataSpec | None = None
+    data_file: Path | None = None
+    tasks: tuple[str, ...] = ()
+    limit: float | None = None
+    log_samples: bool = False
+
+    def job(self, entry: Entry) -> Job:
+        """What `entry` asks for. Raises CompareError where nothing says which task to run."""
+        spec, folder = entry.spec, entry.file.parent
+        unavailable = None
+        if isinstance(spec, GuideModel):
+            row = LOAD_FNS[spec.load_fn]
+            model, unavailable = row.model, row.unavailable
+            args: dict[str, Any] = dict(row.args)
+            if isinstance(spec.model_dir, list):
+                args |= {"pretrained": spec.model_dir[0], "override_tensors": spec.model_dir[1]}
+            else:
+                args["pretrained"] = spec.model_dir
+            reference, first = False, spec.out_logits is not None
+            out_logits = absolute(spec.out_logits, folder) if spec.out_logits else None
+        else:
+            model, args, reference, first, out_logits = spec.model, {}, spec.reference, spec.reference, None
+        args |= spec.args
+        args, missing = resolve(args, folder)
+        tasks = self._tasks(entry)
+        metadata = self._metadata(tasks)
+        if "tokenizer" in metadata and model in TAKES_TOKENIZER:
+            args.setdefault("tokenizer", metadata["tokenizer"])
+        if isinstance(spec, GuideModel) and STRIDED.issuperset(tasks):
+            self._size(model, args, metadata)
+        bits = spec.override_vram_bits
+        name = str(args.get("pretrained", model)).rstrip("/")
+        shown = Presentation(
+            label=spec.label or Path(name).name or name,
+            family=spec.family,
+            reference=reference,
+            layer_bpw=spec.override_bpw_layer,
+            head_bpw=spec.override_bpw_head,
+            vram_gb=None if bits is None else bits / 8 / GIB,
+        )
+        options = _options(self.data.options, self.data_file) if self.data and self.data_file else {}
+        options |= _options(spec.options, entry.file)
+        return Job(
+            shown=shown,
+            model=model,
+            args=args,
+            tasks=tasks,
+            metadata=metadata,
+            options=options,
+            limit=self.limit,
+            gpus=spec.gpus,
+            first=first,
+            out_logits=out_logits,
+            log_samples=self.log_samples,
+            source=entry.source,
+            unavailable=unavailable or missing,
+        )
+
+    def _tasks(self, entry: Entry) -> tuple[str, ...]:
+        data = self.data
+        chosen = self.tasks or entry.spec.tasks or (data.tasks if data else None)
+        if chosen:
+            return tuple(chosen)
+        if data is None:
+            raise CompareError(f'{entry.source}: no task: give a data spec with -d, --tasks, or "tasks" in the entry')
+        return (_OTHER_TEXT,) if self._other_text(data) else (_TASK_OF[str(data.dataset).lower()],)
+
+    @staticmethod
+    def _other_text(data: DataSpec) -> bool:
+        told = (data.dataset_path, data.dataset_name, data.dataset_split, data.text_column, data.dataset_files)
+        return any(told) or str(data.dataset).lower() not in _TASK_OF
+
+    def blank_rows(self) -> str:
+        """Whether blank rows stay: in WikiText-2 (the guide's compare_q) and own texts, not in other data sets.
+
+        The first compare_q knew WikiText-2 alone and kept them; the later one, which knew the others, dropped them.
+        """
+        data = self.data
+        if data is None or data.blank_rows:
+            return (data.blank_rows if data else None) or "keep"
+        return "drop" if self._other_text(data) and not data.text_path else "keep"
+
+    def _metadata(self, tasks: Sequence[str]) -> dict[str, Any]:
+        data = self.data
+        if data is None or self.data_file is None:
+            return {}
+        folder = self.data_file.parent
+        said: dict[str, Any] = {"tokenizer": data.tokenizer_dir, "text_path": data.text_path, "bos": data.bos}
+        said["blank_rows"] = self.blank_rows() if data.dataset or data.dataset_path else data.blank_rows
+        if STRIDED.intersection(tasks):
+            said |= {
+                "dataset": data.dataset,
+                "eval_len": data.eval_len,
+                "stride": data.eval_stride,
+                # none in the spec: all, as in compare_q; without a data set it is the task that says
+                "max_rows": data.max_rows if data.max_rows or data.dataset else None,
+                "dataset_path": data.dataset_path,
+                "dataset_name": data.dataset_name,
+                "dataset_split": data.dataset_split,
+                "dataset_files": data.dataset_files,
+                "text_column": data.text_column,
+                "max_text_rows": data.max_text_rows or None,
+                "warmup_tokens": data.warmup_tokens or None,
+                "chat_template": data.chat_template or None,
+            }
+        said = {name: value for name, value in said.items() if value is not None}
+        resolved, missing = resolve(said | data.metadata, folder, (*PATH_ARGUMENTS, "text_path"))
+        if missing:
+            raise CompareError(f"{self.data_file}: {missing}")
+        return resolved
+
+    def _size(self, model: str, args: dict[str, Any], metadata: dict[str, Any]) -> None:
+        name, eval_len = _SIZE_ARGUMENT.get(model), metadata.get("eval_len")
+        if name is None or eval_len is None or name in args:
+            return
+        size = eval_len + _HEADROOM * (2 if metadata.get("chat_template") else 1)
+        trained = trained_context(args.get("pretrained"))
+        args[name] = min(size, trained) if trained else size

@@ -1,0 +1,1 @@
+"""Jobs to processes: local and Ray pools, one harness process per model."""

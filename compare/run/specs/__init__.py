@@ -1,0 +1,1 @@
+"""Spec files: their schema, loading, paths, and which harness model an entry means."""

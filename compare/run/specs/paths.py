@@ -1,0 +1,65 @@
+"""Paths in specs: what counts as one, where it is, and what a checkpoint folder says of its context."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from compare.run.specs.engines import PATH_ARGUMENTS
+
+
+def trained_context(pretrained: Any) -> int | None:
+    """max_position_embeddings of a checkpoint folder; None where it does not say."""
+    try:
+        config = json.loads((Path(pretrained) / "config.json").read_bytes())
+        value = (config.get("text_config") or config).get("max_position_embeddings")
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+        return None
+    return value if isinstance(value, int) and value > 0 else None
+
+
+def resolve(
+    args: dict[str, Any], folder: Path, names: Sequence[str] = PATH_ARGUMENTS
+) -> tuple[dict[str, Any], str | None]:
+    """`args` with paths counted from `folder`, and the first one that must be a path and is not there."""
+    resolved, missing = dict(args), None
+    for name in names:
+        value = args.get(name)
+        if isinstance(value, list):
+            parts = [_path(str(item), folder) for item in value]
+            resolved[name] = [part for part, _ in parts]
+            missing = missing or next((problem for _, problem in parts if problem), None)
+        elif isinstance(value, str):
+            resolved[name], problem = _path(value, folder)
+            missing = missing or problem
+    return resolved, missing
+
+
+def absolute(text: str, folder: Path) -> Path:
+    """The path that `text` means, counted from `folder`, whether it is there or not."""
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError:  # "~" and a user that is not there
+        path = Path(text)
+    # links stay: the hub's cache keeps suffixes in their names
+    return Path(os.path.abspath(folder / path))  # noqa: PTH100
+
+
+def exists(path: Path) -> bool:
+    """Whether a path is there; a text that cannot be a path, such as one too long, is none."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
+def _path(text: str, folder: Path) -> tuple[str, str | None]:
+    """An existing path as an absolute one; a name that is none stays: it is a hub id, if it can be one."""
+    path = absolute(text, folder)
+    if exists(path):
+        return str(path), None
+    looks_local = text.startswith((".", "~", "/")) or text.count("/") > 1 or text.endswith((".gguf", ".safetensors"))
+    return (text, f"no such file or folder: {path}") if looks_local else (text, None)

@@ -1,0 +1,39 @@
+"""Token windows on every model of the harness, its own ones included.
+
+`evaluate()` looks up a request's type on the model, as a method, by name. Ours is `score_token_windows`, which
+importing this module adds to the harness' `LM`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lm_eval.api.model import LM
+
+from lmeval_ext.errors import UserError
+from lmeval_ext.models.vllm.stock import GENERATE_ONE_TOKEN
+from lmeval_ext.requests import REQUEST_TYPE, WindowRequest, check_length
+
+
+def score_token_windows(model: Any, requests: list[WindowRequest]) -> Any:
+    """Method of every `LM`: the model's own token-level scoring, once the windows are known to fit.
+
+    Raises UserError where the model scores no tokens, or a window is longer than its context: stock models
+    would drop the window's start, and score other positions than the result says.
+    """
+    # Underscored in lm-eval 0.4.13, but the method that TemplateLM declares abstract and every token-level
+    # model implements; tests/tasks/test_perplexity.py fails when it goes.
+    score = getattr(model, "_loglikelihood_tokens", None)
+    if score is None:
+        raise UserError(
+            f"the model {type(model).__name__} does not score token ids, which perplexity windows are made of; use "
+            "vllm_nvfp4, hf_quant, llamacpp, or the harness' hf or vllm"
+        )
+    limit = getattr(model, "max_length", None)
+    if isinstance(limit, int):
+        spare = any(kind.__module__ in GENERATE_ONE_TOKEN for kind in type(model).__mro__)
+        check_length(requests, limit - spare, "less the one token that vLLM generates" if spare else "")
+    return score(requests)
+
+
+setattr(LM, REQUEST_TYPE, score_token_windows)

@@ -1,0 +1,72 @@
+"""Loading errors of Transformers as one line with the next step."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lmeval_ext.errors import MissingEngineError, UserError, first_line
+from lmeval_ext.models.loading import explain_load
+
+
+def explain(error: Exception, pretrained: Any, tokenizer: Any = None) -> Exception:
+    """A loading error as something that the user can act on."""
+    text = str(error)
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return UserError(
+            f"{pretrained}: out of GPU memory while loading; use dtype=float16, device=cpu, or parallelize=True over "
+            "several GPUs"
+        )
+    if isinstance(error, ImportError):
+        return MissingEngineError(f"{pretrained}: {first_line(error)}; or pip install 'lmeval-ext[quant]'")
+    missing = None if isinstance(error, UserError) else what_is_missing(pretrained, tokenizer)
+    if missing:
+        return UserError(missing)
+    if "trust_remote_code" in text:
+        return explain_load(error, pretrained, "if you trust the code in that folder, add trust_remote_code=True")
+    if "model type" in text or "Unrecognized" in text:
+        return explain_load(error, pretrained, "this Transformers does not know the model")
+    if isinstance(error, OSError):
+        hint = "give a checkpoint folder with config.json and safetensors weights, or a hub id that can be reached"
+        return explain_load(error, pretrained, hint)
+    return explain_load(error, pretrained)
+
+
+# Any of these makes a tokenizer; those that are JSON can be looked into.
+_TOKENIZERS = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
+    "tekken.json", "tiktoken.model",
+)  # fmt: skip
+
+
+def what_is_missing(pretrained: Any, tokenizer: Any = None) -> str | None:
+    """Why a local checkpoint folder cannot be loaded, if that can be seen from its small files; None if it cannot.
+
+    tokenizer: the argument of that name; with one, the folder needs no tokenizer of its own.
+    """
+    folder = Path(pretrained) if isinstance(pretrained, str) else None
+    if folder is None or not folder.is_dir():
+        return None
+    if not (folder / "config.json").is_file():
+        return f"pretrained={pretrained!r}: no config.json there; copy it from where the weights come from"
+    if tokenizer:
+        return None
+    found = [folder / name for name in _TOKENIZERS if (folder / name).is_file()]
+    if not found:
+        return (
+            f"pretrained={pretrained!r}: no tokenizer there ({', '.join(_TOKENIZERS[:2])}, …); copy it from the "
+            "original model, or name one with tokenizer="
+        )
+    for path in (*found, folder / "tokenizer_config.json"):
+        if path.suffix == ".json" and path.is_file():
+            try:
+                json.loads(path.read_bytes())
+            except (ValueError, RecursionError) as error:
+                reason = " ".join(str(error).split())
+                return f"{path} is not valid JSON ({reason}); download the file again"
+            except OSError as error:
+                return f"{path} cannot be read ({error.strerror}); check its permissions"
+    return None

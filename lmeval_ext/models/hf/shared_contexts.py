@@ -1,0 +1,111 @@
+"""Multiple choice on a Transformers model: a context is computed once, and its choices on top of its keys and values.
+
+The harness' `hf` runs a context again for every choice of more than one token. Tried with transformers 5.19.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+
+from lmeval_ext.models.shared_contexts import Group, common_prefix
+from lmeval_ext.models.target_logprobs import logprobs_of_targets
+
+Answer = tuple[float, bool]
+
+# Rotary embeddings whose frequencies depend on how long the sequence is: parts would be computed for another length.
+_LENGTH_DEPENDENT = ("dynamic", "longrope")
+
+
+def can_share(config: Any) -> bool:
+    """Whether a causal model of this config gives the same in parts as whole; its cache is checked as it comes.
+
+    Models that also see pictures count positions in ways of their own.
+    """
+    text = config.get_text_config()
+    if text is not config:
+        return False
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    kinds = {str(value) for key, value in _items(rope) if key in ("rope_type", "type")}
+    return not kinds & set(_LENGTH_DEPENDENT)
+
+
+def _items(tree: Any) -> Iterator[tuple[Any, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):  # one set a kind of layer
+            yield from _items(value)
+        yield key, value
+
+
+class NotShared(Exception):
+    """This model's cache is not plain keys and values of every position: sliding windows, recurrent layers, …"""
+
+
+class SharedContexts:
+    """Scores groups of requests; what neighbouring contexts share (few-shot examples) is computed once, too.
+
+    model: a causal language model. keeps: whether its forward takes `logits_to_keep`. vocabulary: what the softmax
+    runs over.
+    """
+
+    def __init__(self, model: Any, vocabulary: int, keeps: bool, device: torch.device) -> None:
+        self._model, self._vocabulary, self._keeps, self._device = model, vocabulary, keeps, device
+        self._ids: tuple[int, ...] = ()
+        self._held: list[tuple[torch.Tensor, torch.Tensor]] = []  # keys and values of _ids, a pair a layer
+
+    @torch.inference_mode()
+    def score(self, group: Group, rows: int) -> Iterator[tuple[int, Answer]]:
+        """(request, answer) for each request of a group, `rows` of its tails at a time."""
+        self._advance(group.context)
+        order = sorted(range(len(group.tails)), key=lambda i: -len(group.tails[i]))
+        for start in range(0, len(order), rows):
+            part = order[start : start + rows]
+            tails = [group.tails[i] for i in part]
+            length = len(tails[0])
+            ids = torch.zeros((len(tails), length), dtype=torch.int64)
+            for row, tail in enumerate(tails):
+                ids[row, : len(tail)] = torch.tensor(tail)
+            logits = self._forward(ids, self._cache(len(tails), len(self._ids)), length).logits
+            for row, i in enumerate(part):
+                for request, targets in group.wanted[i]:
+                    end = len(group.tails[i])
+                    picked = logits[row, end - len(targets) : end]
+                    logprobs, greedy = logprobs_of_targets(picked, torch.tensor(targets), self._vocabulary)
+                    yield request, (float(logprobs.sum(dtype=np.float64)), bool(greedy.all()))
+
+    def _advance(self, context: Sequence[int]) -> None:
+        """Hold keys and values of `context`, those of the last one kept as far as both are the same."""
+        kept = common_prefix(self._ids, context)
+        self._held = [(k[:, :, :kept], v[:, :, :kept]) for k, v in self._held] if kept else []
+        self._ids = tuple(context[:kept])
+        if len(context) > kept:
+            cache = self._cache(1, kept)
+            filled = self._forward(torch.tensor([list(context[kept:])]), cache, 1)
+            self._held = _keys_and_values(getattr(filled, "past_key_values", None), len(context))
+            self._ids = tuple(context)
+
+    def _cache(self, rows: int, length: int) -> Any:
+        if not length:
+            return None  # the model makes one of the kind that it needs
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(self._held):
+            cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), layer)
+        return cache
+
+    def _forward(self, ids: torch.Tensor, cache: Any, keep: int) -> Any:
+        more = {"logits_to_keep": keep} if self._keeps else {}
+        return self._model(input_ids=ids.to(self._device), past_key_values=cache, use_cache=True, **more)
+
+
+def _keys_and_values(cache: Any, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values [1, heads, length, dim] of each layer. Raises NotShared where that is not what a layer has."""
+    layers = getattr(cache, "layers", None) or []
+    found = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers]
+    plain = all(type(layer).__name__ == "DynamicLayer" for layer in layers)
+    if not found or not plain or any(k is None or v is None or k.shape[-2] != length for k, v in found):
+        raise NotShared
+    return found

