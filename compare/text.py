@@ -6,6 +6,7 @@ A label may carry a colour as one bracketed word at its start or end, as in ExLl
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 
@@ -90,3 +91,21 @@ def and_more(names: list[str], limit: int = 8) -> str:
     if len(names) <= limit:
         return ", ".join(names)
     return f"{', '.join(names[:limit])} and {len(names) - limit} more"
+
+
+def figure_text(value: float | None, digits: str) -> str:
+    return "–" if value is None else format(value, digits)
+
+
+def metric_text(value: float | None, stderr: float | None = None) -> str:
+    """``25.0648 ± 0.87``: four decimals (four digits where they would vanish), the error to two digits."""
+    if value is None:
+        return "–"
+    text = f"{value:.4f}" if abs(value) >= 0.1 or value == 0 else f"{value:.4g}"
+    return text if stderr is None else f"{text} ± {_two_digits(stderr)}"
+
+
+def _two_digits(value: float) -> str:
+    if value < 1e-4:
+        return f"{value:.2g}"
+    return f"{value:.{max(0, 1 - math.floor(math.log10(value)))}f}"

@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 
 from compare.comparison.axis import AXES, MEMORY
+from compare.comparison.comparison import Options
+from compare.errors import CompareError
 
 
 def add_selection(parser: argparse.ArgumentParser) -> None:
@@ -75,6 +77,30 @@ def add_log_y(parser: argparse.ArgumentParser) -> None:
         "--log-y",
         action=argparse.BooleanOptionalAction,
         help="logarithmic metric axis (default: for KL divergences only)",
+    )
+
+
+def options_of(arguments: argparse.Namespace, sort: str = "family") -> Options:
+    """The typed options of `add_selection` and `add_choice`. Raises CompareError for flags that do not fit together."""
+    budget, context = arguments.budget, arguments.context
+    if context is None and (budget is not None or arguments.x == MEMORY):
+        asked = "--budget" if budget is not None else "--x memory"
+        raise CompareError(f"{asked} needs --context TOKENS, what the KV cache shall hold, e.g. --context 8192")
+    if context is not None and budget is None and arguments.x != MEMORY:
+        raise CompareError("--context is for --budget GB or --x memory; add one of them")
+    return Options(
+        metrics=tuple(arguments.metric),
+        subtasks=arguments.subtasks,
+        mean=arguments.mean,
+        axis=arguments.x or (MEMORY if budget is not None else "bpw"),
+        pareto=arguments.pareto,
+        budget=budget,
+        context=context,
+        mask=arguments.mask,
+        max_x=arguments.max_x,
+        max_y=arguments.max_y,
+        allow_mixed=arguments.allow_mixed,
+        sort=sort,
     )
 
 

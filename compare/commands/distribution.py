@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from compare.commands.common import options_of
 from compare.comparison.load import load_comparisons
 from compare.console import say
 from compare.errors import NOTHING_USABLE, CompareError
@@ -28,7 +29,7 @@ def run(arguments: argparse.Namespace, output: Path | None) -> int:
     flag = "--spread" if arguments.spread else "--histogram"
     _check(arguments, flag, output)
     arguments.metric = arguments.metric or [KLD]
-    (comparison,) = load_comparisons(arguments)
+    (comparison,) = load_comparisons(arguments.paths, options_of(arguments))
     if comparison.metric.metric != KLD:
         raise CompareError(f"{flag} is of {KLD} only, not of {comparison.metric.label}")
     from compare.plot import distributions, figure

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
-from compare.commands.common import add_choice, add_log_y, add_selection
-from compare.comparison.comparison import Comparison
-from compare.comparison.load import compare_records, load_records
+from compare.commands.common import add_choice, add_log_y, add_selection, options_of
+from compare.comparison.build import build_comparisons
+from compare.comparison.comparison import Comparison, Options
+from compare.comparison.load import load_records
 from compare.console import say
 from compare.errors import CompareError
 from compare.metrics import KLD
@@ -36,13 +38,14 @@ def run(arguments: argparse.Namespace) -> int:
             notices.append(message)
             say(message)
 
-    records = load_records(arguments, note)
+    options = options_of(arguments)
+    records = load_records(arguments.paths, note)
     axes = (
         [arguments.x] if arguments.x else ["memory", "bpw", "vram"] if arguments.budget is not None else ["bpw", "vram"]
     )
-    by_axis = [compare_records(arguments, records, axis=axis) for axis in axes]
+    by_axis = [build_comparisons(records, replace(options, axis=axis)) for axis in axes]
     comparisons = list(zip(*by_axis, strict=True))  # a metric each, on every axis
-    divergences = _divergences(arguments, records, axes[-1] if arguments.x else "bpw", note)
+    divergences = _divergences(replace(options, axis=axes[-1] if arguments.x else "bpw"), records, note)
     from compare.files import write_atomically
     from compare.report.build import build
 
@@ -52,16 +55,14 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _divergences(
-    arguments: argparse.Namespace, records: list[Record], axis: str, note: Callable[[str], None]
-) -> list[Comparison]:
+def _divergences(options: Options, records: list[Record], note: Callable[[str], None]) -> list[Comparison]:
     """A comparison of each task that was measured against a reference, whatever metric the page is of."""
     tasks = list(dict.fromkeys(r.task for r in records if f"{KLD},none" in r.metrics and r.divergence is not None))
     found = []
     for task in tasks:
-        chosen = {"metrics": (f"{task}/{KLD},none",), "subtasks": False, "mean": False, "axis": axis, "max_y": None}
+        of_task = replace(options, metrics=(f"{task}/{KLD},none",), subtasks=False, mean=False, max_y=None)
         try:
-            found += compare_records(arguments, records, **chosen)
+            found += build_comparisons(records, of_task)
         except CompareError as error:  # --mask or --max-x leave nothing of this task
             note(f"no section on the divergence of {task}: {error}")
     for comparison in found:

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from compare.commands.common import add_choice, add_selection
+from compare.commands.common import add_choice, add_selection, options_of
 from compare.comparison.build import SORTS
 from compare.comparison.comparison import Comparison
 from compare.comparison.load import load_comparisons
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     chosen = arguments.format or _format_of(arguments.output)
-    comparisons = load_comparisons(arguments, arguments.sort)
+    comparisons = load_comparisons(arguments.paths, options_of(arguments, arguments.sort))
     if arguments.versus is not None:
         _measure(comparisons, arguments.versus)
     from compare.table import formats, terminal

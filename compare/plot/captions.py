@@ -11,8 +11,7 @@ from compare.comparison.point import Point
 from compare.metrics import from_reference
 from compare.plot.series import Drawing
 from compare.results.records import ProtocolRecord
-from compare.table.column import metric_text
-from compare.text import and_more, clean
+from compare.text import and_more, clean, metric_text
 
 WEIGHT_ONLY_MARK = " †"
 

@@ -16,8 +16,7 @@ from compare.plot.series import arrange
 from compare.report import content
 from compare.report.pictures import colour_variable, palette, picture, still
 from compare.results.divergence import Bucket
-from compare.table.column import metric_text
-from compare.text import and_more
+from compare.text import and_more, metric_text
 
 Say = Callable[[str], None]
 

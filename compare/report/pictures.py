@@ -18,8 +18,8 @@ from compare.plot.figure import Picture, PlotSettings, Say, render
 from compare.plot.labels import readable
 from compare.plot.pictures.scatter import Spot, render_svg
 from compare.plot.series import Drawing
-from compare.table.column import metric_text
 from compare.table.columns import relative_text
+from compare.text import metric_text
 
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "{http://www.w3.org/1999/xlink}href"
 _COLOUR = re.compile(r"#[0-9a-f]{6}(?![0-9a-zA-Z])")

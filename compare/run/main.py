@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import shlex
 import signal
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
+from compare.comparison.comparison import Options
 from compare.console import say
 from compare.errors import NOTHING_USABLE, CompareError
 from compare.run.display import Display
@@ -34,6 +33,7 @@ from compare.run.processes.local_pool import run_local
 from compare.run.processes.outcome import Outcome
 from compare.run.processes.process import HARNESS
 from compare.run.store import Store
+from compare.write import PICTURE_SUFFIXES, PlotRequest, has_display, write_plot
 
 SOME_FAILED = 3
 INTERRUPTED = 130
@@ -173,37 +173,28 @@ def _plot_file(arguments: argparse.Namespace) -> Path | None:
     """Where the plot goes, settled before hours of evaluation; None for a window."""
     if arguments.plot_file:
         file: Path = arguments.plot_file
-        if file.suffix.lower() not in (".png", ".svg", ".pdf", ".html"):
+        if file.suffix.lower() not in PICTURE_SUFFIXES:
             raise CompareError(f"-pf {file}: expected a name that ends in .png, .svg, .pdf or .html")
         if not file.parent.is_dir():
             raise CompareError(f"-pf {file}: there is no folder {file.parent}")
         return file
-    display = sys.platform in ("win32", "darwin") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-    return None if display else arguments.results / "plot.png"
+    return None if has_display() else arguments.results / "plot.png"
 
 
 def _plot(arguments: argparse.Namespace, files: Sequence[Path], plot_file: Path | None) -> int:
-    from compare.cli import build_parser
-
-    words = ["plot", *map(str, files)]
-    if arguments.vram:
-        words += ["--x", "vram"]
-    for name in ("title", "max_x", "max_y"):
-        value = getattr(arguments, name)
-        if value is not None:
-            words.append(f"--{name.replace('_', '-')}={value}")
-    if arguments.kld:
-        words += ["--metric", "kld"]
-    if arguments.dark:
-        words.append("--dark")
-    if plot_file is not None:
-        words += ["-o", str(plot_file)]
-    chosen = build_parser().parse_args(words)
+    """Draws the results; returns 0, or the exit code of what went wrong, which is said."""
+    options = Options(
+        metrics=("kld",) if arguments.kld else (),
+        axis="vram" if arguments.vram else "bpw",
+        max_x=arguments.max_x,
+        max_y=arguments.max_y,
+    )
     try:
-        return int(chosen.run(chosen))
+        write_plot(files, options, PlotRequest(plot_file, arguments.title, arguments.dark))
     except CompareError as error:
         say(str(error))
         return error.exit_code
+    return 0
 
 
 @contextlib.contextmanager

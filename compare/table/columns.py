@@ -13,9 +13,9 @@ from compare.comparison.point import Point
 from compare.metrics import from_reference
 from compare.results.records import Quantization
 from compare.table import divergence_columns, versus_columns
-from compare.table.column import Column, figure_text, metric_text
+from compare.table.column import Column
 from compare.table.rows import relative
-from compare.text import and_more
+from compare.text import and_more, figure_text, metric_text
 
 
 def relative_text(comparison: Comparison, point: Point) -> str:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from compare.comparison.comparison import Comparison
 from compare.comparison.point import Point
 from compare.metrics import KLD, from_reference
-from compare.table.column import Column, metric_text
+from compare.table.column import Column
+from compare.text import metric_text
 
 _BESIDE_KLD = (
     ("Median", "kld_median"),

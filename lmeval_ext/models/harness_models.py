@@ -6,23 +6,37 @@ importing this module adds to the harness' `LM`.
 
 from __future__ import annotations
 
+import functools
+import importlib
+from pathlib import Path
 from typing import Any
 
 from lm_eval.api.model import LM
 
 from lmeval_ext.errors import UserError
-from lmeval_ext.models.vllm.stock import GENERATE_ONE_TOKEN
 from lmeval_ext.requests import REQUEST_TYPE, WindowRequest, check_length
+
+
+@functools.cache
+def spare_positions() -> dict[str, int]:
+    """Positions of the context that a window must leave free, by module of the harness' own models.
+
+    Each engine's folder may have a `stock.py` with such a table, `SPARE_POSITIONS`; it imports nothing.
+    """
+    found: dict[str, int] = {}
+    for file in sorted(Path(__file__).parent.glob("*/stock.py")):
+        found |= importlib.import_module(f"{__package__}.{file.parent.name}.stock").SPARE_POSITIONS
+    return found
 
 
 def score_token_windows(model: Any, requests: list[WindowRequest]) -> Any:
     """Method of every `LM`: the model's own token-level scoring, once the windows are known to fit.
 
-    Raises UserError where the model scores no tokens, or a window is longer than its context: stock models
-    would drop the window's start, and score other positions than the result says.
+    Raises UserError if the model scores no tokens, or a window is longer than its context: stock models would drop the
+    window's start, and score other positions than the result says.
     """
-    # Underscored in lm-eval 0.4.13, but the method that TemplateLM declares abstract and every token-level
-    # model implements; tests/tasks/test_perplexity.py fails when it goes.
+    # Underscored in lm-eval 0.4.13, but the method that TemplateLM declares abstract and every token-level model
+    # implements; tests/tasks/test_perplexity.py fails when it goes.
     score = getattr(model, "_loglikelihood_tokens", None)
     if score is None:
         raise UserError(
@@ -31,8 +45,9 @@ def score_token_windows(model: Any, requests: list[WindowRequest]) -> Any:
         )
     limit = getattr(model, "max_length", None)
     if isinstance(limit, int):
-        spare = any(kind.__module__ in GENERATE_ONE_TOKEN for kind in type(model).__mro__)
-        check_length(requests, limit - spare, "less the one token that vLLM generates" if spare else "")
+        spare = max(spare_positions().get(kind.__module__, 0) for kind in type(model).__mro__)
+        tokens = "the one token" if spare == 1 else f"{spare} tokens"
+        check_length(requests, limit - spare, f"less {tokens} that the engine generates" if spare else "")
     return score(requests)
 
 

@@ -1,0 +1,83 @@
+"""Result files to a picture on disk or in a window: what `compare plot` and the end of `compare run` share."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compare.comparison.comparison import Comparison, Options
+from compare.comparison.load import load_comparisons
+from compare.console import say
+from compare.errors import NOTHING_USABLE, CompareError
+from compare.files import write_atomically
+
+if TYPE_CHECKING:
+    from compare.plot.series import Drawing
+
+PICTURE_SUFFIXES = (".png", ".svg", ".pdf", ".html")
+
+
+@dataclass(frozen=True)
+class PlotRequest:
+    """How a picture is drawn and where it goes. output: a file, None for a window. log_y: None: by the metric."""
+
+    output: Path | None = None
+    title: str | None = None
+    dark: bool = False
+    log_y: bool | None = None
+
+
+def write_plot(paths: Sequence[Path], options: Options, request: PlotRequest) -> None:
+    """Draws the models of result files, one panel per metric. Raises CompareError if there is nothing to draw."""
+    comparisons = load_comparisons(paths, options)
+    panels = _panels(comparisons, request.log_y)
+    from compare.plot import figure
+    from compare.plot.pictures.scatter import picture_of
+
+    settings = figure.PlotSettings(title=request.title, dark=request.dark)
+    if request.output is None:
+        figure.show(picture_of(panels, settings), settings, say)
+        return
+    kind = request.output.suffix[1:].lower()
+    if kind == "html":
+        from compare.report.build import plot_page
+
+        content = plot_page(panels, settings, say)
+    else:
+        content = figure.render(picture_of(panels, settings), settings, kind, say)
+    write_atomically(request.output, content)
+    points, lines = sum(len(d.points) for _, d in panels), sum(len(d.references) for _, d in panels)
+    several = f", {len(panels)} panels" if len(panels) > 1 else ""
+    say(f"wrote {request.output} ({points} points, {lines} reference lines{several})")
+
+
+def _panels(comparisons: list[Comparison], log_y: bool | None) -> list[tuple[Comparison, Drawing]]:
+    """One panel per metric that can be drawn; the others are said."""
+    from compare.plot import series
+
+    panels = []
+    for comparison in comparisons:
+        drawing = series.arrange(comparison, log_y)
+        prefix = f"{comparison.metric.label}: " if len(comparisons) > 1 else ""
+        for message in drawing.left_out:
+            say(f"{prefix}{message}")
+        if drawing.points or drawing.references:
+            panels.append((comparison, drawing))
+        elif prefix:
+            say(f"not drawn: {comparison.metric.label}: no result has both the metric and a place on the x axis")
+    if not panels:
+        raise CompareError("nothing to draw: no result has both the metric and a place on the x axis", NOTHING_USABLE)
+    return panels
+
+
+def has_display() -> bool:
+    """Whether a window can be expected to open. Toolkits are tried later, by matplotlib."""
+    if os.environ.get("MPLBACKEND", "").lower() in ("agg", "svg", "pdf", "ps", "cairo", "template"):
+        return False
+    if sys.platform in ("win32", "darwin"):
+        return True
+    return bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
