@@ -16,6 +16,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import make_table
 
 from lmeval_ext.errors import UserError
+from lmeval_ext.models import harness_models  # noqa: F401 (adds the method)
 from lmeval_ext.requests import REQUEST_TYPE, TokenColumn, WindowRequest, WindowScores
 from tests.conftest import evaluate, load_task
 
