@@ -147,16 +147,6 @@ class HFTokenizer:
         return []
 
 
-def _byte_ends(text: str, offsets: list[tuple[int, int]]) -> npt.NDArray[np.int64]:
-    """`Encoded.byte_ends` from character offsets. Of several tokens in one character, the first has all its bytes."""
-    ends = np.maximum.accumulate(np.array([end for _, end in offsets], dtype=np.int64))
-    bytes_to = np.zeros(len(text) + 1, dtype=np.int64)
-    points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
-    widths = 1 + (points > 0x7F).astype(np.int64) + (points > 0x7FF) + (points > 0xFFFF)
-    np.cumsum(widths, out=bytes_to[1:])
-    return bytes_to[ends]
-
-
 def special_tokens(tokenizer: Any) -> dict[str, int]:
     """Ids of a Transformers tokenizer's special tokens by their text; empty for Mistral's own tokenizer."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
@@ -179,3 +169,13 @@ def wants_special_tokens(text: str, asked: bool | None, add_bos_token: bool | No
     if asked is not None:
         return asked
     return False if has_bos_prefix(text, prefix) else add_bos_token
+
+
+def _byte_ends(text: str, offsets: list[tuple[int, int]]) -> npt.NDArray[np.int64]:
+    """`Encoded.byte_ends` from character offsets. Of several tokens in one character, the first has all its bytes."""
+    ends = np.maximum.accumulate(np.array([end for _, end in offsets], dtype=np.int64))
+    bytes_to = np.zeros(len(text) + 1, dtype=np.int64)
+    points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+    widths = 1 + (points > 0x7F).astype(np.int64) + (points > 0x7FF) + (points > 0xFFFF)
+    np.cumsum(widths, out=bytes_to[1:])
+    return bytes_to[ends]

@@ -21,39 +21,6 @@ import torch
 WIDTHS = (2, 3, 4, 5, 6, 8)
 
 
-def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes of `bits` bits from int32 [words, columns], lowest bit first: int64 [words * 32 // bits, columns]."""
-    stream = torch.nn.functional.pad(words.long() & 0xFFFFFFFF, (0, 0, 0, 1))
-    start = torch.arange(len(words) * 32 // bits, device=words.device) * bits
-    first, shift = start // 32, (start % 32)[:, None]
-    return ((stream[first] | stream[first + 1] << 32) >> shift) & ((1 << bits) - 1)
-
-
-def scales(q_scale: torch.Tensor, q_scale_max: torch.Tensor) -> torch.Tensor:
-    """The scale of every group and column: float16 [groups, columns]."""
-    codes = (q_scale[:, :, None] >> (4 * torch.arange(8, device=q_scale.device))) & 0xF
-    largest = (q_scale_max.float() / 256).half()
-    return ((codes.flatten(1) + 1) ** 2 * largest.float()[:, None]).half()
-
-
-def groups(q_groups: torch.Tensor, words: int, rows: int) -> list[tuple[int, int, int]]:
-    """(bits, first word, end word) of every group. words: rows of q_weight; rows: inputs of the matrix.
-
-    Raises ValueError if the groups are not EXL2 or do not fill the matrix.
-    """
-    flat = [value & 0xFFFF for value in q_groups.flatten().tolist()]
-    widths, starts = flat[0::2], [*flat[1::2], words]
-    layout, rows_covered = [], 0
-    for bits, start, end in zip(widths, starts, starts[1:], strict=False):
-        if bits not in WIDTHS or end <= start:
-            raise ValueError(f"a group of {bits} bits in rows {start} to {end} of q_weight; EXL2 has {WIDTHS} bits")
-        layout.append((bits, start, end))
-        rows_covered += (end - start) * 32 // bits  # the last group's last word may not be full
-    if rows_covered < rows or starts[0]:
-        raise ValueError(f"the groups hold {rows_covered} of {rows} rows")
-    return layout
-
-
 def decode(
     q_weight: torch.Tensor,
     q_scale: torch.Tensor,
@@ -86,6 +53,39 @@ def decode(
         sorted_rows = _sorted(q_weight[:, start:stop], layout, scale)
         out[start:stop] = sorted_rows[order].T.to(dtype)
     return out
+
+
+def groups(q_groups: torch.Tensor, words: int, rows: int) -> list[tuple[int, int, int]]:
+    """(bits, first word, end word) of every group. words: rows of q_weight; rows: inputs of the matrix.
+
+    Raises ValueError if the groups are not EXL2 or do not fill the matrix.
+    """
+    flat = [value & 0xFFFF for value in q_groups.flatten().tolist()]
+    widths, starts = flat[0::2], [*flat[1::2], words]
+    layout, rows_covered = [], 0
+    for bits, start, end in zip(widths, starts, starts[1:], strict=False):
+        if bits not in WIDTHS or end <= start:
+            raise ValueError(f"a group of {bits} bits in rows {start} to {end} of q_weight; EXL2 has {WIDTHS} bits")
+        layout.append((bits, start, end))
+        rows_covered += (end - start) * 32 // bits  # the last group's last word may not be full
+    if rows_covered < rows or starts[0]:
+        raise ValueError(f"the groups hold {rows_covered} of {rows} rows")
+    return layout
+
+
+def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes of `bits` bits from int32 [words, columns], lowest bit first: int64 [words * 32 // bits, columns]."""
+    stream = torch.nn.functional.pad(words.long() & 0xFFFFFFFF, (0, 0, 0, 1))
+    start = torch.arange(len(words) * 32 // bits, device=words.device) * bits
+    first, shift = start // 32, (start % 32)[:, None]
+    return ((stream[first] | stream[first + 1] << 32) >> shift) & ((1 << bits) - 1)
+
+
+def scales(q_scale: torch.Tensor, q_scale_max: torch.Tensor) -> torch.Tensor:
+    """The scale of every group and column: float16 [groups, columns]."""
+    codes = (q_scale[:, :, None] >> (4 * torch.arange(8, device=q_scale.device))) & 0xF
+    largest = (q_scale_max.float() / 256).half()
+    return ((codes.flatten(1) + 1) ** 2 * largest.float()[:, None]).half()
 
 
 def _sorted(q_weight: torch.Tensor, layout: list[tuple[int, int, int]], scale: torch.Tensor) -> torch.Tensor:

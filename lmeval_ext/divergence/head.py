@@ -87,16 +87,6 @@ class OutputHead:
                 yield part, self.weight[part].float()
 
 
-def _product_of_16_bits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """hidden × weightᵀ in float32 on a GPU, for factors of the same 16-bit dtype."""
-    try:
-        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except (TypeError, NotImplementedError, RuntimeError):  # PyTorch before 2.8, or another maker's GPU
-        return hidden.float() @ weight.float().t()
-
-
 # What Transformers' models apply to their logits. key of the config: (softcap, scale) from its value
 _LOGIT_SETTINGS: dict[str, Callable[[float], tuple[float | None, float]]] = {
     "final_logit_softcapping": lambda v: (v, 1.0),  # Gemma 2, 3n
@@ -116,6 +106,16 @@ def logit_settings(config: Any) -> tuple[float | None, float]:
             cap, factor = meaning(float(value))
             softcap, scale = cap or softcap, scale * factor
     return softcap, scale
+
+
+def _product_of_16_bits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """hidden × weightᵀ in float32 on a GPU, for factors of the same 16-bit dtype."""
+    try:
+        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except (TypeError, NotImplementedError, RuntimeError):  # PyTorch before 2.8, or another maker's GPU
+        return hidden.float() @ weight.float().t()
 
 
 @contextlib.contextmanager

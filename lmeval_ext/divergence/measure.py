@@ -28,11 +28,6 @@ class TokenDivergence(NamedTuple):
     confidence: torch.Tensor
 
 
-def fetched(divergence: TokenDivergence) -> dict[str, np.ndarray]:
-    """The values in main memory by name, as `WindowScores.of` takes them."""
-    return {name: tensor.cpu().numpy() for name, tensor in divergence._asdict().items()}
-
-
 def token_divergence(
     reference: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor, vocabulary: int
 ) -> TokenDivergence:
@@ -49,6 +44,11 @@ def token_divergence(
     if logits.is_cuda and logits.shape[0] and (kernel := _fused()) is not None:
         return TokenDivergence(*kernel(reference, logits, targets, vocabulary))
     return _blockwise(reference, logits, targets, vocabulary)
+
+
+def fetched(divergence: TokenDivergence) -> dict[str, np.ndarray]:
+    """The values in main memory by name, as `WindowScores.of` takes them."""
+    return {name: tensor.cpu().numpy() for name, tensor in divergence._asdict().items()}
 
 
 def _blockwise(

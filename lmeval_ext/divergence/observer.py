@@ -42,6 +42,11 @@ def spans_between(spans: Sequence[WindowSpan], start: int, stop: int) -> list[Wi
     return parts
 
 
+def chunk_tokens(vocabulary: int, chunk: int | None = None) -> int:
+    """Number of tokens whose reference logits are computed at once: `chunk`, or as many as fit into 128 MiB."""
+    return chunk or max(16, _CHUNK_BYTES // (4 * vocabulary))
+
+
 class Observer(Protocol):
     """Receives logits while windows are scored."""
 
@@ -56,11 +61,6 @@ class Observer(Protocol):
 
     def close(self) -> None:
         """Releases resources."""
-
-
-def chunk_tokens(vocabulary: int, chunk: int | None = None) -> int:
-    """Number of tokens whose reference logits are computed at once: `chunk`, or as many as fit into 128 MiB."""
-    return chunk or max(16, _CHUNK_BYTES // (4 * vocabulary))
 
 
 class Comparing:
@@ -109,6 +109,69 @@ class Comparing:
         if self._upload is None or self._upload.device != device:
             self._upload = Upload(device)
         return self._upload
+
+
+class Saving:
+    """Keeps what recovers a window's distributions, and measures the engine's own logits against that.
+
+    head: the model's output matrix; None: coded rows of logits are kept instead of hidden states (`logits_code`).
+    vocabulary: columns of the softmax. chunk: as for `chunk_tokens`.
+    """
+
+    def __init__(self, head: OutputHead | None, vocabulary: int, chunk: int | None = None) -> None:
+        self._head, self.vocabulary = head, vocabulary
+        self._chunk = chunk_tokens(vocabulary, chunk)
+        self._states: dict[str, list[tuple[int, dict[str, torch.Tensor]]]] = {}
+
+    def observe(
+        self, spans: Sequence[WindowSpan], hidden: torch.Tensor | None, logits: torch.Tensor, targets: torch.Tensor
+    ) -> TokenDivergence:
+        parts: list[dict[str, torch.Tensor]] = []
+        if self._head is not None and self._head.weight.device != logits.device:
+            self._head = self._head.to(logits.device)
+
+        def reference(part: slice) -> torch.Tensor:
+            if self._head is None:
+                rows = logits_code.encode(logits[part, : self.vocabulary])
+                parts.append({name: t.cpu() for name, t in rows.items()})
+                return logits_code.decode(rows)
+            if hidden is None:
+                raise ValueError("no hidden states were handed over")
+            parts.append({"hidden": hidden[part].cpu()})
+            return self._head.logits(hidden[part], reuse=True)
+
+        divergence = _in_chunks(reference, logits, targets, self.vocabulary, self._chunk)
+        states = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+        row = 0
+        for span in spans:
+            rows = {name: t[row : row + span.tokens].clone() for name, t in states.items()}
+            self._states.setdefault(span.window, []).append((span.start, rows))
+            row += span.tokens
+        return divergence
+
+    def close(self) -> None:
+        pass
+
+    def has(self, windows: Iterable[str]) -> bool:
+        """Whether states of each of these windows were kept."""
+        return all(window in self._states for window in windows)
+
+    def take(self, window: str, tokens: int) -> dict[str, torch.Tensor]:
+        """Return a window's states by name, [tokens, …], and forget them.
+
+        If a part was observed twice (preemption), the last states count. Raises RuntimeError if a part is missing.
+        """
+        pieces = self._states.pop(window, [])
+        first = next(iter(pieces), (0, {}))[1]
+        states = {name: torch.empty((tokens, *t.shape[1:]), dtype=t.dtype) for name, t in first.items()}
+        present = torch.zeros(tokens, dtype=torch.bool)
+        for start, rows in pieces:
+            for name, t in rows.items():
+                states[name][start : start + t.shape[0]] = t
+                present[start : start + t.shape[0]] = True
+        if not bool(present.all()):
+            raise RuntimeError(f"window {window}: states of {int((~present).sum())} of {tokens} tokens are missing")
+        return states
 
 
 class Upload:
@@ -177,69 +240,6 @@ class Upload:
 def _stream(device: torch.device) -> torch.cuda.Stream:
     """One stream per device: PyTorch does not share free memory between streams."""
     return torch.cuda.Stream(device)
-
-
-class Saving:
-    """Keeps what recovers a window's distributions, and measures the engine's own logits against that.
-
-    head: the model's output matrix; None: coded rows of logits are kept instead of hidden states (`logits_code`).
-    vocabulary: columns of the softmax. chunk: as for `chunk_tokens`.
-    """
-
-    def __init__(self, head: OutputHead | None, vocabulary: int, chunk: int | None = None) -> None:
-        self._head, self.vocabulary = head, vocabulary
-        self._chunk = chunk_tokens(vocabulary, chunk)
-        self._states: dict[str, list[tuple[int, dict[str, torch.Tensor]]]] = {}
-
-    def observe(
-        self, spans: Sequence[WindowSpan], hidden: torch.Tensor | None, logits: torch.Tensor, targets: torch.Tensor
-    ) -> TokenDivergence:
-        parts: list[dict[str, torch.Tensor]] = []
-        if self._head is not None and self._head.weight.device != logits.device:
-            self._head = self._head.to(logits.device)
-
-        def reference(part: slice) -> torch.Tensor:
-            if self._head is None:
-                rows = logits_code.encode(logits[part, : self.vocabulary])
-                parts.append({name: t.cpu() for name, t in rows.items()})
-                return logits_code.decode(rows)
-            if hidden is None:
-                raise ValueError("no hidden states were handed over")
-            parts.append({"hidden": hidden[part].cpu()})
-            return self._head.logits(hidden[part], reuse=True)
-
-        divergence = _in_chunks(reference, logits, targets, self.vocabulary, self._chunk)
-        states = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
-        row = 0
-        for span in spans:
-            rows = {name: t[row : row + span.tokens].clone() for name, t in states.items()}
-            self._states.setdefault(span.window, []).append((span.start, rows))
-            row += span.tokens
-        return divergence
-
-    def close(self) -> None:
-        pass
-
-    def has(self, windows: Iterable[str]) -> bool:
-        """Whether states of each of these windows were kept."""
-        return all(window in self._states for window in windows)
-
-    def take(self, window: str, tokens: int) -> dict[str, torch.Tensor]:
-        """Return a window's states by name, [tokens, …], and forget them.
-
-        If a part was observed twice (preemption), the last states count. Raises RuntimeError if a part is missing.
-        """
-        pieces = self._states.pop(window, [])
-        first = next(iter(pieces), (0, {}))[1]
-        states = {name: torch.empty((tokens, *t.shape[1:]), dtype=t.dtype) for name, t in first.items()}
-        present = torch.zeros(tokens, dtype=torch.bool)
-        for start, rows in pieces:
-            for name, t in rows.items():
-                states[name][start : start + t.shape[0]] = t
-                present[start : start + t.shape[0]] = True
-        if not bool(present.all()):
-            raise RuntimeError(f"window {window}: states of {int((~present).sum())} of {tokens} tokens are missing")
-        return states
 
 
 def _in_chunks(

@@ -53,14 +53,6 @@ class ObservationPlan:
         return self.save and self.mode == "hidden"
 
 
-def _uploaded(head: OutputHead, upload: Upload | None) -> OutputHead:
-    """The head on the GPU, or unchanged if memory is short: the scoring then frees memory and copies it itself."""
-    try:
-        return head if upload is None else upload.copied(head)
-    except RuntimeError:  # includes torch.cuda.OutOfMemoryError and errors from drivers
-        return head
-
-
 def cut_head(head: OutputHead, vocabulary: int) -> OutputHead:
     """The head of the first `vocabulary` tokens, without an engine's padding."""
     bias = None if head.bias is None else head.bias[:vocabulary]
@@ -75,3 +67,11 @@ def head_facts(head: OutputHead) -> dict[str, Any]:
         "scale": head.scale,
         "head_sha256": tensors_sha256(head.tensors()),
     }
+
+
+def _uploaded(head: OutputHead, upload: Upload | None) -> OutputHead:
+    """The head on the GPU, or unchanged if memory is short: the scoring then frees memory and copies it itself."""
+    try:
+        return head if upload is None else upload.copied(head)
+    except RuntimeError:  # includes torch.cuda.OutOfMemoryError and errors from drivers
+        return head

@@ -31,48 +31,6 @@ _DTYPES = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
-def json_sha256(facts: dict[str, Any]) -> str:
-    """SHA-256 over the JSON of `facts` with sorted keys."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes, and the SHA-256 of every 16 MiB of bytes, which several cores compute."""
-    return _sha256_of({name: _Part.of(tensor) for name, tensor in tensors.items()})
-
-
-class _Part(NamedTuple):
-    """A tensor as a safetensors file describes it."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    data: memoryview
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> _Part:
-        plain = tensor.detach().contiguous().cpu()
-        name = _NAMES.get(plain.dtype, str(plain.dtype))
-        return cls(name, tuple(plain.shape), memoryview(plain.view(-1).view(torch.uint8).numpy()))
-
-
-def _sha256_of(parts: Mapping[str, _Part]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(parts):
-        dtype, shape, data = parts[name]
-        digest.update(f"{name} {dtype} {list(shape)} ".encode())
-        pieces = [data[start : start + _PIECE] for start in range(0, len(data), _PIECE)]
-        if len(pieces) < 2:
-            digest.update(b"".join(map(_sha256, pieces)))
-            continue
-        with ThreadPoolExecutor(_THREADS) as pool:
-            digest.update(b"".join(pool.map(_sha256, pieces)))
-    return digest.hexdigest()
-
-
-def _sha256(data: memoryview) -> bytes:
-    return hashlib.sha256(data).digest()
-
-
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     """Write tensors, metadata and their checksum to `path`. Raises UserError if it cannot be written."""
     plain = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
@@ -116,6 +74,16 @@ def verify_checksum(path: Path, sha256: str, metadata: Mapping[str, str]) -> Non
         raise damaged_store(path, "its checksum is wrong")
 
 
+def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes, and the SHA-256 of every 16 MiB of bytes, which several cores compute."""
+    return _sha256_of({name: _Part.of(tensor) for name, tensor in tensors.items()})
+
+
+def json_sha256(facts: dict[str, Any]) -> str:
+    """SHA-256 over the JSON of `facts` with sorted keys."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
 def damaged_store(path: Path, why: str) -> UserError:
     """The error for a damaged file of a store."""
     return UserError(
@@ -127,3 +95,35 @@ def damaged_store(path: Path, why: str) -> UserError:
 def unwritable_store(folder: Path, error: OSError) -> UserError:
     """The error for a store that cannot be written."""
     return UserError(f"save_reference={folder}: cannot be written to ({error.strerror or error}); name another folder")
+
+
+class _Part(NamedTuple):
+    """A tensor as a safetensors file describes it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: memoryview
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> _Part:
+        plain = tensor.detach().contiguous().cpu()
+        name = _NAMES.get(plain.dtype, str(plain.dtype))
+        return cls(name, tuple(plain.shape), memoryview(plain.view(-1).view(torch.uint8).numpy()))
+
+
+def _sha256_of(parts: Mapping[str, _Part]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(parts):
+        dtype, shape, data = parts[name]
+        digest.update(f"{name} {dtype} {list(shape)} ".encode())
+        pieces = [data[start : start + _PIECE] for start in range(0, len(data), _PIECE)]
+        if len(pieces) < 2:
+            digest.update(b"".join(map(_sha256, pieces)))
+            continue
+        with ThreadPoolExecutor(_THREADS) as pool:
+            digest.update(b"".join(pool.map(_sha256, pieces)))
+    return digest.hexdigest()
+
+
+def _sha256(data: memoryview) -> bytes:
+    return hashlib.sha256(data).digest()

@@ -337,7 +337,7 @@ BREAKAGES: dict[str, tuple[Any, str]] = {
     ),
     "wrong shape": (
         lambda t: t.update({f"{KEY}.trellis": trellis_of(128, 256, 4), f"{KEY}.svh": torch.ones(256).half()}),
-        r"k_proj' is \[256, 128\], but config.json's model has \[128, 128\]",
+        r"k_proj' is \[256, 128\], but the model of config.json has \[128, 128\]",
     ),
     "quantized embeddings": (
         lambda t: t.update(
