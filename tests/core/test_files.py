@@ -12,6 +12,7 @@ import pytest
 
 import compare.files
 import lmeval_ext.files
+from compare.errors import CompareError
 
 Writer = Callable[[Path, bytes], None]
 
@@ -109,3 +110,19 @@ def test_data_reaches_the_disk_before_the_name(tmp_path: Path, monkeypatch: pyte
         monkeypatch.setattr(os, name, lambda *a, o=original, n=name, **k: (calls.append(n), o(*a, **k))[1])
     lmeval_ext.files.write_atomically(tmp_path / "file", b"content")
     assert calls == ["fsync", "replace"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", r"-o .*: is a folder; name a file in it"),
+        (
+            "missing/plot.png",
+            r"-o .*missing/plot\.png: cannot be written \(No such file or directory\); name another place",
+        ),
+    ],
+)
+def test_output_that_cannot_be_written_is_a_compare_error(name: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(CompareError, match=message):
+        compare.files.write_output(tmp_path / name, b"content")
+    assert not list(tmp_path.iterdir())
