@@ -1,7 +1,7 @@
-"""Results are not lost to a folder that cannot be written to: asked for before the run, kept elsewhere after it.
+"""Keeps results from being lost to an unwritable --output_path: checks it before the run, writes elsewhere after it.
 
-lm-eval 0.4.13 tries to write when all is computed, and where that fails it logs "Could not save results aggregated" and
-ends with success. Two methods of its `EvaluationTracker`, the class behind --output_path, are therefore wrapped.
+lm-eval 0.4.13 first writes when everything is computed; if that fails, it logs "Could not save results aggregated" and
+exits with success. Two methods of its `EvaluationTracker`, the class behind --output_path, are therefore wrapped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MODULE = "lm_eval.loggers.evaluation_tracker"
 
 
 def guard() -> None:
-    """Wrap the tracker's methods, once, if the harness has loaded it."""
+    """Wrap the tracker's methods if the harness has loaded it. Idempotent."""
     module = sys.modules.get(_MODULE)
     tracker = getattr(module, "EvaluationTracker", None)
     if tracker is None or hasattr(tracker, "_lmeval_ext"):
@@ -42,16 +42,16 @@ def guard() -> None:
         write = functools.partial(save, self, results, *args, **kwargs)
         write()
         if self.output_path and not _is_written(_result_file(self)):
-            _keep_elsewhere(self, write)
+            _write_elsewhere(self, write)
 
     tracker.__init__, tracker.save_results_aggregated = create_checked, save_checked
     tracker._lmeval_ext = True
 
 
 def check_writable(output_path: Path) -> None:
-    """Raises UserError unless files can be made at --output_path: a folder, or NAME.json in one.
+    """Raises UserError unless files can be created at --output_path: a folder, or NAME.json in one.
 
-    Folders are made on the way, as the harness would in the end.
+    Creates missing folders, as the harness would after the run.
     """
     folder = output_path.parent if output_path.suffix == ".json" else output_path
     try:
@@ -67,7 +67,7 @@ def check_writable(output_path: Path) -> None:
 
 
 def _result_file(tracker: Any) -> Path | None:
-    """Where the tracker writes (`save_results_aggregated`); None where it never came so far."""
+    """The file that the tracker writes (`save_results_aggregated`); None if it failed before it had a date."""
     date = getattr(tracker, "date_id", None)
     if date is None:
         return None
@@ -78,33 +78,36 @@ def _result_file(tracker: Any) -> Path | None:
 
 
 def _is_written(file: Path | None) -> bool:
-    """Whether the whole file is there: a full disk leaves half of it."""
+    """Whether the file is complete: a full disk leaves half of it."""
     try:
         return file is not None and isinstance(json.loads(file.read_bytes()), dict)
     except (OSError, ValueError):
         return False
 
 
-def _keep_elsewhere(tracker: Any, save: Callable[[], None]) -> None:
-    """Let the tracker write into the first folder that takes it; samples, which it writes later, go there too."""
-    wanted, half = tracker.output_path, _result_file(tracker)
-    if half is not None:
+def _write_elsewhere(tracker: Any, save: Callable[[], None]) -> None:
+    """Write into the first folder that accepts it; samples, which the tracker writes later, go there too."""
+    output_path, partial = tracker.output_path, _result_file(tracker)
+    if partial is not None:
         with contextlib.suppress(OSError):
-            half.unlink()
-    for folder in _other_places():
+            partial.unlink()
+    for folder in _fallback_folders():
         tracker.output_path = str(folder)
         save()
         if _is_written(_result_file(tracker)):
-            logger.error("--output_path %s could not be written to; results are in %s", wanted, _result_file(tracker))
+            logger.error(
+                "--output_path %s could not be written to; results are in %s", output_path, _result_file(tracker)
+            )
             return
-    tracker.output_path = wanted
+    tracker.output_path = output_path
     logger.error(
-        "--output_path %s could not be written to, nor any other folder tried; the results stand in the table below",
-        wanted,
+        "--output_path %s could not be written to, nor could any other folder; the results are in the table below only",
+        output_path,
     )
 
 
-def _other_places() -> Iterator[Path]:
-    for place in (Path.cwd, Path.home, lambda: Path(tempfile.gettempdir())):
-        with contextlib.suppress(OSError, RuntimeError):  # a working folder that is gone, a user without a home
-            yield place() / "lm_eval_results"
+def _fallback_folders() -> Iterator[Path]:
+    """Folders in the working folder, in the user's home and among the temporary files."""
+    for parent in (Path.cwd, Path.home, lambda: Path(tempfile.gettempdir())):
+        with contextlib.suppress(OSError, RuntimeError):  # a deleted working folder, a user without a home
+            yield parent() / "lm_eval_results"

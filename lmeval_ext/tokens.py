@@ -1,4 +1,4 @@
-"""From text to token ids, with one rule for BOS and for how many bytes each token stands for."""
+"""Tokenizes text, with one rule for BOS and one for the bytes that each token covers."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from lmeval_ext.errors import UserError
+from lmeval_ext.errors import UserError, first_line
 
-# What goes before every window with chat_template=true, as in ExLlamaV3's eval/compare_q_transformers.py
+# Put before every window with chat_template=true, as in ExLlamaV3's eval/compare_q_transformers.py
 CHAT_MESSAGES = [{"role": "system", "content": ""}, {"role": "user", "content": "Say something."}]
 
 BOS_MODES = ("tokenizer", "once", "each", "none")
+
+TokenIds = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Encoded:
     """Token ids of a text, without special tokens.
 
-    byte_ends: for each token, UTF-8 bytes of the text up to its end (so the bytes of tokens [a, b) are
-    byte_ends[b-1] - byte_ends[a-1]); None where the tokenizer does not tell.
+    byte_ends: for each token, the number of UTF-8 bytes of the text up to its end, so tokens [a, b) have
+    byte_ends[b-1] - byte_ends[a-1] bytes; None if the tokenizer gives no offsets.
     """
 
     ids: TokenIds
@@ -30,11 +32,10 @@ class Encoded:
 
 
 class TextTokenizer(Protocol):
-    """What the tasks need of a tokenizer; `HFTokenizer` below and the GGUF vocabulary in
-    models/gguf_vocabulary.py.
+    """What the tasks need from a tokenizer: `HFTokenizer`, or the GGUF vocabulary in models/llamacpp/vocabulary.py.
 
-    name: what to record in results. prefix: the special tokens that it puts before a text by itself.
-    bos_id: its BOS token, None where it has none.
+    name: recorded in results. prefix: the special tokens that it puts before a text by default. bos_id: its BOS token,
+    None if it has none.
     """
 
     name: str
@@ -48,10 +49,10 @@ class TextTokenizer(Protocol):
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """A text's tokens as windows are cut from them.
+    """A text's tokens, from which windows are cut.
 
-    window_bos: the id that replaces the first token of every window, or None. bos: how BOS was put in:
-    "once", "each" or "none". byte_ends: as in `Encoded`, special tokens standing for 0 bytes.
+    window_bos: the id that replaces the first token of every window, or None. bos: how BOS was added: "once", "each" or
+    "none". byte_ends: as in `Encoded`; special tokens have 0 bytes.
     """
 
     ids: TokenIds
@@ -61,11 +62,11 @@ class TokenSequence:
 
 
 def tokenize(text: str, tokenizer: TextTokenizer, bos: str, each_by_default: bool) -> TokenSequence:
-    """Tokenize `text` with BOS as asked.
+    """Tokenize `text` with BOS by one of `BOS_MODES`.
 
-    bos: "tokenizer" = as the tokenizer does by itself (in every window where `each_by_default`, as llama.cpp
-    does it); "once" = before the text; "each" = before the text, and in place of every window's first token;
-    "none" = nowhere. Raises UserError where a BOS is asked for and the tokenizer has none.
+    bos: "tokenizer" = as the tokenizer does by default (in every window with `each_by_default`, as in llama.cpp);
+    "once" = before the text; "each" = before the text, and in place of every window's first token; "none" = nowhere.
+    Raises UserError if the mode needs a BOS and the tokenizer has none.
     """
     if bos not in BOS_MODES:
         raise UserError(f"bos={bos!r}: expected one of {', '.join(BOS_MODES)}")
@@ -83,7 +84,7 @@ def tokenize(text: str, tokenizer: TextTokenizer, bos: str, each_by_default: boo
 
 
 class HFTokenizer:
-    """A Transformers tokenizer: of a checkpoint folder, a hub id, or a `tokenizer.json` folder."""
+    """A Transformers tokenizer from a checkpoint folder, a hub id, or a folder with `tokenizer.json`."""
 
     def __init__(
         self,
@@ -92,9 +93,9 @@ class HFTokenizer:
         trust_remote_code: bool = False,
         add_bos_token: bool | None = None,
     ) -> None:
-        """add_bos_token: given to the tokenizer itself, as the harness' `hf` does; None: as it is.
+        """Load the tokenizer. Raises UserError if there is none at `name`.
 
-        Raises UserError where no tokenizer can be loaded from `name`.
+        add_bos_token: passed to the tokenizer, as the harness' `hf` does; None: its own default.
         """
         from transformers import AutoTokenizer
 
@@ -105,7 +106,7 @@ class HFTokenizer:
                 name, revision=revision or "main", trust_remote_code=trust_remote_code, **more
             )
         except Exception as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+            reason = first_line(error)
             raise UserError(
                 f"tokenizer={name!r} could not be loaded ({type(error).__name__}: {reason}); name a folder with the "
                 'tokenizer\'s files or a hub id with --metadata \'{"tokenizer": "…"}\''
@@ -115,20 +116,20 @@ class HFTokenizer:
 
     def encode(self, text: str) -> Encoded:
         fast = bool(getattr(self.transformers, "is_fast", False))
-        # `verbose=False`: a text longer than the model's context is what windows are for, not a mistake
+        # `verbose=False` suppresses the warning about texts longer than the context, which windows are made for
         batch = self.transformers(text, add_special_tokens=False, verbose=False, return_offsets_mapping=fast)
         ids = np.array(batch["input_ids"], dtype=np.int64)
         return Encoded(ids, _byte_ends(text, batch["offset_mapping"]) if fast else None)
 
     def chat_prefix(self) -> list[int]:
-        """The chat template's tokens up to where an answer begins, for `CHAT_MESSAGES`.
+        """Tokens of `CHAT_MESSAGES` by the chat template, up to the start of the model's reply.
 
-        Raises UserError where the tokenizer has no template, or its template refuses the messages.
+        Raises UserError if the tokenizer has no template, or if its template rejects the messages.
         """
         try:
             text = self.transformers.apply_chat_template(CHAT_MESSAGES, add_generation_prompt=True, tokenize=False)
-        except Exception as error:  # templates raise whatever they like
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        except Exception as error:  # a template may raise any exception
+            reason = first_line(error)
             raise UserError(
                 f"chat_template=true: the tokenizer {self.name!r} renders none ({reason}); use the tokenizer of an "
                 "instruction-tuned model, or leave chat_template out"
@@ -136,7 +137,7 @@ class HFTokenizer:
         return list(self.transformers(text, add_special_tokens=False)["input_ids"])
 
     def _find_prefix(self) -> list[int]:
-        # What stands before a text's own tokens once special tokens are allowed. A suffix (EOS) is not text.
+        # The tokens before a text's own when special tokens are added. A suffix (EOS) does not count.
         probe = "a"
         plain = self.transformers(probe, add_special_tokens=False)["input_ids"]
         special = self.transformers(probe)["input_ids"]
@@ -146,31 +147,22 @@ class HFTokenizer:
         return []
 
 
-def _byte_ends(text: str, offsets: list[tuple[int, int]]) -> npt.NDArray[np.int64]:
-    """Character offsets to bytes. Of several tokens in one character, the first has all its bytes."""
-    ends = np.maximum.accumulate(np.array([end for _, end in offsets], dtype=np.int64))
-    bytes_to = np.zeros(len(text) + 1, dtype=np.int64)
-    points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
-    widths = 1 + (points > 0x7F).astype(np.int64) + (points > 0x7FF) + (points > 0xFFFF)
-    np.cumsum(widths, out=bytes_to[1:])
-    return bytes_to[ends]
-
-
 def special_tokens(tokenizer: Any) -> dict[str, int]:
-    """Ids of a Transformers tokenizer's special tokens, by their text. Mistral's own tokenizer names none."""
+    """Ids of a Transformers tokenizer's special tokens by their text; empty for Mistral's own tokenizer."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     return {str(token): i for i, token in added.items() if token.special}
 
 
 def ending_tokens(special: dict[str, int], until: Sequence[str]) -> set[int]:
-    """Special tokens are no part of a text, but one whose name contains a stop sequence ends it."""
+    """Ids of the special tokens whose name contains a stop sequence: these end a text, without being part of it."""
     return {i for name, i in special.items() if any(stop and stop in name for stop in until)}
 
 
 def wants_special_tokens(text: str, asked: bool | None, add_bos_token: bool | None, prefix: str) -> bool | None:
-    """Whether special tokens go before a text, by the rule of the harness' `hf`; None: as the tokenizer does it.
+    """Whether to add special tokens to a text, by the rule of the harness' `hf`; None: the tokenizer's default.
 
-    asked: the call's own wish, which comes first. prefix: text of the prefix token; what begins with it gets no other.
+    asked: the caller's argument, which has priority. prefix: text of the prefix token; a text that begins with it gets
+    no other.
     """
     from lm_eval.models.utils import has_bos_prefix  # the adapters, which call this, have it loaded
 
@@ -179,4 +171,11 @@ def wants_special_tokens(text: str, asked: bool | None, add_bos_token: bool | No
     return False if has_bos_prefix(text, prefix) else add_bos_token
 
 
-TokenIds = npt.NDArray[np.int64]
+def _byte_ends(text: str, offsets: list[tuple[int, int]]) -> npt.NDArray[np.int64]:
+    """`Encoded.byte_ends` from character offsets. Of several tokens in one character, the first has all its bytes."""
+    ends = np.maximum.accumulate(np.array([end for _, end in offsets], dtype=np.int64))
+    bytes_to = np.zeros(len(text) + 1, dtype=np.int64)
+    points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+    widths = 1 + (points > 0x7F).astype(np.int64) + (points > 0x7FF) + (points > 0xFFFF)
+    np.cumsum(widths, out=bytes_to[1:])
+    return bytes_to[ends]

@@ -19,8 +19,6 @@ _MOST_BINS, _MOST_BUCKETS = 4096, 64
 _DECADES = 300.0  # 10 to this power is still a float
 
 
-
-
 @dataclass(frozen=True, slots=True)
 class ReferenceIdentity:
     """The stored reference. `id` is equal for equal distributions only; empty where a file does not say it."""

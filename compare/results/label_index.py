@@ -19,8 +19,8 @@ from typing import Any
 from compare.errors import CompareError
 from compare.families import canonical_family
 from compare.results.records import Record
-from compare.text import split_colour_tag
 from compare.results.values import positive
+from compare.text import split_colour_tag
 
 INDEX = "compare_run.json"
 VERSION = 1

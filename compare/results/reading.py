@@ -13,16 +13,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from compare.families import canonical_family
 from compare.results.discover import Problem, find_result_files
 from compare.results.divergence import read_divergence
-from compare.families import canonical_family
 from compare.results.groups import Tree, common, group_tree, leaves, total
 from compare.results.label_index import Relabelling
 from compare.results.provenance import Run
 from compare.results.records import Metric, ProtocolRecord, Quantization, Record
 from compare.results.stock_models import stock_quantization
-from compare.text import clean, split_colour_tag
 from compare.results.values import count, flag, mapping, mapping_or_none, number, positive, scalar, text, whole
+from compare.text import clean, split_colour_tag
 
 # A harness result file is some 10 kB a task; samples stand in files of their own.
 MAX_BYTES = 64 * 1024 * 1024

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compare.results.divergence import Divergence
-from compare.metrics import from_reference
 from compare.families import FULL_PRECISION
+from compare.metrics import from_reference
 from compare.results.arithmetic import arithmetic_run, scheme_arithmetic
+from compare.results.divergence import Divergence
 from compare.results.groups import Tree
 from compare.results.provenance import Run
 

@@ -8,18 +8,17 @@ the harness' own tasks a number, or, of rolling log-likelihoods, the pair (log-l
 from __future__ import annotations
 
 import json
-import math
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from compare.results.groups import leaves
 from compare.results.records import Record
-from compare.text import and_more, clean, shorten
 from compare.results.values import mapping, number, scalar, text, whole
+from compare.text import and_more, clean, shorten
 
 _MAX_LINE = 64 * 1024 * 1024
 # With an output path that ends in .json the harness puts the date behind that file's own name.
@@ -177,5 +176,3 @@ def _window(line: dict[str, Any], value: dict[str, Any]) -> tuple[int, str, Unit
 def _figure(value: object) -> float | None:
     """A number; True and False count as 1 and 0."""
     return float(value) if isinstance(value, bool) else number(value)
-
-

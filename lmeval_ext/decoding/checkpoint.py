@@ -1,4 +1,4 @@
-"""The tensors of an EXL3 or EXL2 checkpoint as a dense state dict, under the names of the unquantized checkpoint."""
+"""Decodes an EXL3 or EXL2 checkpoint to a dense state dict with the names of the unquantized checkpoint."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ logger = logging.getLogger(__name__)
 
 Parts = dict[str, torch.Tensor]
 METHODS = ("exl2", "exl3")
-PAD = {".trellis": exl3.BLOCK, ".q_weight": 32}  # what the engines round matrix dimensions up to
+PAD = {".trellis": exl3.BLOCK, ".q_weight": 32}  # the engines pad matrix dimensions to multiples of these
 
-# How the engines name the parts of matrices that some Transformers models hold in one (Phi-3, GLM-4)
+# Matrices that some Transformers models join (Phi-3, GLM-4), and the engines' names of their parts
 FUSED = {".qkv_proj": (".q_proj", ".k_proj", ".v_proj"), ".gate_up_proj": (".gate_proj", ".up_proj")}
 
 
 def exl_method(folder: str | Path) -> str | None:
-    """ "exl2" or "exl3" if that is what a checkpoint folder's config names; None for anything else."""
+    """The quantization method in a checkpoint folder's config if it is "exl2" or "exl3"; else None."""
     try:
         method = method_of(read_config(Path(folder)).quantization)
     except (StorageError, OSError):
-        return None  # whoever loads the checkpoint says what is wrong with it
+        return None  # loading the checkpoint reports the problem
     return method if method in METHODS else None
 
 
 def decode_exl3(parts: Parts, dtype: torch.dtype) -> torch.Tensor:
-    """dtype [out, in] of one EXL3 matrix. parts: its tensors by suffix."""
+    """One EXL3 matrix, dtype [out, in]. parts: its tensors by suffix. Raises ValueError for an unknown codebook."""
     names = [name for name in ("mcg", "mul1") if f".{name}" in parts]
     name = names[0] if names else "3inst"
     if names:
@@ -51,12 +51,12 @@ def decode_exl3(parts: Parts, dtype: torch.dtype) -> torch.Tensor:
 
 
 def decode_exl2(parts: Parts, dtype: torch.dtype) -> torch.Tensor:
-    """dtype [out, in] of one EXL2 matrix. parts: its tensors by suffix."""
+    """One EXL2 matrix, dtype [out, in]. parts: its tensors by suffix."""
     order = parts[".q_invperm"] if ".q_invperm" in parts else (parts[".q_perm"].long() & 0xFFFF).argsort()
     return exl2.decode(parts[".q_weight"], parts[".q_scale"], parts[".q_scale_max"], parts[".q_groups"], order, dtype)
 
 
-# Payload, its side tensors, decoder. A matrix's bias keeps its name, as do dense tensors.
+# suffix of the payload: (suffixes of its side tensors, decoder). A matrix's bias keeps its name, as do dense tensors.
 DECODERS: dict[str, tuple[tuple[str, ...], Callable[[Parts, torch.dtype], torch.Tensor]]] = {
     ".trellis": ((".suh", ".svh", ".su", ".sv", ".mcg", ".mul1"), decode_exl3),
     ".q_weight": ((".q_scale", ".q_scale_max", ".q_groups", ".q_invperm", ".q_perm", ".q_group_map"), decode_exl2),
@@ -72,9 +72,10 @@ def decoded(
 ) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint folder, quantized matrices decoded to `dtype` [out, in] under BASE.weight.
 
-    device: where to decode and to keep them. One matrix is decoded at a time: the peak is the dense model, one packed
-    matrix and some 100 MB. shapes: of the model's own tensors, to which padded matrices are cut; names that it lacks
-    stay as they are. quiet: no progress bar. UserError if a matrix cannot be decoded, or a tensor is left over.
+    device: where to decode and to keep them. One matrix is decoded at a time, so peak memory is the dense model, one
+    packed matrix and some 100 MB. shapes: of the model's own tensors, to which padded matrices are cut; tensors that it
+    does not name stay as they are. quiet: no progress bar. Raises UserError if a matrix cannot be decoded, or if a
+    tensor is left over.
     """
     folder = Path(folder)
     shapes = shapes or {}
@@ -103,7 +104,7 @@ def decoded(
 
 
 class _Tensors:
-    """The tensors of a checkpoint's files by name, each file opened once."""
+    """Reads the tensors of a checkpoint by name, opening each file once."""
 
     def __init__(self, folder: Path, device: torch.device | str, files: ExitStack) -> None:
         try:
@@ -138,17 +139,17 @@ def _matrices(names: set[str]) -> Iterator[tuple[str, str]]:
 
 
 def _cut(weight: torch.Tensor, shape: tuple[int, ...] | None, multiple: int, what: str) -> torch.Tensor:
-    """Without the rows and columns that the engine added to reach a multiple."""
+    """Remove the rows and columns that the engine added to reach a multiple. what: the matrix, for messages."""
     if shape is None or weight.shape == shape:
         return weight
     padded = tuple(ceil(n / multiple) * multiple for n in shape)
     if len(shape) != 2 or any(n not in (m, p) for n, m, p in zip(weight.shape, shape, padded, strict=True)):
-        raise UserError(f"{what} is {list(weight.shape)}, but config.json's model has {list(shape)} there")
+        raise UserError(f"{what} is {list(weight.shape)}, but the model of config.json has {list(shape)} there")
     return weight[: shape[0], : shape[1]].contiguous()
 
 
 def _fuse(state: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
-    """With matrices joined that the model has in one and the checkpoint in parts."""
+    """Join the matrices that the model has in one and the checkpoint in parts."""
     for name in shapes.keys() - state.keys():
         for joint, parts in FUSED.items():
             pieces = [name.replace(joint + ".", part + ".") for part in parts]

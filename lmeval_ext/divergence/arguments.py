@@ -1,4 +1,4 @@
-"""The model arguments that every adapter takes for references. Needs no torch."""
+"""Parses the model arguments about references that every adapter takes. Needs no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from lmeval_ext.errors import UserError
 
 MODES = ("hidden", "logits")
-# Arguments of every adapter that do not change a distribution; engines add their own (`Observed.neutral_arguments`)
+# Arguments of every adapter that do not change its distributions; engines add their own (`Observed.neutral_arguments`)
 NEUTRAL = frozenset({
     "pretrained", "label", "revision", "tokenizer", "trust_remote_code", "device", "batch_size", "max_batch_size",
     "max_length", "max_gen_toks",
@@ -18,11 +18,12 @@ NEUTRAL = frozenset({
 
 @dataclass(frozen=True)
 class ReferenceArguments:
-    """reference: folder of a store to measure against. save_reference: folder to write one into.
+    """What a run does with a reference.
 
-    reference_chunk: tokens whose reference logits stand in memory at once. reference_mode: "hidden" or "logits", what
-    save_reference keeps; None: hidden states where the engine shows them. others: the model's other arguments that may
-    change its distributions, as text.
+    reference: folder of a store to measure against. save_reference: folder to write one into. reference_chunk: number
+    of tokens whose reference logits are in memory at once. reference_mode: "hidden" or "logits", what save_reference
+    stores; None: hidden states if the engine gives them. others: the model's other arguments that may change its
+    distributions, as text.
     """
 
     reference: str | None = None
@@ -33,7 +34,7 @@ class ReferenceArguments:
 
     @classmethod
     def take(cls, arguments: dict[str, Any], neutral: frozenset[str] = frozenset()) -> ReferenceArguments:
-        """Removes them from an adapter's arguments. Raises UserError if they contradict each other.
+        """Removes these arguments from an adapter's and returns them. Raises UserError for bad or contradictory ones.
 
         neutral: the engine's own arguments that do not change its distributions.
         """
@@ -51,7 +52,8 @@ class ReferenceArguments:
                 given[name] = str(Path(given[name]).expanduser())
         if given["reference"] and given["save_reference"]:
             raise UserError(
-                "reference= and save_reference= are two runs: one writes what the other is measured against"
+                "reference= and save_reference= belong to two runs: one writes what the other is measured against; "
+                "leave one out"
             )
         chunk = given["reference_chunk"]
         if chunk is not None:
@@ -65,11 +67,14 @@ class ReferenceArguments:
         if mode is not None and mode not in MODES:
             raise UserError(f"reference_mode={mode!r}: expected one of {', '.join(MODES)}")
         if mode is not None and not given["save_reference"]:
-            raise UserError("reference_mode= is for save_reference=; a stored reference knows its own")
+            raise UserError(
+                "reference_mode= goes with save_reference= only, since a stored reference has its mode; drop it"
+            )
         if chunk is not None and not (given["reference"] or given["save_reference"]):
-            raise UserError("reference_chunk= is for reference= or save_reference=; add one of them")
+            raise UserError("reference_chunk= goes with reference= or save_reference=; add one of them")
         return cls(**given)
 
     @property
     def active(self) -> bool:
+        """Whether the run writes a reference or measures against one."""
         return bool(self.reference or self.save_reference)

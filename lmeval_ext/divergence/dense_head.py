@@ -1,4 +1,4 @@
-"""The output matrix of an unquantized checkpoint, from its file: for engines that keep it in a layout of their own."""
+"""Reads the output matrix from an unquantized checkpoint's files, for engines that keep it in their own layout."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _DENSE = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def dense_head(folder: str | Path) -> OutputHead:
-    """UserError where the checkpoint holds none: it is quantized."""
+    """The output matrix and what follows it. Raises UserError if it is quantized."""
     folder = Path(folder)
     checkpoint = read_checkpoint(folder)
     roles = {
@@ -24,9 +24,9 @@ def dense_head(folder: str | Path) -> OutputHead:
         for name in checkpoint.tensors
         if name.endswith(".weight")
     }
-    # A head of its own goes before the token embeddings, which stand in for it where there is none
-    wanted = ["head"] + (["token_embedding"] if checkpoint.tied is not False else [])
-    name = next((name for role in wanted for name, found in roles.items() if found == role), None)
+    # A separate head has priority over the token embeddings, which replace it in a model with tied embeddings
+    candidates = ["head"] + (["token_embedding"] if checkpoint.tied is not False else [])
+    name = next((name for candidate in candidates for name, role in roles.items() if role == candidate), None)
     weight = None if name is None else _read(folder, name)
     if name is None or weight is None or weight.dtype not in _DENSE:
         raise UserError(f"{folder}: its output matrix is quantized; use reference_mode=logits, or an unquantized model")
@@ -39,9 +39,10 @@ def dense_head(folder: str | Path) -> OutputHead:
 
 
 def _read(folder: Path, name: str) -> torch.Tensor | None:
+    """The tensor of this name; None if no file of the checkpoint has it."""
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             if name in file.keys():  # noqa: SIM118
-                found: torch.Tensor = file.get_tensor(name)
-                return found
+                tensor: torch.Tensor = file.get_tensor(name)
+                return tensor
     return None

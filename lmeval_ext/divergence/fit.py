@@ -1,4 +1,4 @@
-"""Whether a stored reference fits a model: tokenizer, vocabulary and windows."""
+"""Checks whether a stored reference fits a model: tokenizer, vocabulary and windows."""
 
 from __future__ import annotations
 
@@ -11,48 +11,52 @@ from lmeval_ext.errors import UserError
 from lmeval_ext.requests import WindowRequest
 from lmeval_ext.tokens import HFTokenizer
 
-# Models round their matrices up to multiples of 64 to 512, some further (Phi-2: 51,200 for 50,295)
+# Models pad their vocabulary to multiples of 64 to 512, some further (Phi-2: 51,200 for 50,295)
 PADDING = 1024
 
-
-# Digits, scripts, spaces, code: what tokenizers of different models cut differently
+# Digits, scripts, spaces and code: tokenizers of different models split these differently
 PROBE = (
     "In 1984, naïve cafés — l'été, größer, Привет мир, 你好世界, नमस्ते:\n\n\tdef f(x): return x**2 != 12345.678  # 🙂"
 )
 
 
 def check_fit(model: MeasuredModel, store: ReferenceStore, windows: dict[str, WindowRequest]) -> int:
-    """The vocabulary that both have. UserError where tokenizer, vocabulary or windows are others than the store's."""
-    said, what = store.manifest, f"reference={store.folder}"
+    """Return the size of the vocabulary that both have.
+
+    windows: by key. Raises UserError if tokenizer, vocabulary or windows do not fit the store.
+    """
+    manifest, argument = store.manifest, f"reference={store.folder}"
     missing = [w for key, w in windows.items() if key not in store]
-    if (missing or not model.tokenizer_may_differ) and any(said.tokenizer_probe != p for p in probes(model)):
+    comparable = model.tokenizer_may_differ and not missing  # the windows are of the reference's own tokens
+    if not comparable and any(manifest.tokenizer_probe != ids for ids in probes(model)):
         raise UserError(
-            f"{what}: the reference {said.describe()} has another tokenizer than this model; divergence is between "
-            "distributions over the same tokens: use a reference of the same model family"
+            f"{argument}: the reference {manifest.describe()} has another tokenizer than this model; divergence is "
+            "defined between distributions over the same tokens: use a reference of the same model family"
         )
     if missing:
         raise UserError(
-            f"{what}: holds {len(store)} windows, but not {len(missing)} of the {len(windows)} of this task (first: "
-            f"{missing[0].arguments[0]}): they are over another text, eval_len, stride, max_rows or bos. Run the same "
-            "task and --metadata with save_reference= first"
+            f"{argument}: holds {len(store)} windows, but not {len(missing)} of the {len(windows)} of this task "
+            f"(first: {missing[0].arguments[0]}): their text, eval_len, stride, max_rows or bos is different. Run the "
+            "same task and --metadata with save_reference= first"
         )
-    ours, theirs = model.vocabulary, said.vocabulary
-    largest = max(max(w.ids) for w in windows.values())
-    if abs(ours - theirs) >= PADDING or largest >= min(ours, theirs):
+    model_size, reference_size = model.vocabulary, manifest.vocabulary
+    common, largest = min(model_size, reference_size), max(max(w.ids) for w in windows.values())
+    if abs(model_size - reference_size) >= PADDING or largest >= common:
         raise UserError(
-            f"{what}: the reference has a vocabulary of {theirs} tokens, this model {ours}; they differ by more than "
-            "padding, so the distributions are not over the same tokens"
+            f"{argument}: the reference has a vocabulary of {reference_size} tokens, this model {model_size}; they "
+            "differ by more than padding, so the distributions are not over the same tokens; use a reference of the "
+            "same model family"
         )
-    return min(ours, theirs)
+    return common
 
 
 def probe(model: MeasuredModel) -> list[int]:
-    """Token ids of `PROBE`."""
+    """Token ids of `PROBE`, by which a store recognizes the tokenizer."""
     return [int(i) for i in model.tok_encode(PROBE, add_special_tokens=False)]
 
 
 def probes(model: MeasuredModel) -> Iterator[list[int]]:
-    """Of the tokenizer that is used, and of the checkpoint's own where that is another."""
+    """Token ids of `PROBE` by the tokenizer in use, and by the checkpoint's own tokenizer if that is another."""
     yield probe(model)
     path, used = model.checkpoint(), getattr(getattr(model, "tokenizer", None), "name_or_path", None)
     if path is None or not (Path(path) / "tokenizer.json").is_file():

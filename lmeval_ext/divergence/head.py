@@ -1,4 +1,4 @@
-"""The last step of a language model, from final hidden states to logits, in float32."""
+"""Computes logits from final hidden states, the last step of a language model, in float32."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 
 import torch
 
-# A float32 copy of the output matrix up to this size is kept; a larger one is converted in parts each time
+# A float32 copy of the output matrix is kept up to this size; a larger matrix is converted in parts at every use
 _COPY_BYTES = 1 << 30
 _PART_ROWS = 8192
 
 
 @dataclass
 class OutputHead:
-    """logits = scale × cap × tanh((hidden × weightᵀ + bias) / cap), the tanh only where there is a softcap.
+    """logits = scale × cap × tanh((hidden × weightᵀ + bias) / cap), the tanh only with a softcap.
 
-    weight: [vocabulary, width], in the dtype that the model has it in. bias: [vocabulary] or None. softcap: as Gemma
-    2's final_logit_softcapping. scale: what logits are multiplied with at last (Cohere's logit_scale, 1 / Granite's
-    logits_scaling). The order of softcap and scale is that of vLLM's LogitsProcessor.
+    weight: [vocabulary, width], in the model's dtype. bias: [vocabulary] or None. softcap: as Gemma 2's
+    final_logit_softcapping. scale: the last factor of the logits (Cohere's logit_scale, 1 / Granite's logits_scaling).
+    The order of softcap and scale is that of vLLM's LogitsProcessor.
     """
 
     weight: torch.Tensor
@@ -31,21 +31,21 @@ class OutputHead:
     _memory: torch.Tensor | None = field(default=None, repr=False, compare=False)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """By name, as a store keeps them."""
+        """Weight and bias by the names that they have in a store."""
         return {"weight": self.weight} | ({} if self.bias is None else {"bias": self.bias})
 
     def to(self, device: torch.device | str) -> OutputHead:
-        """A copy there, also where it is there already: a stored one is a file's memory."""
+        """A copy on `device`, even if the head is there already: a head from a store is the memory of a mapped file."""
         bias = None if self.bias is None else self.bias.to(device, copy=True)
         return OutputHead(self.weight.to(device, copy=True), bias, self.softcap, self.scale)
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor, reuse: bool = False) -> torch.Tensor:
-        """hidden: [tokens, width]. Returns float32 [tokens, vocabulary]; with `reuse`, until the next such call: fresh
-        memory is a fifth of a CPU's time.
+        """Compute logits, float32 [tokens, vocabulary], from hidden [tokens, width].
 
-        Products of 16-bit numbers are exact in float32, so the matrix units of GPUs and CPUs give the same sums as
-        float32 arithmetic would, up to the order of the additions.
+        reuse: the result is valid until the next such call only, which writes into the same memory; allocating fresh
+        memory takes a fifth of the time on a CPU. Products of 16-bit numbers are exact in float32, so the matrix units
+        of GPUs and CPUs give the same sums as float32 arithmetic, up to the order of the additions.
         """
         hidden = hidden.to(self.weight.device)
         if hidden.is_cuda and hidden.dtype == self.weight.dtype and hidden.dtype in (torch.bfloat16, torch.float16):
@@ -66,14 +66,14 @@ class OutputHead:
         else:
             memory = self._memory
         logits = memory[:rows]
-        with _precision_for(hidden.dtype, self.weight.dtype):
+        with _exact_products(hidden.dtype, self.weight.dtype):
             hidden = hidden.float()
             for part, weight in self._in_float32():
                 torch.mm(hidden, weight.t(), out=logits[:, part])
         return logits
 
     def _in_float32(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        """The weights, whole or in parts."""
+        """Columns of the logits and their weights in float32, at once or in parts."""
         vocabulary = self.weight.shape[0]
         if self.weight.dtype == torch.float32:
             yield slice(0, vocabulary), self.weight
@@ -87,16 +87,7 @@ class OutputHead:
                 yield part, self.weight[part].float()
 
 
-def _product_of_16_bits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    try:
-        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except (TypeError, NotImplementedError, RuntimeError):  # PyTorch before 2.8, or another maker's GPU
-        return hidden.float() @ weight.float().t()
-
-
-# What Transformers' models do to their logits, as their configs name it: key: (softcap, scale) of its value
+# What Transformers' models apply to their logits. key of the config: (softcap, scale) from its value
 _LOGIT_SETTINGS: dict[str, Callable[[float], tuple[float | None, float]]] = {
     "final_logit_softcapping": lambda v: (v, 1.0),  # Gemma 2, 3n
     "logit_scale": lambda v: (None, v),  # Cohere
@@ -106,7 +97,7 @@ _LOGIT_SETTINGS: dict[str, Callable[[float], tuple[float | None, float]]] = {
 
 
 def logit_settings(config: Any) -> tuple[float | None, float]:
-    """(softcap, scale) of `OutputHead` by a Transformers config, or one as a dictionary."""
+    """(softcap, scale) of `OutputHead` from a Transformers config, which may also be a dictionary."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     softcap, scale = None, 1.0
     for key, meaning in _LOGIT_SETTINGS.items():
@@ -117,13 +108,25 @@ def logit_settings(config: Any) -> tuple[float | None, float]:
     return softcap, scale
 
 
+def _product_of_16_bits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """hidden × weightᵀ in float32 on a GPU, for factors of the same 16-bit dtype."""
+    try:
+        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except (TypeError, NotImplementedError, RuntimeError):  # PyTorch before 2.8, or another maker's GPU
+        return hidden.float() @ weight.float().t()
+
+
 @contextlib.contextmanager
-def _precision_for(*dtypes: torch.dtype) -> Iterator[None]:
-    """Float32 products in float32: programs may have let PyTorch use tf32 or bfloat16 for them. Where all factors were
-    bfloat16 to begin with, "medium" rounds none of them, and is three times as fast on a CPU with AMX."""
-    kept = torch.get_float32_matmul_precision()
+def _exact_products(*dtypes: torch.dtype) -> Iterator[None]:
+    """Compute float32 products in float32, even if the program lets PyTorch use tf32 or bfloat16 for them.
+
+    If all factors are bfloat16 numbers, "medium" rounds none of them, and is three times as fast on a CPU with AMX.
+    """
+    before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium" if set(dtypes) == {torch.bfloat16} else "highest")
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(kept)
+        torch.set_float32_matmul_precision(before)

@@ -1,4 +1,4 @@
-"""The fused kernel behind `token_divergence` on a GPU: each row is read once, as in an online softmax (Milakov and
+"""The fused kernel of `token_divergence` on a GPU. It reads each row once, as an online softmax does (Milakov and
 Gimelshein, arXiv:1805.02867)."""
 
 from __future__ import annotations
@@ -7,9 +7,9 @@ import torch
 import triton
 import triton.language as tl
 
-# Columns at a time: of the sizes tried on an H100, the fastest (2.5 of its 3.3 TB/s)
+# Columns per step: the fastest of the sizes tried on an H100 (2.5 of its 3.3 TB/s)
 _BLOCK = 4096
-_LOW = tl.constexpr(-1e30)  # below any logit, and finite: differences of it are no NaN
+_LOW = tl.constexpr(-1e30)  # below any logit, and finite, so that differences are not NaN
 
 
 @triton.jit
@@ -25,11 +25,11 @@ def _row(  # type: ignore[no-untyped-def]
     top_q = tl.full((), _LOW, tl.float32)
     first_p = tl.full((), 0, tl.int32)
     first_q = tl.full((), 0, tl.int32)
-    # Sums by lane keep rounding errors small. All are relative to the largest logits so far, and moved when those grow
+    # A sum per lane keeps rounding errors small. All are relative to the largest logits so far, and rescaled with them
     total = tl.zeros((BLOCK,), tl.float32)
     other = tl.zeros((BLOCK,), tl.float32)
     moved = tl.zeros((BLOCK,), tl.float32)
-    # The reference's largest logit of what the model rules out: whether that weighs anything is known at the end only
+    # The reference's largest logit among tokens of model logit −∞: only at the end is known whether e^ of it is 0
     ruled_out = tl.full((BLOCK,), float("-inf"), tl.float32)
     for start in range(0, vocabulary, BLOCK):
         at = start + columns
@@ -71,8 +71,8 @@ def _row(  # type: ignore[no-untyped-def]
 def token_divergence_triton(
     reference: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor, vocabulary: int
 ) -> tuple[torch.Tensor, ...]:
-    """The fields of `TokenDivergence`, for CUDA tensors."""
-    reference = reference.float()  # before its strides are taken: a copy has others
+    """The fields of `TokenDivergence` for CUDA tensors; arguments as for `measure.token_divergence`."""
+    reference = reference.float()  # before the strides are read, since a copy has others
     reference = reference if reference.stride(1) == 1 else reference.contiguous()
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     count = logits.shape[0]

@@ -1,4 +1,4 @@
-"""What `session` and `fit` need of a model. `lmeval_ext.models.observed.Observed` implements it for every adapter."""
+"""What `session` and `fit` need from a model. `lmeval_ext.models.observed.Observed` implements it for every adapter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lmeval_ext.requests import WindowRequest, WindowScores
 
 
 class ModelFacts(Protocol):
-    """The facts of a model that decide over its distributions; fields of `config.quantization` in a result file."""
+    """The facts that determine a model's distributions; fields of `config.quantization` in a result file."""
 
     label: str
     engine: str

@@ -1,14 +1,14 @@
-"""A reference on disk: one folder, whose parts are each written whole or not at all.
+"""Stores a reference in one folder, each of whose parts is written atomically.
 
-    DIR/reference.json          what it is a reference of, and how logits come of it (`Manifest`)
+    DIR/reference.json          what it is a reference of, and how logits follow from it (`Manifest`)
     DIR/head.safetensors        the output matrix, once (mode "hidden")
-    DIR/windows/KEY.safetensors one file a window, named by its tokens
+    DIR/windows/KEY.safetensors one file per window, named by its key
 
 A window's file has what recovers the distributions of its scored tokens: `hidden` [tokens, width], the final hidden
-states after the last norm (mode "hidden"), or the tensors of `logits_code` (mode "logits"); and what the run that wrote
-it found: `logprobs`, `greedy`, and its own divergence from the stored distributions (`TokenDivergence`), which is the
-rounding of its engine. So an interrupted run goes on where it was,
-and one folder serves any number of tasks.
+states after the last norm (mode "hidden"), or the tensors of `logits_code` (mode "logits"). It also has the scores of
+the run that wrote it: `logprobs`, `greedy`, and the divergence of its engine's logits from the stored distributions
+(`TokenDivergence`), which is the rounding of that engine. So an interrupted run can be resumed, and one folder serves
+any number of tasks.
 """
 
 from __future__ import annotations
@@ -28,16 +28,15 @@ from lmeval_ext.divergence.store_files import (
     FORMAT,
     VERSION,
     damaged_store,
-    failure_text,
     json_sha256,
     read_tensors,
     tensors_sha256,
     unwritable_store,
     verify_checksum,
-    write_atomically,
     write_tensors,
 )
-from lmeval_ext.errors import UserError
+from lmeval_ext.errors import UserError, first_line
+from lmeval_ext.files import write_atomically
 
 _MANIFEST, _HEAD, _WINDOWS = "reference.json", "head.safetensors", "windows"
 SCORES = ("logprobs", "greedy", *TokenDivergence._fields)
@@ -45,12 +44,12 @@ SCORES = ("logprobs", "greedy", *TokenDivergence._fields)
 
 @dataclass(frozen=True)
 class Manifest:
-    """reference.json.
+    """Contents of reference.json: which model was run, and how its logits are recovered.
 
     model: label, engine, engine_version, dtype, device, kernel, weights_sha256, config_sha256 and arguments of the
     model that was run. mode: "hidden" or "logits". vocabulary: columns of the softmax. tokenizer_probe: ids of
-    `session.PROBE`, to recognize the tokenizer by.
-    width, softcap, scale, head_sha256: of the output matrix (`OutputHead`); None in mode "logits".
+    `fit.PROBE`, by which the tokenizer is recognized. width, softcap, scale, head_sha256: of the output matrix
+    (`OutputHead`); None in mode "logits".
     """
 
     model: dict[str, Any]
@@ -66,19 +65,23 @@ class Manifest:
 
     @functools.cached_property
     def id(self) -> str:
-        """Two references with the same id have the same distributions. The label is a mere name."""
+        """References with the same id have the same distributions. The label is not part of it."""
         facts = asdict(self)
         facts["model"] = {k: v for k, v in self.model.items() if k != "label"}
         return json_sha256(facts)
 
     def describe(self) -> str:
+        """Label, engine and dtype for messages."""
         m = self.model
         return f"{m.get('label')} ({m.get('engine')} {m.get('engine_version')}, {m.get('dtype')})"
 
 
 @dataclass
 class StoredWindow:
-    """One window of a store. states: `hidden`, or the tensors of `logits_code`; scores: the tensors of `SCORES`."""
+    """One window of a store.
+
+    states: `hidden`, or the tensors of `logits_code`. scores: the tensors named in `SCORES`. All are [tokens, …].
+    """
 
     key: str
     states: dict[str, torch.Tensor] = field(repr=False)
@@ -86,11 +89,12 @@ class StoredWindow:
 
     @property
     def tokens(self) -> int:
+        """Number of scored tokens."""
         return int(self.scores["logprobs"].shape[0])
 
 
 class ReferenceStore:
-    """A folder with a reference. Raises UserError where it is none, or damaged."""
+    """A folder with a reference. Methods that read raise UserError for damage, those that write if they cannot."""
 
     def __init__(self, folder: Path | str, manifest: Manifest) -> None:
         self.folder, self.manifest = Path(folder), manifest
@@ -99,26 +103,27 @@ class ReferenceStore:
 
     @classmethod
     def open(cls, folder: Path | str) -> ReferenceStore:
+        """The store in `folder`. Raises UserError if there is none, or if its manifest is damaged."""
         return cls(folder, _read_manifest(Path(folder) / _MANIFEST))
 
     @classmethod
     def create(cls, folder: Path | str, manifest: Manifest) -> ReferenceStore:
-        """The store in `folder`, begun or gone on with. UserError where another model's reference is there."""
+        """The store in `folder`, new or resumed. Raises UserError if the folder holds another model's reference."""
         folder = Path(folder)
         path = folder / _MANIFEST
         if path.exists():
-            there = _read_manifest(path)
-            if there.id != manifest.id:
+            existing = _read_manifest(path)
+            if existing.id != manifest.id:
                 raise UserError(
-                    f"save_reference={folder}: holds the reference of another model or setting, {there.describe()}, "
-                    f"not of {manifest.describe()} ({_difference(there, manifest)}); name another folder, or delete "
+                    f"save_reference={folder}: holds the reference of another model or setting, {existing.describe()}, "
+                    f"not of {manifest.describe()} ({_difference(existing, manifest)}); name another folder, or delete "
                     "that one"
                 )
-            return cls(folder, there)
+            return cls(folder, existing)
         try:
             (folder / _WINDOWS).mkdir(parents=True, exist_ok=True)
-            said = {**asdict(manifest), "id": manifest.id}
-            write_atomically(path, json.dumps({**said, "sha256": json_sha256(said)}, indent=2).encode())
+            content = {**asdict(manifest), "id": manifest.id}
+            write_atomically(path, json.dumps({**content, "sha256": json_sha256(content)}, indent=2).encode())
         except OSError as error:
             raise unwritable_store(folder, error) from error
         return cls(folder, manifest)
@@ -130,7 +135,7 @@ class ReferenceStore:
         return self.folder / _HEAD
 
     def has_sound_head(self) -> bool:
-        """Whether it is there, whole, and the one that the manifest names."""
+        """Whether the output matrix exists, is undamaged, and is the one that the manifest names."""
         try:
             self.head()
         except UserError:
@@ -141,19 +146,22 @@ class ReferenceStore:
         write_tensors(self.head_path, head.tensors(), {})
 
     def head(self) -> OutputHead:
-        """Checked against the manifest's sum. The file is mapped, not copied: it may be gigabytes."""
+        """The output matrix. Raises UserError if it does not match the manifest's checksum.
+
+        The file is mapped, not copied: it may have gigabytes.
+        """
         path = self.head_path
         try:
             with safe_open(path, framework="pt") as file:
-                about = file.metadata() or {}
+                metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except FileNotFoundError as error:
             raise damaged_store(path, "it is missing") from error
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            raise damaged_store(path, failure_text(error)) from error
-        verify_checksum(path, tensors_sha256(tensors), about)
-        if "weight" not in tensors or about["sha256"] != self.manifest.head_sha256:
-            raise damaged_store(path, "its contents are not what reference.json says")
+            raise damaged_store(path, first_line(error)) from error
+        verify_checksum(path, tensors_sha256(tensors), metadata)
+        if "weight" not in tensors or metadata["sha256"] != self.manifest.head_sha256:
+            raise damaged_store(path, "its contents are not those named in reference.json")
         m = self.manifest
         return OutputHead(tensors["weight"], tensors.get("bias"), m.softcap, 1.0 if m.scale is None else m.scale)
 
@@ -174,8 +182,8 @@ class ReferenceStore:
 
     def read(self, key: str) -> StoredWindow:
         path = self.path(key)
-        tensors, about = read_tensors(path)
-        if about.get("key") != key or about.get("reference") != self.manifest.id:
+        tensors, metadata = read_tensors(path)
+        if metadata.get("key") != key or metadata.get("reference") != self.manifest.id:
             raise damaged_store(path, "it belongs to another window or another reference")
         states = {name: t for name, t in tensors.items() if name not in SCORES}
         scores = {name: tensors[name] for name in SCORES if name in tensors}
@@ -185,13 +193,13 @@ class ReferenceStore:
         return StoredWindow(key, states, scores)
 
     def own_kld(self, key: str) -> torch.Tensor:
-        """The writing engine's own divergence, float32 [tokens]; the file's checksum is not looked at."""
+        """Divergence of the engine that wrote the window, float32 [tokens]; does not verify the file's checksum."""
         try:
             with safe_open(self.path(key), framework="pt") as file:
-                found: torch.Tensor = file.get_tensor("kld")
+                kld: torch.Tensor = file.get_tensor("kld")
         except (SafetensorError, OSError, ValueError) as error:
-            raise damaged_store(self.path(key), failure_text(error)) from error
-        return found
+            raise damaged_store(self.path(key), first_line(error)) from error
+        return kld
 
 
 _STATES = {"hidden": ("hidden",), "logits": ("codes", "range", "top_ids", "top_values")}
@@ -203,24 +211,24 @@ def _read_manifest(path: Path) -> Manifest:
             f"reference={path.parent}: no {_MANIFEST} there; give a folder that a run with save_reference= has written"
         )
     try:
-        said = json.loads(path.read_bytes())
-        version = said.get("version") if isinstance(said, dict) else None
-        if said["format"] == FORMAT and version != VERSION:
+        content = json.loads(path.read_bytes())
+        version = content.get("version") if isinstance(content, dict) else None
+        if content["format"] == FORMAT and version != VERSION:
             raise UserError(
                 f"{path}: version {version} of the reference format; this release reads version {VERSION}: delete that "
-                "folder, or name another, and save the reference anew"
+                "folder, or name another, and save the reference again"
             )
-        checksum = said.pop("sha256")
-        whole = checksum == json_sha256(said)  # the label too, which is no part of the id
-        claimed = said.pop("id")
-        manifest = Manifest(**said)
+        checksum = content.pop("sha256")
+        undamaged = checksum == json_sha256(content)  # covers the label too, which is not part of the id
+        stored_id = content.pop("id")
+        manifest = Manifest(**content)
         sound = (
-            whole
+            undamaged
             and manifest.format == FORMAT
             and manifest.mode in _STATES
             and isinstance(manifest.model, dict)
             and isinstance(manifest.vocabulary, int)
-            and manifest.id == claimed
+            and manifest.id == stored_id
         )
     except UserError:
         raise
@@ -231,8 +239,9 @@ def _read_manifest(path: Path) -> Manifest:
     return manifest
 
 
-def _difference(there: Manifest, wanted: Manifest) -> str:
-    a, b = ({**{k: v for k, v in asdict(m).items() if k != "model"}, **m.model} for m in (there, wanted))
+def _difference(existing: Manifest, current: Manifest) -> str:
+    """The fields in which both differ, for a message."""
+    a, b = ({**{k: v for k, v in asdict(m).items() if k != "model"}, **m.model} for m in (existing, current))
     names = [n for n in a if a[n] != b.get(n) and n not in ("label", "tokenizer_probe")]
-    short = [f"{n}: {str(a[n])[:20]}, here {str(b.get(n))[:20]}" for n in names]
-    return "; ".join(short) or "another tokenizer"
+    differences = [f"{n}: {str(a[n])[:20]}, here {str(b.get(n))[:20]}" for n in names]
+    return "; ".join(differences) or "another tokenizer"

@@ -1,4 +1,4 @@
-"""The identity of a checkpoint's weights."""
+"""Identifies a checkpoint's weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from pathlib import Path
 
 
 def weights_sha256(path: str | None) -> str | None:
-    """Of a checkpoint's weight files: names, sizes and samples of their bytes (whole files would take minutes)."""
+    """SHA-256 over a checkpoint's weight files: names, sizes and samples of their bytes (all bytes would take minutes).
+
+    path: a folder or one file; None without a checkpoint.
+    """
     if path is None:
         return None
     root = Path(path)

@@ -1,4 +1,4 @@
-"""Decoders of EXL3 and EXL2 against the formats taken literally, bit by bit, and against the engines themselves."""
+"""Decoders of EXL3 and EXL2, compared bit by bit with the formats taken literally, and with the engines."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WIDTHS = [1, 2, 3, 4, 5, 6, 7, 8, 1.5, 2.5, 3.5]
 
 
 def trellis_of(rows: int, columns: int, bits: float, seed: int = 0) -> torch.Tensor:
-    """Any bits are a trellis: random int16 [rows / 16, columns / 16, 16 * bits]."""
+    """A trellis of random bits, int16 [rows / 16, columns / 16, 16 * bits]; any bits are valid."""
     rng = np.random.default_rng(seed)
     words = rng.integers(-(1 << 15), 1 << 15, size=(rows // 16, columns // 16, round(16 * bits)))
     return torch.from_numpy(words.astype(np.int16))
@@ -39,7 +39,7 @@ def trellis_of(rows: int, columns: int, bits: float, seed: int = 0) -> torch.Ten
 
 
 def literal_states(words: np.ndarray, bits: float) -> dict[int, int]:
-    """State of each position of one tile, read off a string of bits. words: int16 [16 * bits]."""
+    """State of each position of one tile, read from a string of bits. words: int16 [16 * bits]."""
     pairs = words.view(np.uint16).reshape(-1, 2)
     ring = "".join(f"{int(high):016b}{int(low):016b}" for low, high in pairs)  # int32 words, highest bit first
     assert len(ring) == 256 * bits
@@ -62,35 +62,35 @@ def literal_place(position: int) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-def test_exl3_states_and_places(bits: float) -> None:
+def test_exl3_states_are_the_bits_of_the_ring(bits: float) -> None:
     trellis = trellis_of(32, 48, bits)
-    found = exl3.states(trellis)
+    states = exl3.states(trellis)
     for row, column in ((0, 0), (1, 2)):
         for position, state in literal_states(trellis[row, column].numpy(), bits).items():
             r, c = literal_place(position)
-            assert found[row, column, 16 * r + c] == state, (position, row, column)
+            assert states[row, column, 16 * r + c] == state, (position, row, column)
 
 
 @pytest.mark.parametrize("bits", [3, 2.5])
 def test_exl3_inner_puts_tiles_in_their_places(bits: float) -> None:
     trellis = trellis_of(32, 48, bits, seed=1)
     table = exl3.codebook("mul1")
-    found = exl3.inner(trellis, "mul1")
-    assert found.shape == (32, 48)
+    inner = exl3.inner(trellis, "mul1")
+    assert inner.shape == (32, 48)
     for position, state in literal_states(trellis[1, 2].numpy(), bits).items():
         r, c = literal_place(position)
-        assert found[16 + r, 32 + c] == table[state]
+        assert inner[16 + r, 32 + c] == table[state]
 
 
 def fraction_of(pattern: int) -> float:
-    """A float16 from its bits, by IEEE 754."""
+    """The float16 with these bits, by IEEE 754."""
     sign, exponent, mantissa = pattern >> 15, pattern >> 10 & 31, pattern & 1023
     value = mantissa * 2.0**-24 if exponent == 0 else (1024 + mantissa) * 2.0 ** (exponent - 25)
     return -value if sign else value
 
 
 @pytest.mark.parametrize("name", ["3inst", "mcg", "mul1"])
-def test_exl3_codebook_by_integers(name: str) -> None:
+def test_exl3_codebook_equals_exact_arithmetic(name: str) -> None:
     """All 65,536 values in Python's integers and exact doubles; numpy rounds the double to float16 once."""
     multiplier, addend = {"3inst": (89226354, 64248484), "mcg": (0xCBAC1FED, 0), "mul1": (0x83DCD12D, 0)}[name]
     exact = []
@@ -103,14 +103,14 @@ def test_exl3_codebook_by_integers(name: str) -> None:
             x = (x & 0x8FFF8FFF) ^ 0x3B603B60
             exact.append(fraction_of(x & 0xFFFF) + fraction_of(x >> 16))
     expected = np.array(exact, dtype=np.float64).astype(np.float16)
-    found = exl3.codebook(name).numpy()
-    assert (found.view(np.uint16) == expected.view(np.uint16)).all()
+    values = exl3.codebook(name).numpy()
+    assert (values.view(np.uint16) == expected.view(np.uint16)).all()
     # The codes stand for Gaussian weights (QTIP, arXiv:2406.11235, section 3.1); mul1 divides by its bytes' deviation
-    assert found.astype(np.float64).mean() == pytest.approx(0, abs=0.02)
-    assert found.astype(np.float64).std() == pytest.approx(1 if name == "mul1" else 1.2437, abs=0.01)
+    assert values.astype(np.float64).mean() == pytest.approx(0, abs=0.02)
+    assert values.astype(np.float64).std() == pytest.approx(1 if name == "mul1" else 1.2437, abs=0.01)
 
 
-def test_exl3_codebook_values_worked_by_hand() -> None:
+def test_exl3_codebook_values_by_hand() -> None:
     """3INST of state 0: 64248484 = 03D45AA4; & 8FFF8FFF = 03D40AA4, ^ 3B603B60 = 38B431C4: 0.58789 + 0.18018."""
     assert exl3.codebook("3inst")[0].item() == pytest.approx(0.587890625 + 0.18017578125, abs=2**-12)
     # mcg of state 0: 3B60 twice, 0.921875; mul1 of state 0: no bytes, 1024 * 0.0067673 - 10.3828
@@ -118,15 +118,15 @@ def test_exl3_codebook_values_worked_by_hand() -> None:
     assert exl3.codebook("mul1")[0].item() == pytest.approx(1024 * 0.006767272949 - 10.3828125, abs=2**-9)
 
 
-def test_exl3_hadamard_is_sylvesters() -> None:
+def test_exl3_hadamard_is_sylvesters_matrix() -> None:
     from scipy.linalg import hadamard
 
     assert (exl3.hadamard().numpy() == hadamard(128)).all()
 
 
 @pytest.mark.parametrize("elements", [1, 1 << 22])
-def test_exl3_dense_weight(elements: int) -> None:
-    """diag(suh) H inner H diag(svh) in float64, whole or in pieces."""
+def test_exl3_dense_weight_equals_float64(elements: int) -> None:
+    """diag(suh) H inner H diag(svh) in float64; decoded at once or in pieces."""
     from scipy.linalg import hadamard
 
     rng = np.random.default_rng(2)
@@ -135,23 +135,23 @@ def test_exl3_dense_weight(elements: int) -> None:
     rotate = np.kron(np.eye(3), hadamard(128) / math.sqrt(128))
     inner = exl3.inner(trellis, "mcg").double().numpy()
     expected = suh.double().numpy()[:, None] * (rotate[:256, :256] @ inner @ rotate) * svh.double().numpy()
-    found = exl3.decode(trellis, suh, svh, "mcg", torch.float32, elements)
-    assert found.shape == (384, 256)
-    np.testing.assert_allclose(found.numpy(), expected.T, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
+    weight = exl3.decode(trellis, suh, svh, "mcg", torch.float32, elements)
+    assert weight.shape == (384, 256)
+    np.testing.assert_allclose(weight.numpy(), expected.T, rtol=1e-5, atol=1e-6 * np.abs(expected).max())
     halves = exl3.decode(trellis, suh, svh, "mcg", torch.float16, elements)
-    assert (halves == found.half()).all()
+    assert (halves == weight.half()).all()
 
 
-def test_exl3_packed_signs() -> None:
-    """su of files before suh: bit i of word w is the sign of element 16 w + i."""
+def test_exl3_packed_signs_are_unpacked() -> None:
+    """In su of older files, bit i of word w is the sign of element 16 w + i."""
     assert exl3.signs(torch.tensor([5, -32768], dtype=torch.int16)).tolist() == [-1, 1, -1] + 13 * [1] + 15 * [1] + [-1]
 
 
-def test_exl3_refuses_what_it_is_not() -> None:
+def test_exl3_refuses_invalid_tensors() -> None:
     ones = torch.ones(128, dtype=torch.float16)
     with pytest.raises(ValueError, match=r"tile of 72 words is 4\.5 bits"):
         exl3.inner(trellis_of(128, 128, 4.5), "mul1")
-    with pytest.raises(ValueError, match=r"1\.5 bits a weight go with the mul1 codebook only, this is mcg"):
+    with pytest.raises(ValueError, match=r"1\.5 bits per weight go with the mul1 codebook only, this is mcg"):
         exl3.inner(trellis_of(128, 128, 1.5), "mcg")
     with pytest.raises(ValueError, match="64 x 128 weights: both must be multiples of 128"):
         exl3.decode(trellis_of(64, 128, 4), ones[:64], ones, "mcg")
@@ -165,14 +165,14 @@ def test_exl3_refuses_what_it_is_not() -> None:
 def pack_column(codes: list[int], bits: int) -> list[int]:
     """One column's codes as int32 words: a number whose lowest bits are the first code."""
     number = sum(code << (bits * i) for i, code in enumerate(codes))
-    words = -(-len(codes) * bits // 32)
+    words = math.ceil(len(codes) * bits / 32)
     return [int(np.uint32(number >> (32 * i) & 0xFFFFFFFF).astype(np.int32)) for i in range(words)]
 
 
 def exl2_matrix(
     layout: list[tuple[int, int]], columns: int, seed: int = 0
 ) -> tuple[dict[str, torch.Tensor], np.ndarray]:
-    """Random EXL2 tensors by suffix, and their weights [in, out] one by one. layout: (bits, rows) of each group."""
+    """Random EXL2 tensors by suffix, and their weights [in, out], computed singly. layout: (bits, rows) per group."""
     rng = np.random.default_rng(seed)
     rows = sum(size for _, size in layout)
     words, starts, weights = [], [], []
@@ -214,31 +214,31 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("elements", [1, 1 << 22])
-def test_exl2_weights_one_by_one(name: str, elements: int) -> None:
+def test_exl2_weights_equal_the_format(name: str, elements: int) -> None:
     tensors, expected = exl2_matrix(LAYOUTS[name], columns=32)
-    found = exl2.decode(**tensors, elements=elements).numpy()
-    assert (found.T.copy().view(np.uint16) == expected.view(np.uint16)).all()
+    weight = exl2.decode(**tensors, elements=elements).numpy()
+    assert (weight.T.copy().view(np.uint16) == expected.view(np.uint16)).all()
 
 
-def test_exl2_refuses_what_does_not_fit() -> None:
+def test_exl2_refuses_tensors_that_do_not_fit() -> None:
     tensors, _ = exl2_matrix([(4, 64), (3, 64)], columns=32)
     with pytest.raises(ValueError, match="a group of 7 bits"):
         exl2.decode(**{**tensors, "q_groups": torch.tensor([7, 0, 3, 8]).short()})
     with pytest.raises(ValueError, match="groups hold 128 of 160 rows"):
         exl2.decode(**{**tensors, "q_invperm": torch.arange(160)})
-    with pytest.raises(ValueError, match="no permutation"):
+    with pytest.raises(ValueError, match="not a permutation"):
         exl2.decode(**{**tensors, "q_invperm": torch.zeros(128, dtype=torch.int32)})
     with pytest.raises(ValueError, match=r"q_scale \[1, 4\]"):
         exl2.decode(**{**tensors, "q_scale": tensors["q_scale"][:1]})
 
 
-# Checkpoints of our own making, in which every weight is known
+# Generated checkpoints, in which every weight is known
 
 
 def random_exl3(out: int, size: int, seed: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Random EXL3 tensors by suffix, codebook and width by the seed; the float32 weights [out, in] they stand for."""
+    """Random EXL3 tensors by suffix, codebook and width by the seed; and their float32 weights [out, in]."""
     rng, book = np.random.default_rng(seed), ("3inst", "mcg", "mul1")[seed % 3]
-    out = -(-out // 128) * 128
+    out = math.ceil(out / 128) * 128
     trellis = trellis_of(size, out, (1 + seed) % 8 + 1, seed)
     suh, svh = (torch.from_numpy(rng.choice([-0.1, 0.1], n)).half() for n in (size, out))
     tensors = {"trellis": trellis, "suh": suh, "svh": svh}
@@ -248,8 +248,8 @@ def random_exl3(out: int, size: int, seed: int) -> tuple[dict[str, torch.Tensor]
 
 
 def random_exl2(out: int, size: int, seed: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """The same for EXL2."""
-    tensors, _ = exl2_matrix([(6, size // 2), (4, size // 4), (3, size // 4)], -(-out // 32) * 32, seed)
+    """Random EXL2 tensors by suffix, and their float32 weights [out, in]."""
+    tensors, _ = exl2_matrix([(6, size // 2), (4, size // 4), (3, size // 4)], math.ceil(out / 32) * 32, seed)
     tensors["q_scale_max"] /= 64
     return tensors, exl2.decode(**tensors, dtype=torch.float32)
 
@@ -257,7 +257,7 @@ def random_exl2(out: int, size: int, seed: int) -> tuple[dict[str, torch.Tensor]
 def quantize_stored(
     folder: Path, method: str, chosen: Callable[[str], bool], head: tuple[int, int] | None = None
 ) -> dict[str, torch.Tensor]:
-    """Replace a checkpoint's chosen matrices by random quantized ones; all float32 weights it then stands for.
+    """Replace a checkpoint's chosen matrices by random quantized ones; return all its float32 weights.
 
     head: shape of an output matrix to add.
     """
@@ -277,7 +277,7 @@ def quantize_stored(
 
 
 def quantized_llama(folder: Path, method: str, vocabulary: int = 384, head: bool = True) -> dict[str, torch.Tensor]:
-    """A Llama of random quantized matrices whose config ties the output matrix; the dense weights they stand for."""
+    """A Llama of random quantized matrices whose config ties the output matrix; returns its dense weights."""
     make_llama(
         folder, "float16", vocabulary, hidden_size=128, intermediate_size=256, num_attention_heads=2,
         num_key_value_heads=2, tie_word_embeddings=True,
@@ -294,15 +294,15 @@ def load(folder: Path, **arguments: Any) -> Any:
 
 
 @pytest.mark.parametrize("method", ["exl3", "exl2"])
-def test_hf_quant_holds_the_decoded_weights(method: str, tmp_path: Path) -> None:
-    """Weights, an output matrix of its own in a model whose config ties it, and a vocabulary that was padded."""
+def test_hf_quant_has_the_decoded_weights(method: str, tmp_path: Path) -> None:
+    """Also with a separate output matrix in a model whose config ties it, and with a padded vocabulary."""
     dense = quantized_llama(tmp_path, method, vocabulary=375)
     model = load(tmp_path, device="cpu")
-    found = model.model.state_dict()
-    assert found.keys() == dense.keys()
+    state = model.model.state_dict()
+    assert state.keys() == dense.keys()
     for name, tensor in dense.items():
-        assert found[name].dtype == torch.float32
-        assert (found[name] == tensor[: len(found[name])]).all(), name
+        assert state[name].dtype == torch.float32
+        assert (state[name] == tensor[: len(state[name])]).all(), name
     assert model.model.get_output_embeddings().weight.shape == (375, 128)
     info = model.get_model_info()["quantization"]
     assert (info["kernel"], info["family"], info["dtype"]) == ("decoded", method.upper(), "float32")
@@ -312,7 +312,7 @@ def test_hf_quant_holds_the_decoded_weights(method: str, tmp_path: Path) -> None
     assert np.isfinite(logits[0].logprobs).all()
 
 
-def test_dtype_that_was_asked_for_and_ties_that_are_kept(tmp_path: Path) -> None:
+def test_requested_dtype_and_tied_weights_are_kept(tmp_path: Path) -> None:
     dense = quantized_llama(tmp_path, "exl3", head=False)
     model = load(tmp_path, device="cpu", dtype="bfloat16").model
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
@@ -337,7 +337,7 @@ BREAKAGES: dict[str, tuple[Any, str]] = {
     ),
     "wrong shape": (
         lambda t: t.update({f"{KEY}.trellis": trellis_of(128, 256, 4), f"{KEY}.svh": torch.ones(256).half()}),
-        r"k_proj' is \[256, 128\], but config.json's model has \[128, 128\]",
+        r"k_proj' is \[256, 128\], but the model of config.json has \[128, 128\]",
     ),
     "quantized embeddings": (
         lambda t: t.update(
@@ -349,15 +349,15 @@ BREAKAGES: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("name", BREAKAGES)
-def test_checkpoints_that_cannot_be_decoded(name: str, tmp_path: Path) -> None:
+def test_checkpoints_that_cannot_be_decoded_are_refused(name: str, tmp_path: Path) -> None:
     quantized_llama(tmp_path, "exl3")
-    change, words = BREAKAGES[name]
+    change, message = BREAKAGES[name]
     rewrite(tmp_path, change)
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=message):
         load(tmp_path, device="cpu")
 
 
-def test_tensors_without_a_place_are_noted(tmp_path: Path) -> None:
+def test_tensors_without_a_place_in_the_model_are_noted(tmp_path: Path) -> None:
     quantized_llama(tmp_path, "exl3")
     rewrite(tmp_path, lambda tensors: tensors.update({"mtp.fc.weight": torch.ones(2, 2)}))
     notes = load(tmp_path, device="cpu").get_model_info()["quantization"]["notes"]
@@ -365,7 +365,7 @@ def test_tensors_without_a_place_are_noted(tmp_path: Path) -> None:
 
 
 def test_experts_are_stacked(tmp_path: Path) -> None:
-    """ExLlama stores a mixture's experts apart, as the original checkpoint does; Transformers 5 holds them in one."""
+    """ExLlama stores a mixture's experts separately, as the original checkpoint does; Transformers 5 joins them."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -382,18 +382,18 @@ def test_experts_are_stacked(tmp_path: Path) -> None:
     assert load_file(tmp_path / "model.safetensors").keys() & dense.keys()
 
 
-def test_matrices_that_transformers_holds_in_one(tmp_path: Path) -> None:
-    """ExLlama stores q, k, v and gate, up of Phi-3 apart; the model has qkv_proj and gate_up_proj."""
+def test_matrices_that_transformers_joins_are_joined(tmp_path: Path) -> None:
+    """ExLlama stores q, k, v and gate, up of Phi-3 separately; the model has qkv_proj and gate_up_proj."""
     dense = quantized_llama(tmp_path, "exl3")
     layer = "model.layers.0.self_attn."
     shapes = {f"{layer}qkv_proj.weight": (384, 128)}
-    found = decoded(tmp_path, torch.float32, shapes=shapes, quiet=True)
+    state = decoded(tmp_path, torch.float32, shapes=shapes, quiet=True)
     expected = torch.cat([dense[f"{layer}{part}_proj.weight"] for part in "qkv"])
-    assert (found[f"{layer}qkv_proj.weight"] == expected).all()
-    assert f"{layer}q_proj.weight" not in found
+    assert (state[f"{layer}qkv_proj.weight"] == expected).all()
+    assert f"{layer}q_proj.weight" not in state
 
 
-def test_what_is_decoded(tmp_path: Path) -> None:
+def test_exl_method_is_read_from_the_config(tmp_path: Path) -> None:
     make_llama(tmp_path)
     assert exl_method(tmp_path) is None
     (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "EXL3"}}')
@@ -401,7 +401,7 @@ def test_what_is_decoded(tmp_path: Path) -> None:
     assert exl_method(tmp_path / "nothing") is None
 
 
-# The engines' own checkpoints, with what the engines made of them on a GPU (fixtures/make_tiny_exl.py)
+# The engines' own checkpoints, with the engines' results on a GPU (fixtures/make_tiny_exl.py)
 
 
 def reference(folder: Path) -> dict[str, Any]:
@@ -416,8 +416,8 @@ def spread(tensor: torch.Tensor, count: int) -> torch.Tensor:
 
 @needs_fixtures
 @each_fixture
-def test_weights_are_the_engines(folder: Path) -> None:
-    """EXL2 and the rotated weights of EXL3 bit for bit; EXL3's dense weights but for the engine's own roundings."""
+def test_weights_equal_the_engines(folder: Path) -> None:
+    """EXL2 and the rotated weights of EXL3 bit for bit; EXL3's dense weights up to the engine's own roundings."""
     stored = load_file(next(folder.glob("*.safetensors")))
     weights = decoded(folder, torch.float16, quiet=True)
     layers = reference(folder)["layers"]
@@ -439,14 +439,14 @@ def test_weights_are_the_engines(folder: Path) -> None:
 
 @needs_fixtures
 @each_fixture
-def test_bits_are_the_engines(folder: Path) -> None:
-    """ExLlamaV3's get_storage_info; ExLlamaV2 has no such thing."""
+def test_bits_per_weight_equal_the_engines(folder: Path) -> None:
+    """By ExLlamaV3's get_storage_info; ExLlamaV2 has no such function."""
     from lmeval_ext.storage import inspect
 
-    if (said := reference(folder)["storage_info"]) is not None:
+    if (storage_info := reference(folder)["storage_info"]) is not None:
         info = inspect(folder)
-        assert [info.layer_bpw, info.head_bpw] == pytest.approx(said[:2], abs=1e-9)
-        assert info.layer_bits + info.head_bits == round(said[2])
+        assert [info.layer_bpw, info.head_bpw] == pytest.approx(storage_info[:2], abs=1e-9)
+        assert info.layer_bits + info.head_bits == round(storage_info[2])
 
 
 def digest(tensor: torch.Tensor) -> str:
@@ -455,7 +455,7 @@ def digest(tensor: torch.Tensor) -> str:
 
 @needs_fixtures
 @each_fixture
-def test_perplexity_is_the_engines(folder: Path) -> None:
+def test_perplexity_equals_the_engines(folder: Path) -> None:
     """Within 0.1 % of the engine's own forward on the same windows of the bundled text."""
     from tokenizers import Tokenizer
 

@@ -1,4 +1,4 @@
-"""The figures of a comparison by Transformers and numpy alone: models run directly, log-softmax in float64."""
+"""Computes divergences with Transformers and numpy alone: models run directly, log-softmax in float64."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from tests.conftest import load_task
 
 
 def windows_of(folder: Path, task: str = "sample_strided", limit: int | None = None, **metadata: Any) -> list[Any]:
+    """The task's windows, tokenized for the model in `folder`."""
     loaded = load_task(task, pretrained=str(folder), **metadata)
     loaded.build_all_requests(limit=limit)
     return list(loaded.instances)
@@ -23,22 +24,22 @@ def windows_of(folder: Path, task: str = "sample_strided", limit: int | None = N
 def log_probabilities(
     folder: Path, windows: Sequence[WindowRequest], dtype: str = "float32", vocabulary: int | None = None
 ) -> list[np.ndarray]:
-    """float64 [targets, vocabulary] of each window."""
+    """Log-probabilities of each window's targets, float64 [targets, vocabulary]."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
-    found = []
+    logprobs = []
     for window in windows:
         with torch.no_grad():
             logits = model(torch.tensor([window.ids[:-1]]), use_cache=False).logits[0].double().numpy()
         x = logits[-len(window.target_ids) :, :vocabulary]
         x = x - x.max(axis=1, keepdims=True)
-        found.append(x - np.log(np.exp(x).sum(axis=1, keepdims=True)))
-    return found
+        logprobs.append(x - np.log(np.exp(x).sum(axis=1, keepdims=True)))
+    return logprobs
 
 
 def divergences(
     reference: Sequence[np.ndarray], model: Sequence[np.ndarray], windows: Sequence[WindowRequest]
 ) -> dict[str, np.ndarray]:
-    """One value a scored token of all windows."""
+    """One value per scored token of all windows, by name."""
     p, q = np.concatenate(reference), np.concatenate(model)
     targets = np.concatenate([w.target_ids for w in windows])
     rows = np.arange(len(targets))
@@ -51,9 +52,9 @@ def divergences(
     }
 
 
-def figures(found: dict[str, np.ndarray]) -> dict[str, float]:
-    """The metrics of a result."""
-    kld, p, q = found["kld"], found["reference_logprobs"], found["logprobs"]
+def figures(by_token: dict[str, np.ndarray]) -> dict[str, float]:
+    """The metrics of a result, from `divergences`."""
+    kld, p, q = by_token["kld"], by_token["reference_logprobs"], by_token["logprobs"]
     change = np.exp(q) - np.exp(p)
     return {
         "kld": kld.mean(),
@@ -62,7 +63,7 @@ def figures(found: dict[str, np.ndarray]) -> dict[str, float]:
         "kld_p99": np.percentile(kld, 99),
         "kld_p999": np.percentile(kld, 99.9),
         "kld_max": kld.max(),
-        "top1_agreement": found["agree"].mean(),
+        "top1_agreement": by_token["agree"].mean(),
         "mean_delta_p": change.mean(),
         "rms_delta_p": np.sqrt((change**2).mean()),
         "ppl_ratio": np.exp(p.mean() - q.mean()),

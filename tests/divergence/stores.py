@@ -1,4 +1,4 @@
-"""Small stores, made of random numbers."""
+"""Makes small stores of random numbers."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def some_head(seed: int = 0) -> OutputHead:
 
 
 def manifest(mode: str = "hidden", head: OutputHead | None = None, **model: Any) -> Manifest:
-    about = {"label": "first", "engine": "tiny", "engine_version": "1", "dtype": "float32", "weights_sha256": "ab"}
-    facts = head_facts(head or some_head()) if mode == "hidden" else {}
-    return Manifest({**about, **model}, mode, VOCABULARY, [1, 2, 3], **facts)
+    facts = {"label": "first", "engine": "tiny", "engine_version": "1", "dtype": "float32", "weights_sha256": "ab"}
+    head_fields = head_facts(head or some_head()) if mode == "hidden" else {}
+    return Manifest({**facts, **model}, mode, VOCABULARY, [1, 2, 3], **head_fields)
 
 
 def window(number: int = 0, tokens: int = 3, mode: str = "hidden") -> StoredWindow:

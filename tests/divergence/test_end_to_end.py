@@ -1,4 +1,4 @@
-"""save_reference= and reference= through the harness, against Transformers and numpy; resuming, damage, refusals."""
+"""save_reference= and reference= in the harness, compared with Transformers and numpy; resuming, damage, refusals."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ SMALL = {"eval_len": 64, "stride": 64, "max_rows": 12}
 
 
 def scored(model: Any, folder: Path, task: str = TASK, settings: Any = SMALL, **arguments: Any) -> Any:
-    """A result of the harness; `model`: a name, or a model of these arguments."""
+    """A result of the harness. model: a registered name, or an adapter that has its arguments already."""
     if isinstance(model, str):
         return evaluate(model, task, metadata=settings, pretrained=str(folder), **arguments)
     return evaluate(model, task, metadata={"pretrained": str(folder), **settings})
 
 
 def metrics_of(result: Any) -> dict[str, Any]:
-    """Without the filter's name."""
+    """Metrics of the result, without the filter in their names."""
     return {name.removesuffix(",none"): value for name, value in result["results"][TASK].items()}
 
 
@@ -49,8 +49,8 @@ def description(result: Any) -> dict[str, Any]:
     return dict(result["configs"][TASK]["metadata"]["divergence"])
 
 
-def said(result: Any, name: str) -> np.ndarray:
-    """Values of all tokens, from the samples."""
+def token_values(result: Any, name: str) -> np.ndarray:
+    """Values of all tokens in the order of the windows, from the samples."""
     return np.concatenate([WindowScores(*s["resps"][0][0]).divergence[name] for s in _samples(result)])  # type: ignore[index]
 
 
@@ -59,13 +59,13 @@ def _samples(result: Any) -> list[Any]:
 
 
 def assert_figures(result: Any, expected: dict[str, float], rel: float = 1e-4, **others: float) -> None:
-    found = metrics_of(result)
+    metrics = metrics_of(result)
     for name, value in expected.items():
-        assert found[name] == pytest.approx(value, rel=others.get(name, rel), abs=2e-6), name
+        assert metrics[name] == pytest.approx(value, rel=others.get(name, rel), abs=2e-6), name
 
 
 def perturbed(source: Path, target: Path, size: float = 0.05) -> Path:
-    """Another model of the same tokenizer: noise on every matrix."""
+    """Another model with the same tokenizer: noise on every matrix."""
     shutil.copytree(source, target)
     tensors = load_file(target / "model.safetensors")
     rng = torch.Generator().manual_seed(1)
@@ -83,7 +83,7 @@ def other_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="module")
 def reference(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store of tiny_llama in float32."""
+    """A store with tiny_llama in float32."""
     folder = tmp_path_factory.mktemp("stores") / "float32"
     scored("hf_quant", tiny_llama, dtype="float32", label="full", save_reference=str(folder))
     return folder
@@ -95,13 +95,13 @@ def keys(folder: Path) -> list[str]:
 
 @pytest.fixture
 def copied(reference: Path, tmp_path: Path) -> Path:
-    """One to damage."""
+    """A copy of the reference that a test may damage."""
     return Path(shutil.copytree(reference, tmp_path / "store"))
 
 
 @pytest.fixture(scope="module")
 def expected(tiny_llama: Path, other_llama: Path) -> dict[str, np.ndarray]:
-    """other_llama from tiny_llama, both in float32, token by token."""
+    """Divergence of other_llama from tiny_llama, both in float32, per token."""
     windows = windows_of(tiny_llama, **SMALL)
     return divergences(*(log_probabilities(f, windows) for f in (tiny_llama, other_llama)), windows)
 
@@ -109,7 +109,7 @@ def expected(tiny_llama: Path, other_llama: Path) -> dict[str, np.ndarray]:
 # ---------------------------------------------------------------------- hf_quant
 
 
-def test_bfloat16_from_float32(tiny_llama: Path, reference: Path) -> None:
+def test_divergence_of_bfloat16_from_float32(tiny_llama: Path, reference: Path) -> None:
     windows = windows_of(tiny_llama, **SMALL)
     p, q = (log_probabilities(tiny_llama, windows, dtype) for dtype in ("float32", "bfloat16"))
     by_token = divergences(p, q, windows)
@@ -117,33 +117,33 @@ def test_bfloat16_from_float32(tiny_llama: Path, reference: Path) -> None:
     assert len(by_token["kld"]) == 12 * 63
     assert 1e-5 < by_token["kld"].mean() < 1e-2
     assert_figures(result, figures(by_token), rel=1e-3)
-    np.testing.assert_allclose(said(result, "kld"), by_token["kld"], rtol=1e-3, atol=1e-6)
-    assert (said(result, "agree") == by_token["agree"]).all()
-    np.testing.assert_allclose(said(result, "reference_logprobs"), by_token["reference_logprobs"], rtol=1e-5)
-    np.testing.assert_allclose(said(result, "confidence"), by_token["confidence"], rtol=1e-5)
+    np.testing.assert_allclose(token_values(result, "kld"), by_token["kld"], rtol=1e-3, atol=1e-6)
+    assert (token_values(result, "agree") == by_token["agree"]).all()
+    np.testing.assert_allclose(token_values(result, "reference_logprobs"), by_token["reference_logprobs"], rtol=1e-5)
+    np.testing.assert_allclose(token_values(result, "confidence"), by_token["confidence"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("arguments", [{}, {"reference_chunk": 1}, {"reference_chunk": 10, "batch_size": 5}])
-def test_another_model_from_float32(
+def test_divergence_of_another_model_for_any_chunk(
     other_llama: Path, reference: Path, expected: dict[str, np.ndarray], arguments: dict[str, Any]
 ) -> None:
     result = scored("hf_quant", other_llama, dtype="float32", reference=str(reference), **arguments)
     assert_figures(result, figures(expected))
-    found = metrics_of(result)
+    metrics = metrics_of(result)
     for name in ("kld", "kld_median", "kld_p90", "kld_p99", "top1_agreement", "rms_delta_p", "ppl_ratio"):
-        assert 0 < found[f"{name}_stderr"] < 1, name
-    assert found["kld_p999_stderr"] == found["kld_max_stderr"] == "N/A"
-    about = description(result)
-    assert about["role"] == "comparison"
-    assert about["tokens"] == 12 * 63
-    assert about["vocabulary"] == VOCABULARY
-    assert about["reference"]["label"] == "full"
-    assert (about["reference"]["engine"], about["reference"]["dtype"]) == ("transformers", "float32")
-    assert abs(about["rounding"]["kld"]) < 1e-6  # a float32 engine's own
+        assert 0 < metrics[f"{name}_stderr"] < 1, name
+    assert metrics["kld_p999_stderr"] == metrics["kld_max_stderr"] == "N/A"
+    divergence = description(result)
+    assert divergence["role"] == "comparison"
+    assert divergence["tokens"] == 12 * 63
+    assert divergence["vocabulary"] == VOCABULARY
+    assert divergence["reference"]["label"] == "full"
+    assert (divergence["reference"]["engine"], divergence["reference"]["dtype"]) == ("transformers", "float32")
+    assert abs(divergence["rounding"]["kld"]) < 1e-6  # rounding of a float32 engine
 
 
-def test_the_run_that_saves_says_its_own_rounding(tiny_llama: Path, tmp_path: Path) -> None:
-    """bfloat16 logits against bfloat16 hidden states × matrix in float32, by hand; later runs repeat it."""
+def test_rounding_of_the_run_that_saves_is_reported(tiny_llama: Path, tmp_path: Path) -> None:
+    """It compares bfloat16 logits with bfloat16 hidden states × matrix in float32; later runs report the same."""
     from transformers import AutoModelForCausalLM
 
     windows = windows_of(tiny_llama, **SMALL)
@@ -161,7 +161,7 @@ def test_the_run_that_saves_says_its_own_rounding(tiny_llama: Path, tmp_path: Pa
     assert_figures(saved, figures(by_token), rel=1e-2)
     assert description(saved)["role"] == "reference"
     again = scored("hf_quant", tiny_llama, dtype="bfloat16", reference=str(tmp_path / "store"))
-    assert said(again, "kld").tolist() == said(saved, "kld").tolist()
+    assert token_values(again, "kld").tolist() == token_values(saved, "kld").tolist()
     for result in (saved, again):
         rounding = description(result)["rounding"]
         assert rounding["kld"] == pytest.approx(by_token["kld"].mean(), rel=1e-2)
@@ -169,7 +169,7 @@ def test_the_run_that_saves_says_its_own_rounding(tiny_llama: Path, tmp_path: Pa
         assert (rounding["engine"], rounding["dtype"]) == ("transformers", "bfloat16")
 
 
-def test_windows_of_a_batch_are_saved_apart(tiny_llama: Path, reference: Path, tmp_path: Path) -> None:
+def test_windows_of_a_batch_are_saved_separately(tiny_llama: Path, reference: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     scored("hf_quant", tiny_llama, dtype="float32", batch_size=5, save_reference=str(store))
     for key in keys(tiny_llama):
@@ -177,26 +177,27 @@ def test_windows_of_a_batch_are_saved_apart(tiny_llama: Path, reference: Path, t
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_coded_logits(tmp_path: Path) -> None:
-    """Mode "logits" where most tokens do not stand exactly. The coding shifts the figure by less than its docstring's
-    4e-5 or a hundredth."""
+def test_divergence_from_coded_logits(tmp_path: Path) -> None:
+    """Mode "logits" with most tokens not stored exactly. Coding shifts the figure by less than a hundredth."""
     full = make_llama(tmp_path / "full", vocabulary=1500)
     other, windows = perturbed(full, tmp_path / "other"), windows_of(full, **SMALL)
     store = tmp_path / "store"
     saved = scored("hf_quant", full, dtype="float32", save_reference=str(store), reference_mode="logits")
-    assert abs(metrics_of(saved)["kld"]) < 1e-7  # what float32 shows of the code
+    assert abs(metrics_of(saved)["kld"]) < 1e-7  # the effect of coding that float32 resolves
     assert not (store / "head.safetensors").exists()
     result = scored("hf_quant", other, dtype="float32", reference=str(store))
     by_token = divergences(*(log_probabilities(f, windows) for f in (full, other)), windows)
-    found = metrics_of(result)
-    assert found["kld"] == pytest.approx(by_token["kld"].mean(), rel=0.01)
-    assert found["top1_agreement"] == by_token["agree"].mean()
+    metrics = metrics_of(result)
+    assert metrics["kld"] == pytest.approx(by_token["kld"].mean(), rel=0.01)
+    assert metrics["top1_agreement"] == by_token["agree"].mean()
     assert description(result)["reference"]["mode"] == "logits"
 
 
 @pytest.mark.parametrize("more", [0, 64, -20])
-def test_vocabularies_that_differ_by_padding(tiny_llama: Path, reference: Path, tmp_path: Path, more: int) -> None:
-    """Both are renormalized over the tokens in common."""
+def test_vocabularies_that_differ_by_padding_are_compared(
+    tiny_llama: Path, reference: Path, tmp_path: Path, more: int
+) -> None:
+    """Both distributions are renormalized over the tokens in common."""
     other = make_llama(tmp_path / "other", vocabulary=VOCABULARY + more)
     make_tokenizer_of(tiny_llama, other)
     windows, common = windows_of(tiny_llama, **SMALL), VOCABULARY + min(more, 0)
@@ -208,8 +209,8 @@ def test_vocabularies_that_differ_by_padding(tiny_llama: Path, reference: Path, 
     p, q = (log_probabilities(f, windows, vocabulary=common) for f in (tiny_llama, other))
     by_token = divergences(p, q, windows)
     assert description(result)["vocabulary"] == common
-    np.testing.assert_allclose(said(result, "kld"), by_token["kld"], rtol=1e-4, atol=2e-6)
-    np.testing.assert_allclose(said(result, "model_logprobs"), by_token["logprobs"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(token_values(result, "kld"), by_token["kld"], rtol=1e-4, atol=2e-6)
+    np.testing.assert_allclose(token_values(result, "model_logprobs"), by_token["logprobs"], rtol=1e-4, atol=1e-5)
     expected = figures(by_token)
     for name in ("ppl_ratio", "mean_delta_p", "rms_delta_p"):
         assert metrics_of(result)[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6)
@@ -221,7 +222,9 @@ def make_tokenizer_of(source: Path, target: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_scores_are_the_same_with_and_without(tiny_llama: Path, reference: Path, tmp_path: Path, dtype: str) -> None:
+def test_scores_are_the_same_with_and_without_reference(
+    tiny_llama: Path, reference: Path, tmp_path: Path, dtype: str
+) -> None:
     """To the last bit, samples included."""
     plain = scored("hf_quant", tiny_llama, dtype=dtype)
     for arguments in ({"reference": str(reference)}, {"save_reference": str(tmp_path / "store")}):
@@ -230,14 +233,14 @@ def test_scores_are_the_same_with_and_without(tiny_llama: Path, reference: Path,
             assert metrics_of(result)[name] == value, name
         for a, b in zip(_samples(result), _samples(plain), strict=True):
             assert a["resps"][0][0][:4] == b["resps"][0][0][:4]
-        ours, theirs = (r["configs"][TASK]["metadata"] for r in (result, plain))
-        assert {k: v for k, v in theirs.items() if k != "standard_error"}.items() <= ours.items()
+        metadata, plain_metadata = (r["configs"][TASK]["metadata"] for r in (result, plain))
+        assert {k: v for k, v in plain_metadata.items() if k != "standard_error"}.items() <= metadata.items()
     assert "divergence" not in plain["configs"][TASK]["metadata"]
     assert not any(name.startswith(("kld", "ppl_ratio")) for name in metrics_of(plain))
 
 
-def test_overlapping_windows_and_more_than_one_task(tiny_llama: Path, other_llama: Path, tmp_path: Path) -> None:
-    """One store serves both; windows of the one are no windows of the other."""
+def test_one_store_serves_several_tasks(tiny_llama: Path, other_llama: Path, tmp_path: Path) -> None:
+    """The windows of one task overlap; windows of the two tasks are different windows."""
     store, both = tmp_path / "store", ({"eval_len": 64, "stride": 16, "max_rows": 7}, SMALL)
     for settings in both:
         scored("hf_quant", tiny_llama, settings=settings, dtype="float32", save_reference=str(store))
@@ -265,22 +268,24 @@ def test_exllama_saves_and_compares(
     caplog: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The adapters' shared class, halving its batches while it saves and while it measures: 12 windows of 64 tokens do
-    not fit into 200, 3 do."""
+    """The adapters' shared class halves its batches while it saves and while it measures.
+
+    A memory of 200 tokens holds 3 windows of 64, but not 12.
+    """
     store = str(tmp_path / "store")
     monkeypatch.setattr(TinyExLlama, "windows_at_once", 12)
     saved = scored(TinyExLlama(str(tiny_llama), memory=memory, save_reference=store), tiny_llama)
-    np.testing.assert_allclose(said(saved, "kld"), 0, atol=1e-6)
+    np.testing.assert_allclose(token_values(saved, "kld"), 0, atol=1e-6)
     model = TinyExLlama(str(other_llama), memory=memory, reference=store)
     assert_figures(scored(model, other_llama), figures(expected))
     assert ("out of GPU memory with 12 × 64 tokens" in caplog.text) == (memory is not None)
     assert_figures(scored("hf_quant", other_llama, dtype="float32", reference=store), figures(expected))
 
 
-def test_exllama_runs_out_of_memory_half_way_through_the_logits(
+def test_exllama_out_of_memory_during_logits_saves_every_state_once(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """States of the part that was observed before are kept twice; the store holds them once, in their places."""
+    """The part that was observed before is observed twice; the store has its states once, in their places."""
     monkeypatch.setattr(TinyExLlama, "windows_at_once", 12)
     model = TinyExLlama(str(tiny_llama), save_reference=str(tmp_path / "store"))
     model.batching.logit_bytes = 2 * model.engine.columns * 100  # 100 positions at a time
@@ -319,10 +324,10 @@ IN_FLOAT32 = {"type_k": "f32", "type_v": "f32"}
 def test_llamacpp_saves_and_compares(
     ggufs: list[Path], other_llama: Path, reference: Path, tmp_path: Path, expected: dict[str, np.ndarray]
 ) -> None:
-    """Against its own logits and against hidden states of another engine; batches smaller than a window."""
+    """References are its own logits, and hidden states of another engine; batches are smaller than a window."""
     store = str(tmp_path / "store")
     saved = scored("llamacpp", ggufs[0], save_reference=store, **IN_FLOAT32)
-    np.testing.assert_allclose(said(saved, "kld"), 0, atol=1e-6)  # 384 logits are stored exactly
+    np.testing.assert_allclose(token_values(saved, "kld"), 0, atol=1e-6)  # 384 logits are stored exactly
     assert description(saved)["reference"]["mode"] == "logits"
     for folder in (store, str(reference)):
         result = scored("llamacpp", ggufs[1], reference=folder, n_batch=40, n_ubatch=40, **IN_FLOAT32)
@@ -331,8 +336,8 @@ def test_llamacpp_saves_and_compares(
     assert_figures(result, figures(expected), rel=2e-3)
 
 
-def test_llamacpp_shows_no_hidden_states(ggufs: list[Path], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="reference_mode=hidden: this engine shows no hidden states"):
+def test_llamacpp_refuses_mode_hidden(ggufs: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="reference_mode=hidden: this engine gives no hidden states"):
         scored("llamacpp", ggufs[0], save_reference=str(tmp_path / "store"), reference_mode="hidden")
     assert not (tmp_path / "store").exists()
 
@@ -358,10 +363,10 @@ class Counting:
         monkeypatch.setattr(HFQuantized, "score_windows", counted)
 
 
-def test_an_interrupted_run_goes_on(
+def test_interrupted_run_is_resumed(
     tiny_llama: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    """A window that is scored is written, and never scored again."""
+    """A window that was scored is written at once, and never scored again."""
     counting, store = Counting(monkeypatch, limit=6), tmp_path / "store"
     arguments: dict[str, Any] = {"dtype": "float32", "label": "full", "save_reference": str(store)}
     with pytest.raises(KeyboardInterrupt):
@@ -374,7 +379,7 @@ def test_an_interrupted_run_goes_on(
     assert sorted(p.name for p in store.rglob("*")) == sorted(p.name for p in reference.rglob("*"))
     for key in keys(tiny_llama):
         assert same(ReferenceStore.open(store).read(key), ReferenceStore.open(reference).read(key))
-    once = scored("hf_quant", tiny_llama, **arguments)  # all there: nothing is scored
+    once = scored("hf_quant", tiny_llama, **arguments)  # complete: nothing is scored
     assert len(counting.windows) == 12
     fresh = scored("hf_quant", tiny_llama, **(arguments | {"save_reference": str(tmp_path / "fresh")}))
     for other in (once, fresh):
@@ -382,14 +387,14 @@ def test_an_interrupted_run_goes_on(
         assert [s["resps"] for s in _samples(other)] == [s["resps"] for s in _samples(result)]
 
 
-def test_a_damaged_window_is_written_again_and_refused(
+def test_damaged_window_is_refused_by_reference_and_written_again_by_save(
     tiny_llama: Path, reference: Path, copied: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     counting = Counting(monkeypatch)
     key = keys(tiny_llama)[3]
     path = ReferenceStore.open(copied).path(key)
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(UserError, match=path.name):
         scored("hf_quant", tiny_llama, dtype="float32", reference=str(copied))
     counting.windows.clear()
@@ -401,11 +406,11 @@ def test_a_damaged_window_is_written_again_and_refused(
 
 
 def _damage(path: Path) -> None:
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-20] + bytes([whole[-20] ^ 1]) + whole[-19:])
+    content = path.read_bytes()
+    path.write_bytes(content[:-20] + bytes([content[-20] ^ 1]) + content[-19:])
 
 
-def test_a_damaged_manifest_is_refused_by_both(tiny_llama: Path, copied: Path) -> None:
+def test_damaged_manifest_is_refused_by_both_arguments(tiny_llama: Path, copied: Path) -> None:
     _damage(copied / "reference.json")
     for argument in ("reference", "save_reference"):
         with pytest.raises(UserError, match=r"reference\.json.*delete the whole folder"):
@@ -413,23 +418,23 @@ def test_a_damaged_manifest_is_refused_by_both(tiny_llama: Path, copied: Path) -
 
 
 @pytest.mark.parametrize("harm", [_damage, Path.unlink], ids=["damaged", "missing"])
-def test_a_head_that_is_not_sound_is_written_again(
+def test_damaged_or_missing_head_is_written_again(
     tiny_llama: Path, copied: Path, harm: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the message says; no window is scored for it."""
+    """As the message says, and without scoring a window."""
     counting, path = Counting(monkeypatch), copied / "head.safetensors"
-    whole = ReferenceStore.open(copied).head().weight.clone()  # which is the file's own memory
+    weight = ReferenceStore.open(copied).head().weight.clone()  # else it is the memory of the mapped file
     harm(path)
     with pytest.raises(UserError, match=r"head\.safetensors.*run the same task with save_reference= again"):
         scored("hf_quant", tiny_llama, dtype="float32", reference=str(copied))
     counting.windows.clear()
     scored("hf_quant", tiny_llama, dtype="float32", save_reference=str(copied), label="full")
-    assert torch.equal(ReferenceStore.open(copied).head().weight, whole)
+    assert torch.equal(ReferenceStore.open(copied).head().weight, weight)
     assert counting.windows == []
     scored("hf_quant", tiny_llama, dtype="float32", reference=str(copied))
 
 
-def test_a_missing_head_is_refused(tiny_llama: Path, copied: Path) -> None:
+def test_missing_head_is_refused(tiny_llama: Path, copied: Path) -> None:
     (copied / "head.safetensors").unlink()
     with pytest.raises(UserError, match=r"head\.safetensors: .*it is missing"):
         scored("hf_quant", tiny_llama, dtype="float32", reference=str(copied))
@@ -438,14 +443,14 @@ def test_a_missing_head_is_refused(tiny_llama: Path, copied: Path) -> None:
 # ---------------------------------------------------------------------- refusals
 
 
-def test_another_model_in_the_same_folder(other_llama: Path, tiny_llama: Path, copied: Path) -> None:
+def test_saving_another_model_into_the_folder_is_refused(other_llama: Path, tiny_llama: Path, copied: Path) -> None:
     for folder, dtype in ((other_llama, "float32"), (tiny_llama, "bfloat16")):
         with pytest.raises(UserError, match=r"holds the reference of another model or setting, full .*, not of mine"):
             scored("hf_quant", folder, dtype=dtype, label="mine", save_reference=str(copied))
 
 
 @pytest.mark.parametrize("change", ["config", "argument"])
-def test_the_same_weights_run_otherwise_are_another_model(
+def test_same_weights_with_another_config_or_argument_are_another_model(
     tiny_llama: Path, copied: Path, tmp_path: Path, change: str
 ) -> None:
     folder, more = tiny_llama, {"attn_implementation": "eager"}
@@ -457,8 +462,10 @@ def test_the_same_weights_run_otherwise_are_another_model(
         scored("hf_quant", folder, dtype="float32", label="full", save_reference=str(copied), **more)
 
 
-def test_another_tokenizer_behind_the_references_own(tiny_llama: Path, reference: Path, tmp_path: Path) -> None:
-    """Windows of the reference's tokens fit any model of so many ids; what these mean to it is another thing."""
+def test_checkpoint_of_another_tokenizer_is_refused_despite_tokenizer_argument(
+    tiny_llama: Path, reference: Path, tmp_path: Path
+) -> None:
+    """The windows' ids exist in any model with as many tokens, but may stand for other tokens."""
     folder = Path(shutil.copytree(tiny_llama, tmp_path / "m"))
     content = json.loads((folder / "tokenizer.json").read_text())
     vocabulary = content["model"]["vocab"]
@@ -469,24 +476,24 @@ def test_another_tokenizer_behind_the_references_own(tiny_llama: Path, reference
         scored("hf_quant", folder, dtype="float32", tokenizer=str(tiny_llama), reference=str(reference))
 
 
-def test_other_windows(tiny_llama: Path, reference: Path) -> None:
+def test_windows_that_the_store_lacks_are_refused(tiny_llama: Path, reference: Path) -> None:
     settings = {**SMALL, "eval_len": 96, "max_rows": 10}
     with pytest.raises(UserError, match=r"holds 12 windows, but not 10 of the 10 of this task \(first: tokens 0 to 96"):
         scored("hf_quant", tiny_llama, settings=settings, dtype="float32", reference=str(reference))
     with pytest.raises(UserError, match="but not 2 of the 14"):
         scored("hf_quant", tiny_llama, settings={**SMALL, "max_rows": 14}, dtype="float32", reference=str(reference))
     few = scored("hf_quant", tiny_llama, settings={**SMALL, "max_rows": 5}, dtype="float32", reference=str(reference))
-    assert metrics_of(few)["kld"] == pytest.approx(0, abs=1e-6)  # fewer are no others
+    assert metrics_of(few)["kld"] == pytest.approx(0, abs=1e-6)  # a subset is accepted
 
 
-def test_another_tokenizer(tiny_llama: Path, reference: Path, tmp_path: Path) -> None:
+def test_another_tokenizer_is_refused(tiny_llama: Path, reference: Path, tmp_path: Path) -> None:
     other = make_llama(tmp_path / "other")
     make_tokenizer(other, vocabulary=VOCABULARY - 80)
     with pytest.raises(UserError, match=r"the reference full \(transformers .*, float32\) has another tokenizer"):
         scored("hf_quant", other, dtype="float32", reference=str(reference))
 
 
-def test_a_vocabulary_beyond_padding(tiny_llama: Path, reference: Path, tmp_path: Path) -> None:
+def test_vocabulary_beyond_padding_is_refused(tiny_llama: Path, reference: Path, tmp_path: Path) -> None:
     other = make_llama(tmp_path / "other", vocabulary=VOCABULARY + 1024)
     make_tokenizer_of(tiny_llama, other)
     with pytest.raises(UserError, match="vocabulary of 384 tokens, this model 1408; they differ by more than padding"):
@@ -494,9 +501,9 @@ def test_a_vocabulary_beyond_padding(tiny_llama: Path, reference: Path, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
-        ({"reference": "a", "save_reference": "b"}, "are two runs"),
+        ({"reference": "a", "save_reference": "b"}, "belong to two runs"),
         ({"reference": "/nowhere/store"}, r"reference=/nowhere/store: no reference\.json there"),
         ({"reference": " "}, "expected a folder"),
         ({"save_reference": 5}, "save_reference=5: expected a folder"),
@@ -504,26 +511,26 @@ def test_a_vocabulary_beyond_padding(tiny_llama: Path, reference: Path, tmp_path
             {"save_reference": "a", "reference_mode": "states"},
             "reference_mode='states': expected one of hidden, logits",
         ),
-        ({"reference": "a", "reference_mode": "logits"}, "a stored reference knows its own"),
-        ({"reference_chunk": 16}, "reference_chunk= is for"),
+        ({"reference": "a", "reference_mode": "logits"}, "since a stored reference has its mode"),
+        ({"reference_chunk": 16}, "reference_chunk= goes with"),
         ({"reference": "a", "reference_chunk": 0}, "reference_chunk=0: expected a number of tokens, 1 or more"),
         ({"reference": "a", "reference_chunk": "many"}, "reference_chunk='many'"),
         ({"reference": "a", "reference_chunk": True}, "reference_chunk=True"),
     ],
 )
 @pytest.mark.parametrize("name", ["hf_quant", "tiny"])
-def test_arguments_that_do_not_fit(name: str, arguments: dict[str, Any], words: str, tiny_llama: Path) -> None:
-    def tried() -> None:
+def test_bad_arguments_are_refused(name: str, arguments: dict[str, Any], message: str, tiny_llama: Path) -> None:
+    def score() -> None:
         model = TinyExLlama(str(tiny_llama), **arguments) if name == "tiny" else name
         scored(model, tiny_llama, **({} if name == "tiny" else arguments))
 
-    with pytest.raises(UserError, match=words) as caught:
-        tried()
+    with pytest.raises(UserError, match=message) as caught:
+        score()
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("mode", ["hidden", "logits"])
-def test_a_model_of_nan_is_no_reference(tiny_llama: Path, tmp_path: Path, mode: str) -> None:
+def test_model_of_nan_is_refused_as_reference(tiny_llama: Path, tmp_path: Path, mode: str) -> None:
     folder = Path(shutil.copytree(tiny_llama, tmp_path / "nan"))
     tensors = load_file(folder / "model.safetensors")
     tensors["lm_head.weight"][3] = math.nan
@@ -533,7 +540,7 @@ def test_a_model_of_nan_is_no_reference(tiny_llama: Path, tmp_path: Path, mode: 
     assert len(ReferenceStore.open(tmp_path / "store")) == 0
 
 
-def test_a_model_of_nan_has_no_figures(tiny_llama: Path, reference: Path, tmp_path: Path) -> None:
+def test_figures_of_a_model_of_nan_are_none(tiny_llama: Path, reference: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_llama, tmp_path / "nan"))
     tensors = load_file(folder / "model.safetensors")
     tensors["lm_head.weight"][3] = math.nan
@@ -544,7 +551,9 @@ def test_a_model_of_nan_has_no_figures(tiny_llama: Path, reference: Path, tmp_pa
     assert description(result)["quantiles"] is None
 
 
-def test_a_head_that_does_something_unknown(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_head_with_an_unknown_step_is_refused(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from lmeval_ext.models.hf import adapter as hf_quant
 
     monkeypatch.setattr(hf_quant, "logit_settings", lambda config: (None, 0.5))
@@ -553,10 +562,10 @@ def test_a_head_that_does_something_unknown(tiny_llama: Path, tmp_path: Path, mo
     assert len(ReferenceStore.open(tmp_path / "store")) == 0
 
 
-# ---------------------------------------------------------------------- beside window tasks
+# ---------------------------------------------------------------------- other requests, messages, the command
 
 
-def test_other_requests_are_as_without(tiny_llama: Path, reference: Path, tmp_path: Path) -> None:
+def test_other_requests_ignore_the_reference(tiny_llama: Path, reference: Path, tmp_path: Path) -> None:
     plain = get_model("hf_quant")(pretrained=str(tiny_llama), dtype="float32")
     pairs = requests_of("loglikelihood", ("Iceland is", " an island"), ("", "The capital"), ("Iceland is", " a"))
     texts = requests_of("loglikelihood_rolling", ("Iceland is an island country. " * 9,))
@@ -569,7 +578,9 @@ def test_other_requests_are_as_without(tiny_llama: Path, reference: Path, tmp_pa
     assert not (tmp_path / "store").exists()
 
 
-def test_nothing_looks_on_after_a_failure(tiny_llama: Path, reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_observer_is_removed_after_a_failure(
+    tiny_llama: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = get_model("hf_quant")(pretrained=str(tiny_llama), dtype="float32", reference=str(reference))
     with monkeypatch.context() as patch:
         patch.setattr(model, "score_windows", lambda windows: 1 / 0)
@@ -580,7 +591,7 @@ def test_nothing_looks_on_after_a_failure(tiny_llama: Path, reference: Path, mon
     assert metrics_of(scored(model, tiny_llama))["kld"] == pytest.approx(0, abs=1e-6)
 
 
-def test_the_size_is_said(tiny_llama: Path, tmp_path: Path, caplog: Any) -> None:
+def test_size_of_the_store_is_logged(tiny_llama: Path, tmp_path: Path, caplog: Any) -> None:
     """12 windows of 63 tokens; their logits in float32 are 12 · 63 · 384 · 4 bytes."""
     with caplog.at_level(logging.WARNING):
         scored("hf_quant", tiny_llama, dtype="float32", save_reference=str(tmp_path / "store"))
@@ -590,8 +601,10 @@ def test_the_size_is_said(tiny_llama: Path, tmp_path: Path, caplog: Any) -> None
     assert f"are {logits / 1e6:.1f} MB, {logits / size:.1f} times as much" in caplog.text
 
 
-def test_the_command(tiny_llama: Path, other_llama: Path, expected: dict[str, np.ndarray], tmp_path: Path) -> None:
-    """`lm_eval` as a user types it; the samples are JSON, and hold a divergence a token."""
+def test_command_writes_results_and_samples(
+    tiny_llama: Path, other_llama: Path, expected: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    """`lm_eval` as a user types it; the samples are JSON, with a divergence per token."""
     store, common = tmp_path / "store", ("--tasks", TASK, "--metadata", json.dumps(SMALL), "--log_samples")
     for folder, argument, name in ((tiny_llama, "save_reference", "full"), (other_llama, "reference", "other")):
         done = run(
@@ -601,7 +614,7 @@ def test_the_command(tiny_llama: Path, other_llama: Path, expected: dict[str, np
         assert done.returncode == 0, done.stderr[-3000:]
     assert "kld_p99" in done.stdout
     (file,) = (tmp_path / "other").rglob("results_*.json")
-    content = json.loads(file.read_text(), parse_constant=lambda constant: pytest.fail(f"{constant} is no JSON"))
+    content = json.loads(file.read_text(), parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"))
     for name, value in figures(expected).items():
         assert content["results"][TASK][f"{name},none"] == pytest.approx(value, rel=1e-4, abs=2e-6), name
     assert content["configs"][TASK]["metadata"]["divergence"]["reference"]["label"] == "full"
@@ -609,7 +622,7 @@ def test_the_command(tiny_llama: Path, other_llama: Path, expected: dict[str, np
     samples = [json.loads(line, parse_constant=pytest.fail) for line in file.read_text().splitlines()]
     assert len(samples) == 12
     samples.sort(key=lambda s: s["doc"]["window"])
-    # The harness writes what a model answers as words: lists of them, and a dictionary as Python shows it
+    # The harness writes a model's response as text: lists as JSON, and a dictionary as Python prints it
     kld = np.concatenate([ast.literal_eval(s["resps"][0][0][4])["kld"] for s in samples])
     np.testing.assert_allclose(kld, expected["kld"], rtol=1e-4, atol=2e-6)
     assert samples[0]["kld_median"] == "63 tokens"

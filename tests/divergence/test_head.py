@@ -1,4 +1,4 @@
-"""From hidden states to logits: against float64 by hand, and against Transformers' models that do more to them."""
+"""Logits from hidden states, compared with float64 by hand and with Transformers' models that scale or cap them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ WIDTH, VOCABULARY = 48, 301
 
 @pytest.fixture(autouse=True)
 def precision() -> Iterator[None]:
-    kept = torch.get_float32_matmul_precision()
+    before = torch.get_float32_matmul_precision()
     yield
-    torch.set_float32_matmul_precision(kept)
+    torch.set_float32_matmul_precision(before)
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -29,7 +29,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def by_hand(head: OutputHead, hidden: torch.Tensor) -> np.ndarray:
-    """In float64, as the class' docstring says."""
+    """The formula of the class' docstring in float64."""
     logits = hidden.double().numpy() @ head.weight.double().numpy().T
     if head.bias is not None:
         logits = logits + head.bias.double().numpy()
@@ -41,24 +41,24 @@ def by_hand(head: OutputHead, hidden: torch.Tensor) -> np.ndarray:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("settings", [{}, {"softcap": 5.0}, {"scale": 0.25}, {"softcap": 5.0, "scale": 3.0}])
 @pytest.mark.parametrize("biased", [False, True])
-def test_by_hand(dtype: torch.dtype, settings: dict[str, float], biased: bool) -> None:
+def test_logits_equal_the_formula_in_float64(dtype: torch.dtype, settings: dict[str, float], biased: bool) -> None:
     weight, hidden = random(VOCABULARY, WIDTH).to(dtype), random(9, WIDTH, seed=1).to(dtype)
     bias = random(VOCABULARY, seed=2).to(dtype) if biased else None
     head = OutputHead(weight, bias, **settings)
     logits = head.logits(hidden)
     assert logits.dtype == torch.float32
     np.testing.assert_allclose(logits, by_hand(head, hidden), rtol=1e-5, atol=1e-4)
-    np.testing.assert_array_equal(head.logits(hidden), logits)  # nothing of the first call is left behind
+    np.testing.assert_array_equal(head.logits(hidden), logits)  # a second call gives the same
 
 
-def test_states_are_not_rounded_to_the_weights_dtype() -> None:
-    """A float32 engine with a 16-bit output matrix: the products are those of float32 numbers."""
+def test_hidden_states_are_not_rounded_to_the_dtype_of_the_weights() -> None:
+    """With a float32 engine and a 16-bit output matrix, products are formed in float32."""
     head, hidden = OutputHead(random(VOCABULARY, WIDTH).bfloat16()), random(9, WIDTH, seed=1)
     np.testing.assert_allclose(head.logits(hidden), by_hand(head, hidden), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("part", [1, 64, 301, 1000])
-def test_a_large_matrix_in_parts(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_matrix_is_converted_in_parts_without_a_copy(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_COPY_BYTES", 0)
     monkeypatch.setattr(module, "_PART_ROWS", part)
     head, hidden = OutputHead(random(VOCABULARY, WIDTH).bfloat16(), softcap=4.0), random(9, WIDTH, seed=1)
@@ -69,7 +69,7 @@ def test_a_large_matrix_in_parts(part: int, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("copy", [0, 1 << 30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_products_are_summed_in_float32(copy: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU's matrix units too, which take bfloat16 alone: float16 and float32 would be rounded there."""
+    """This also holds with a CPU's matrix units, which take bfloat16 only and would round float16 and float32."""
     monkeypatch.setattr(module, "_COPY_BYTES", copy)
     weight, hidden = random(3000, 768).to(dtype), random(64, 768, seed=1).to(dtype)
     exact = hidden.double() @ weight.double().t()
@@ -82,27 +82,26 @@ def test_products_are_summed_in_float32(copy: int, dtype: torch.dtype, monkeypat
 
 @pytest.mark.parametrize("copy", [0, 1 << 30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_programs_that_let_pytorch_round_change_nothing(
+def test_matmul_precision_of_the_program_changes_nothing(
     copy: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """ "medium" lets float32 products be made of bfloat16 ones; this test's matrix product shows that it does, where
-    the CPU can do it."""
+    """ "medium" allows PyTorch to form float32 products from bfloat16 ones, which it does on CPUs that can."""
     monkeypatch.setattr(module, "_COPY_BYTES", copy)
     head, hidden = OutputHead(random(256, 256).to(dtype)), random(64, 256, seed=1)
     exact = head.logits(hidden)
     torch.set_float32_matmul_precision("medium")
     assert torch.equal(OutputHead(head.weight).logits(hidden), exact)
-    assert torch.get_float32_matmul_precision() == "medium"  # and left as it was
+    assert torch.get_float32_matmul_precision() == "medium"  # left as it was
 
 
-def test_the_setting_comes_back_after_an_error() -> None:
+def test_matmul_precision_is_restored_after_an_error() -> None:
     torch.set_float32_matmul_precision("high")
     with pytest.raises(RuntimeError):
         OutputHead(random(VOCABULARY, WIDTH)).logits(random(2, WIDTH + 1))
     assert torch.get_float32_matmul_precision() == "high"
 
 
-# ---------------------------------------------------------------------- what models do to their logits
+# ---------------------------------------------------------------------- softcaps and scales of models
 
 SMALL: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -136,8 +135,8 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_of_transformers_models(name: str) -> None:
-    """What enters the output matrix, and the config: that must be enough for the model's own logits."""
+def test_logits_equal_those_of_transformers_models(name: str) -> None:
+    """The input of the output matrix and the config are enough to compute the model's own logits."""
     kind, more, expected = MODELS[name]
     torch.manual_seed(0)
     config = getattr(transformers, kind)(**(SMALL | more))
@@ -150,14 +149,14 @@ def test_logits_of_transformers_models(name: str) -> None:
     assert logit_settings(config.to_dict()) == logit_settings(config)
     head = OutputHead(layer.weight.data, None if layer.bias is None else layer.bias.data, *logit_settings(config))
     with torch.no_grad(), captured_states(model) as states:
-        theirs = model(torch.arange(2, 22)[None]).logits[0]
-    ours = head.logits(states[-1][0])
-    assert theirs.std() > 0.05
-    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
-    if expected != (None, 1.0):  # and the settings matter
-        assert not np.allclose(OutputHead(head.weight, head.bias).logits(states[-1][0]), theirs, rtol=0.05)
+        expected_logits = model(torch.arange(2, 22)[None]).logits[0]
+    logits = head.logits(states[-1][0])
+    assert expected_logits.std() > 0.05
+    np.testing.assert_allclose(logits, expected_logits, rtol=1e-4, atol=1e-5)
+    if expected != (None, 1.0):  # without the settings the logits differ
+        assert not np.allclose(OutputHead(head.weight, head.bias).logits(states[-1][0]), expected_logits, rtol=0.05)
 
 
-def test_settings_of_configs_that_have_none() -> None:
+def test_settings_of_configs_without_any_are_neutral() -> None:
     assert logit_settings({}) == (None, 1.0)
     assert logit_settings({"final_logit_softcapping": None, "logit_scale": "inv_sqrt_d_model"}) == (None, 1.0)

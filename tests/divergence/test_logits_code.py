@@ -1,4 +1,4 @@
-"""Coded rows of logits: the error that the docstring names, what stays exact, and what it does to distributions."""
+"""Coded rows of logits: the error bound in the docstring, what stays exact, and the effect on distributions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def below(logits: torch.Tensor) -> np.ndarray:
 
 
 def realistic(rows: int, vocabulary: int, seed: int = 0) -> torch.Tensor:
-    """Of a language model's shape: a wide normal bulk and a few tokens far above it."""
+    """Logits as a language model's: a wide normal bulk and a few tokens far above it."""
     rng = torch.Generator().manual_seed(seed)
     logits = torch.randn(rows, vocabulary, generator=rng) * 3
     favoured = torch.randint(vocabulary, (rows, 30), generator=rng)
@@ -30,21 +30,21 @@ def realistic(rows: int, vocabulary: int, seed: int = 0) -> torch.Tensor:
 
 
 def bound(d: np.ndarray) -> np.ndarray:
-    """c = round(65534 √(d/D)) is off by ½ at most, so √d by √D / 131068, and d by 2 √d √D / 131068 + D / 131068²."""
+    """c = round(65534 √(d/D)) errs by ½ at most, so √d by √D / 131068, and d by 2 √d √D / 131068 + D / 131068²."""
     reach = d.max(axis=1, keepdims=True)
     return np.asarray(np.sqrt(d * reach) / 65534 + reach / 131068**2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_round_trip_within_the_bound(dtype: torch.dtype) -> None:
+def test_round_trip_error_is_within_the_bound(dtype: torch.dtype) -> None:
     logits = realistic(12, 6000).to(dtype)
     coded = encode(logits)
     decoded = decode(coded)
     d = below(logits)
     error = np.abs(d + decoded.double().numpy())
     assert (error <= bound(d) + 1e-5).all()
-    assert error.max() > 0.5 * bound(d).max()  # and the bound is no idle one
-    exact = d < np.sort(d, axis=1)[:, EXACT - 1 : EXACT]  # of equal ones at the border, which are chosen is not said
+    assert error.max() > 0.5 * bound(d).max()  # the bound is tight
+    exact = d < np.sort(d, axis=1)[:, EXACT - 1 : EXACT]  # equal values at the border may or may not be exact
     np.testing.assert_allclose(error[exact], 0, atol=2e-6)
     assert (exact.sum(axis=1) > EXACT // 2).all()
     assert {name: t.dtype for name, t in coded.items()} == {
@@ -57,8 +57,8 @@ def test_round_trip_within_the_bound(dtype: torch.dtype) -> None:
     assert coded["top_ids"].shape == (12, EXACT)
 
 
-def test_the_figure_of_the_docstring() -> None:
-    """At d = 8 and D = 30 a logit moves by √(8 · 30) / 65534 + 30 / 131068² = 0.000236 at most."""
+def test_error_equals_the_figure_in_the_docstring() -> None:
+    """At d = 8 and D = 30 a logit changes by √(8 · 30) / 65534 + 30 / 131068² = 0.000236 at most."""
     row = -torch.cat([torch.zeros(EXACT), torch.linspace(7.5, 8.0, 5000), torch.tensor([30.0])])[None]
     error = (decode(encode(row)) - row).abs().max().item()
     assert 0.0002 < error < 0.00024
@@ -66,7 +66,7 @@ def test_the_figure_of_the_docstring() -> None:
 
 @settings(deadline=None)
 @given(st.lists(st.floats(-80, 80, width=32), min_size=1, max_size=700), st.integers(0, 3))
-def test_any_row_within_the_bound(values: list[float], ruled_out: int) -> None:
+def test_error_of_any_row_is_within_the_bound(values: list[float], ruled_out: int) -> None:
     row = torch.tensor([values + values[::-1] + [-INF] * ruled_out])
     decoded = decode(encode(row)).double().numpy()[0]
     d = below(row)[0]
@@ -75,17 +75,17 @@ def test_any_row_within_the_bound(values: list[float], ruled_out: int) -> None:
     assert (np.abs(d[finite] + decoded[finite]) <= bound(d[finite][None])[0] + 2e-5).all()
 
 
-def test_ruled_out_tokens_stay_ruled_out() -> None:
+def test_minus_infinity_is_kept() -> None:
     logits = realistic(3, 2000)
     logits[:, 100:150] = -INF
-    logits[2, 10:] = -INF  # fewer finite ones than stand exactly
+    logits[2, 10:] = -INF  # fewer finite values than are stored exactly
     decoded = decode(encode(logits))
     assert torch.equal(decoded == -INF, logits == -INF)
     assert not torch.isnan(decoded).any()
 
 
 @pytest.mark.parametrize("value", [0.0, -7.25, 1e4])
-def test_constant_rows(value: float) -> None:
+def test_constant_rows_decode_to_zeros(value: float) -> None:
     assert torch.equal(decode(encode(torch.full((2, 900), value))), torch.zeros(2, 900))
 
 
@@ -97,7 +97,7 @@ def test_small_vocabularies_are_exact(vocabulary: int) -> None:
     assert torch.equal(decode(coded), logits - logits.amax(1, keepdim=True))
 
 
-def test_nan_is_not_hidden() -> None:
+def test_nan_stays_in_its_row() -> None:
     logits = realistic(2, 1000)
     logits[0, 700] = math.nan
     decoded = decode(encode(logits))
@@ -105,14 +105,17 @@ def test_nan_is_not_hidden() -> None:
     assert torch.isfinite(decoded[1]).all()
 
 
-def test_distributions_hardly_change() -> None:
-    """D_KL(exact ‖ decoded) for 49,152 logits is beyond what float32 shows, in rows of a language model's shape and in
-    plain normal ones, whose probability is spread over thousands of tokens that do not stand exactly."""
+def test_divergence_by_coding_is_below_1e_8() -> None:
+    """For 49,152 logits D_KL(exact ‖ decoded) is below the resolution of float32.
+
+    This holds for rows as a language model's, and for normal ones, whose probability is spread over thousands of tokens
+    that are not stored exactly.
+    """
 
     def change(logits: torch.Tensor) -> torch.Tensor:
         exact = torch.log_softmax(logits.double(), 1)
-        found = torch.log_softmax(decode(encode(logits)).double(), 1)
-        return (exact.exp() * (exact - found)).sum(1)
+        coded = torch.log_softmax(decode(encode(logits)).double(), 1)
+        return (exact.exp() * (exact - coded)).sum(1)
 
     peaked = change(realistic(40, 49_152))
     assert peaked.max().item() < 1e-8

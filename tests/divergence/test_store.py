@@ -1,4 +1,4 @@
-"""A reference on disk: whole or not at all, damage is seen, and nothing of two models gets mixed."""
+"""References on disk: parts are written atomically, damage is detected, and two models are never mixed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmeval_ext.divergence import store as module
+from lmeval_ext.divergence import read_ahead
 from lmeval_ext.divergence.head import OutputHead
 from lmeval_ext.divergence.read_ahead import Windows
 from lmeval_ext.divergence.store import Manifest, ReferenceStore, StoredWindow
@@ -38,22 +38,22 @@ def parts(store: ReferenceStore) -> dict[str, Path]:
 
 
 def read_part(folder: Path, part: str) -> Any:
-    """What a comparison reads of it, in a form that can be compared."""
+    """A part as a comparison reads it, in a form that can be compared."""
     store = ReferenceStore.open(folder)
     if part == "manifest":
         return store.manifest
     if part == "head":
         head = store.head()
         return head.weight.tolist(), head.bias.tolist(), head.softcap, head.scale  # type: ignore[union-attr]
-    found = store.read(window(0).key)
-    return {name: t.tolist() for name, t in (found.states | found.scores).items()}
+    stored = store.read(window(0).key)
+    return {name: t.tolist() for name, t in (stored.states | stored.scores).items()}
 
 
-# ---------------------------------------------------------------------- what was written comes back
+# ---------------------------------------------------------------------- round trips
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_round_trip(mode: str, tmp_path: Path) -> None:
+def test_store_reads_back_what_was_written(mode: str, tmp_path: Path) -> None:
     made(tmp_path, 3, mode)
     store = ReferenceStore.open(str(tmp_path))
     assert store.manifest == manifest(mode)
@@ -72,41 +72,41 @@ def test_round_trip(mode: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes_and_layouts_are_kept(dtype: torch.dtype, tmp_path: Path) -> None:
     store = made(tmp_path)
-    found = window(7)
-    found.states["hidden"] = torch.randn(4, 3).to(dtype).t()  # columns first in memory
-    store.write(found)
-    assert same(store.read(found.key), found)
+    written = window(7)
+    written.states["hidden"] = torch.randn(4, 3).to(dtype).t()  # columns first in memory
+    store.write(written)
+    assert same(store.read(written.key), written)
 
 
-def test_files_are_as_readable_as_others(tmp_path: Path) -> None:
-    """They are written under another name first, which only their owner may read."""
+def test_files_have_the_usual_permissions(tmp_path: Path) -> None:
+    """Although they are written under another name first."""
     plain = tmp_path / "plain"
     plain.write_text("")
     for path in parts(made(tmp_path / "store")).values():
         assert path.stat().st_mode == plain.stat().st_mode
 
 
-ids = st.lists(st.integers(0, 300_000), min_size=2, max_size=20)
+lists_of_ids = st.lists(st.integers(0, 300_000), min_size=2, max_size=20)
 
 
-@given(ids, ids, st.integers(1, 19), st.integers(1, 19))
-def test_a_window_is_known_by_its_tokens_and_what_is_scored(a: list[int], b: list[int], m: int, n: int) -> None:
+@given(lists_of_ids, lists_of_ids, st.integers(1, 19), st.integers(1, 19))
+def test_window_key_depends_on_ids_and_first_target(a: list[int], b: list[int], m: int, n: int) -> None:
     assert (window_key(a, m) == window_key(b, n)) == ((a, m) == (b, n))
     assert len(window_key(a, m)) == 32
     assert window_key(a, m) == window_key(list(a), m)
-    assert window_key(a, m) != window_key([m, *a], 1)  # where the ids begin is no matter of taste
+    assert window_key(a, m) != window_key([m, *a], 1)  # the count is not just another id
 
 
-def test_a_key_that_stays_what_it_is() -> None:
-    """SHA-256 of the little-endian 64-bit numbers 2, 5, 6, 7: stores outlive releases."""
+def test_window_key_never_changes() -> None:
+    """It is the SHA-256 of the little-endian 64-bit numbers 2, 5, 6, 7; stores must stay readable in later releases."""
     import hashlib
     import struct
 
     assert window_key([5, 6, 7], 2) == hashlib.sha256(struct.pack("<4q", 2, 5, 6, 7)).hexdigest()[:32]
 
 
-def test_a_sum_that_stays_what_it_is() -> None:
-    """By the definition in words: SHA-256 over name, dtype and shape, and then the SHA-256 of every 16 MiB."""
+def test_checksum_never_changes() -> None:
+    """It is the SHA-256 over name, dtype and shape, and then the SHA-256 of every 16 MiB."""
     import hashlib
 
     tensor = torch.arange(10 << 20, dtype=torch.int32).view(-1, 2)
@@ -119,11 +119,11 @@ def test_a_sum_that_stays_what_it_is() -> None:
     assert tensors_sha256({"b": torch.empty(0, dtype=torch.float16), "a": tensor}) == expected.hexdigest()
 
 
-# ---------------------------------------------------------------------- whole or not at all
+# ---------------------------------------------------------------------- atomic writes
 
 
-def test_an_interruption_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between writing and renaming; no half files are left over, under any name."""
+def test_interrupted_write_leaves_the_store_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted between writing and renaming; no partial files remain under any name."""
     store = made(tmp_path, 1)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
 
@@ -133,8 +133,8 @@ def test_an_interruption_leaves_what_was_there(tmp_path: Path, monkeypatch: pyte
     for name in ("replace", "fsync"):
         with monkeypatch.context() as patch:
             patch.setattr(os, name, killed)
-            changed, fresh = dataclasses.replace(window(9), key=window(0).key), window(1)
-            for new in (changed, fresh):
+            changed, added = dataclasses.replace(window(9), key=window(0).key), window(1)
+            for new in (changed, added):
                 with pytest.raises(KeyboardInterrupt):
                     store.write(new)
         assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before, name
@@ -142,7 +142,7 @@ def test_an_interruption_leaves_what_was_there(tmp_path: Path, monkeypatch: pyte
     assert same(store.read(window(0).key), window(0))
 
 
-def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = made(tmp_path, 1)
 
     def full(*_: Any, **__: Any) -> None:
@@ -155,14 +155,14 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ReferenceStore.create(tmp_path / "other", manifest())
 
 
-def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
+def test_file_in_place_of_the_folder_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"save_reference=.*file: cannot be written to"):
         ReferenceStore.create(tmp_path / "file", manifest())
 
 
-def test_writers_of_the_same_window(tmp_path: Path) -> None:
-    """Two runs, or ranks that share windows: whoever is last, the file is whole, and readers never see less."""
+def test_concurrent_writers_of_a_window_leave_it_complete(tmp_path: Path) -> None:
+    """Runs or ranks may write the same window: whichever is last, the file is complete at any time."""
     store, failures = made(tmp_path, 1), list[BaseException]()
     key, stop = window(0).key, threading.Event()
     versions = [dataclasses.replace(window(n), key=key) for n in range(4)]
@@ -178,8 +178,8 @@ def test_writers_of_the_same_window(tmp_path: Path) -> None:
 
     def reads() -> None:
         while not stop.is_set():
-            found = store.read(key)
-            assert any(same(found, v) for v in versions)
+            stored = store.read(key)
+            assert any(same(stored, v) for v in versions)
 
     writers = [guarded(lambda v=v: [store.write(v) for _ in range(25)]) for v in versions]
     reader = guarded(reads)
@@ -203,33 +203,33 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> ReferenceStore:
 
 
 @pytest.mark.parametrize("part", ["window", "head", "manifest"])
-def test_a_changed_byte_anywhere_is_seen(part: str, sound: ReferenceStore, tmp_path_factory: Any) -> None:
-    """Every byte of the file, some of its bits. What is let through has lost nothing: white space of JSON."""
-    whole = parts(sound)[part].read_bytes()
+def test_changed_byte_anywhere_is_detected(part: str, sound: ReferenceStore, tmp_path_factory: Any) -> None:
+    """Any byte of the file, some of its bits. Only changes to white space in JSON, which lose nothing, may pass."""
+    content = parts(sound)[part].read_bytes()
     expected = read_part(sound.folder, part)
     folder = tmp_path_factory.mktemp("damaged")
     store = made(folder)
-    path, seen = parts(store)[part], list[str]()
+    path, messages = parts(store)[part], list[str]()
 
     @settings(max_examples=400, deadline=None)
-    @given(st.integers(0, len(whole) - 1), st.integers(1, 255))
-    def check(at: int, change: int) -> None:
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ change]) + whole[at + 1 :])
+    @given(st.integers(0, len(content) - 1), st.integers(1, 255))
+    def check(index: int, change: int) -> None:
+        path.write_bytes(content[:index] + bytes([content[index] ^ change]) + content[index + 1 :])
         try:
-            found = read_part(folder, part)
+            value = read_part(folder, part)
         except UserError as error:
-            seen.append(str(error))
+            messages.append(str(error))
         else:
-            assert found == expected
-            assert whole[at : at + 1].isspace()
+            assert value == expected
+            assert content[index : index + 1].isspace()
 
     check()
-    assert len(seen) > 100
-    assert all(str(path) in words and "\n" not in words for words in seen)
+    assert len(messages) > 100
+    assert all(str(path) in message and "\n" not in message for message in messages)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_a_head_of_any_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_head_of_any_dtype_is_read_back(dtype: torch.dtype, tmp_path: Path) -> None:
     head = OutputHead(torch.randn(7, 4).to(dtype))
     store = ReferenceStore.create(tmp_path, manifest(head=head))
     store.write_head(head)
@@ -237,32 +237,32 @@ def test_a_head_of_any_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [b"U32", b"I32", b"X32", b"F16"])
-def test_a_head_that_says_another_dtype_is_damaged(dtype: bytes, tmp_path: Path) -> None:
-    """One of those that no store has, too."""
+def test_head_with_a_changed_dtype_is_damaged(dtype: bytes, tmp_path: Path) -> None:
+    """Also with a dtype that no store has."""
     store = made(tmp_path)
-    whole = store.head_path.read_bytes()
-    assert b'"F32"' in whole
-    store.head_path.write_bytes(whole.replace(b"F32", dtype))
+    content = store.head_path.read_bytes()
+    assert b'"F32"' in content
+    store.head_path.write_bytes(content.replace(b"F32", dtype))
     with pytest.raises(UserError, match=r"head\.safetensors: the stored reference is damaged"):
         store.head()
     assert not store.has_sound_head()
 
 
 @pytest.mark.parametrize("part", ["window", "head", "manifest"])
-def test_a_truncated_file_is_seen(part: str, tmp_path: Path) -> None:
+def test_file_of_another_length_is_detected(part: str, tmp_path: Path) -> None:
     path = parts(made(tmp_path))[part]
-    whole = path.read_bytes()
-    for length in {0, 1, 7, 8, 9, len(whole) // 2, len(whole) - 1}:
-        path.write_bytes(whole[:length])
+    content = path.read_bytes()
+    for length in {0, 1, 7, 8, 9, len(content) // 2, len(content) - 1}:
+        path.write_bytes(content[:length])
         with pytest.raises(UserError, match="damaged") as caught:
             read_part(tmp_path, part)
         assert str(path) in str(caught.value)
-    path.write_bytes(whole + b"x")
+    path.write_bytes(content + b"x")
     with pytest.raises(UserError, match="damaged"):
         read_part(tmp_path, part)
 
 
-def test_missing_parts(tmp_path: Path) -> None:
+def test_missing_parts_are_user_errors(tmp_path: Path) -> None:
     store = made(tmp_path)
     with pytest.raises(UserError, match=r"no reference\.json there; give a folder that a run with save_reference="):
         ReferenceStore.open(tmp_path / "nowhere")
@@ -292,8 +292,8 @@ def test_files_of_another_kind_are_refused(content: str, tmp_path: Path) -> None
         ReferenceStore.open(tmp_path)
 
 
-def test_a_window_under_anothers_name(tmp_path: Path) -> None:
-    """Whole, but not what its name says; or of another reference."""
+def test_window_under_the_name_of_another_is_damaged(tmp_path: Path) -> None:
+    """The file is undamaged, but belongs to another key, or to another reference."""
     store = made(tmp_path / "a", 2)
     store.path(window(0).key).write_bytes(store.path(window(1).key).read_bytes())
     with pytest.raises(UserError, match="it belongs to another window or another reference"):
@@ -305,10 +305,10 @@ def test_a_window_under_anothers_name(tmp_path: Path) -> None:
         store.read(window(1).key)
 
 
-def test_anothers_head(tmp_path: Path) -> None:
+def test_head_of_another_reference_is_damaged(tmp_path: Path) -> None:
     store = made(tmp_path)
     store.write_head(some_head(seed=5))
-    with pytest.raises(UserError, match=r"head\.safetensors: .*its contents are not what reference\.json says"):
+    with pytest.raises(UserError, match=r"head\.safetensors: .*its contents are not those named in reference\.json"):
         store.head()
 
 
@@ -337,7 +337,7 @@ def test_another_model_is_refused_with_both_names(other: Manifest, tmp_path: Pat
     assert (tmp_path / "reference.json").read_bytes() == before
 
 
-def test_a_label_is_a_mere_name(tmp_path: Path) -> None:
+def test_label_is_not_part_of_the_identity(tmp_path: Path) -> None:
     made(tmp_path, 1)
     again = ReferenceStore.create(tmp_path, manifest(label="second"))
     assert again.manifest.model["label"] == "first"
@@ -348,7 +348,7 @@ def test_a_label_is_a_mere_name(tmp_path: Path) -> None:
 
 
 class Reading:
-    """Counts what is read of a store."""
+    """Records the keys of the windows that are read."""
 
     def __init__(self, store: ReferenceStore, monkeypatch: pytest.MonkeyPatch) -> None:
         self.keys = list[str]()
@@ -362,86 +362,86 @@ class Reading:
 
 
 def held(windows: Windows) -> int:
-    """How many are in memory, or on their way there."""
-    concurrent.futures.wait([coming for _, coming in windows._held.values()])
+    """Number of windows in memory or being read."""
+    concurrent.futures.wait([read for _, read in windows._held.values()])
     return len(windows._held)
 
 
-def test_windows_beyond_the_memory_make_room_for_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Room for four of nine. In the order given, and twice in a row, each is read once."""
+def test_windows_beyond_the_memory_are_each_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is memory for four of nine, which are accessed in order, some twice in a row."""
     store = made(tmp_path, 9)
     keys = [window(n).key for n in range(9)]
-    monkeypatch.setattr(module, "_IN_MEMORY", 4 * store.path(keys[0]).stat().st_size + 1)
+    monkeypatch.setattr(read_ahead, "_IN_MEMORY", 4 * store.path(keys[0]).stat().st_size + 1)
     reading = Reading(store, monkeypatch)
-    found = Windows(store, [*keys, keys[0]])
-    assert list(found) == keys
-    assert len(found) == 9
+    windows = Windows(store, [*keys, keys[0]])
+    assert list(windows) == keys
+    assert len(windows) == 9
     for n in (0, 1, 0, 1, 1, 2, 2, 3, 4, 3, 5, 6, 7, 8):
-        assert same(found[keys[n]], window(n))
-        assert held(found) == 4
+        assert same(windows[keys[n]], window(n))
+        assert held(windows) == 4
     assert sorted(reading.keys) == sorted(keys)
     with pytest.raises(KeyError):
-        found["another"]
+        windows["another"]
 
 
-def test_windows_in_another_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each is what it is, whatever was asked for before; what is not in memory is read when it is asked for."""
+def test_windows_in_another_order_are_correct(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window that is not in memory is read when it is accessed."""
     store = made(tmp_path, 9)
     keys = [window(n).key for n in range(9)]
-    monkeypatch.setattr(module, "_IN_MEMORY", 4 * store.path(keys[0]).stat().st_size)
+    monkeypatch.setattr(read_ahead, "_IN_MEMORY", 4 * store.path(keys[0]).stat().st_size)
     reading = Reading(store, monkeypatch)
-    found = Windows(store, keys)
-    assert held(found) == 4
+    windows = Windows(store, keys)
+    assert held(windows) == 4
     for n in (8, 8, 2, 8, 0, 3, 1, 7, 8, 0, 4, 5, 6, 4):
-        assert same(found[keys[n]], window(n))
-        assert held(found) <= 4
+        assert same(windows[keys[n]], window(n))
+        assert held(windows) <= 4
     assert reading.keys.count(keys[8]) == 2  # once for its first three turns, once for its last
 
 
 @pytest.mark.parametrize("room", [2, 3])
-def test_one_window_ahead_where_there_is_room_for_few(
+def test_one_window_is_read_ahead_with_memory_for_few(
     room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = made(tmp_path, 6)
     keys = [window(n).key for n in range(6)]
-    monkeypatch.setattr(module, "_IN_MEMORY", room * store.path(keys[0]).stat().st_size)
+    monkeypatch.setattr(read_ahead, "_IN_MEMORY", room * store.path(keys[0]).stat().st_size)
     reading = Reading(store, monkeypatch)
-    found = Windows(store, keys)
+    windows = Windows(store, keys)
     for n, key in enumerate(keys):
-        assert same(found[key], window(n))
-        assert found._alone is None
-        assert held(found) <= room
+        assert same(windows[key], window(n))
+        assert windows._single is None
+        assert held(windows) <= room
     assert reading.keys == keys
 
 
-def test_windows_larger_than_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_IN_MEMORY", 0)
+def test_windows_larger_than_the_memory_are_read_on_access(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(read_ahead, "_IN_MEMORY", 0)
     store = made(tmp_path, 3)
     reading = Reading(store, monkeypatch)
-    found = Windows(store, [window(n).key for n in range(3)])
+    windows = Windows(store, [window(n).key for n in range(3)])
     for n in (0, 0, 1, 2, 2, 0):
-        assert same(found[window(n).key], window(n))
+        assert same(windows[window(n).key], window(n))
     assert reading.keys == [window(n).key for n in (0, 1, 2, 0)]
 
 
 @pytest.mark.parametrize("harm", ["cut", "missing"])
-def test_damage_is_told_to_whoever_asks_next(tmp_path: Path, harm: str) -> None:
-    """Of any window: a run of minutes need not come to the damaged one first."""
+def test_failed_read_is_raised_at_the_next_access(tmp_path: Path, harm: str) -> None:
+    """At the access to any window, so that a long run does not have to reach the damaged one first."""
     store = made(tmp_path, 3)
     path = store.path(window(2).key)
-    whole = path.read_bytes()
-    path.unlink() if harm == "missing" else path.write_bytes(whole[:-1])
-    found = Windows(store, [window(n).key for n in range(3)])
-    assert held(found) == 3
-    found._pool.shutdown(wait=True)  # a window is there a moment before its damage is noted
+    content = path.read_bytes()
+    path.unlink() if harm == "missing" else path.write_bytes(content[:-1])
+    windows = Windows(store, [window(n).key for n in range(3)])
+    assert held(windows) == 3
+    windows._pool.shutdown(wait=True)  # a read ends a moment before its error is noted
     with pytest.raises(UserError, match=path.name):
-        found[window(0).key]
-    path.write_bytes(whole)
+        windows[window(0).key]
+    path.write_bytes(content)
     assert same(Windows(store, [window(0).key])[window(0).key], window(0))
 
 
-def test_the_first_windows_are_not_kept_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By later ones, whose reading takes until the first was looked at."""
+def test_first_window_does_not_wait_for_later_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading the later ones ends only after the first was accessed."""
     store, seen = made(tmp_path, 3), threading.Event()
     keys = [window(n).key for n in range(3)]
     original = store.read
@@ -452,14 +452,14 @@ def test_the_first_windows_are_not_kept_waiting(tmp_path: Path, monkeypatch: pyt
         return original(key)
 
     monkeypatch.setattr(store, "read", read)
-    found = Windows(store, keys)
-    assert same(found[keys[0]], window(0))
+    windows = Windows(store, keys)
+    assert same(windows[keys[0]], window(0))
     seen.set()
-    assert all(same(found[key], window(n)) for n, key in enumerate(keys))
+    assert all(same(windows[key], window(n)) for n, key in enumerate(keys))
 
 
-def test_nothing_is_read_after_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a run that stopped early; and what was read is forgotten with the windows."""
+def test_close_stops_reading_and_frees_the_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a run that stopped early."""
     store, begun, go = made(tmp_path, 5), threading.Event(), threading.Event()
     reading, keys = Reading(store, monkeypatch), [window(n).key for n in range(5)]
     counted = store.read
@@ -470,28 +470,28 @@ def test_nothing_is_read_after_the_end(tmp_path: Path, monkeypatch: pytest.Monke
         return counted(key)
 
     monkeypatch.setattr(store, "read", read)
-    monkeypatch.setattr(module, "_READERS", 1)
-    found = Windows(store, keys)
+    monkeypatch.setattr(read_ahead, "_READERS", 1)
+    windows = Windows(store, keys)
     assert begun.wait(60)
-    found.close()
+    windows.close()
     go.set()
-    found._pool.shutdown(wait=True)
+    windows._pool.shutdown(wait=True)
     assert reading.keys == keys[:1]
-    gone = weakref.ref(found)
+    gone = weakref.ref(windows)
     gc.disable()
     try:
-        del found
-        assert gone() is None  # by counting references: no cycle keeps a gigabyte until the next collection
+        del windows
+        assert gone() is None  # no reference cycle keeps a gigabyte until the next collection
     finally:
         gc.enable()
 
 
-def test_damage_done_in_between_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_IN_MEMORY", 0)
+def test_damage_after_the_start_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(read_ahead, "_IN_MEMORY", 0)
     store = made(tmp_path, 1)
-    found = Windows(store, [window(0).key])
+    windows = Windows(store, [window(0).key])
     path = store.path(window(0).key)
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(UserError, match="its checksum is wrong"):
-        found[window(0).key]
+        windows[window(0).key]

@@ -1,4 +1,4 @@
-"""vLLM on the CPU saves references and measures against them, however it cuts and mixes prompts."""
+"""vLLM on the CPU saves references and measures against them, for any division of prompts into steps."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from tests.divergence.test_end_to_end import TASK, assert_figures, description, 
 
 pytestmark = pytest.mark.engine
 
-LONG = {"eval_len": 150, "stride": 150, "max_rows": 6}  # steps take 64 tokens: prompts are cut, and mixed on a GPU
+LONG = {"eval_len": 150, "stride": 150, "max_rows": 6}  # steps take 64 tokens: prompts are divided, and on a GPU mixed
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # vLLM's attention on a CPU takes heads of 32 and more
+    # vLLM's attention on a CPU needs heads of size 32 or more
     return make_llama(tmp_path_factory.mktemp("models") / "llama-128", hidden_size=128)
 
 
@@ -61,7 +61,7 @@ def arguments(model: Any) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def reference(other: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The perturbed model is the reference: vLLM's model is what is measured."""
+    """The perturbed model is the reference; vLLM's model is measured."""
     store = tmp_path_factory.mktemp("stores") / "perturbed"
     scored("hf_quant", other, settings=LONG, dtype="float32", save_reference=str(store))
     return store
@@ -74,20 +74,20 @@ def by_token(folder: Path, other: Path) -> dict[str, np.ndarray]:
 
 
 def mixed(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
-    """All windows at once, as a GPU gets them: steps of 64 tokens hold the end of one and the start of another."""
+    """All windows at once, as on a GPU: steps of 64 tokens have the end of one window and the start of another."""
     monkeypatch.setattr(model, "_on_cpu", False)
     monkeypatch.setattr(type(model), "describe", _described)
 
 
 def _described(model: Any) -> Any:
-    """Without the memory figures, which a CPU has none of."""
+    """`describe` without the memory figures, which do not exist on a CPU."""
     from lmeval_ext.models.record import from_storage
 
     return from_storage(model.checkpoint(), label="vllm", engine="vllm", engine_version="0", dtype="float32")
 
 
 @pytest.mark.parametrize("at_once", [False, True])
-def test_measures_itself(
+def test_divergence_equals_transformers(
     at_once: bool,
     model: Any,
     folder: Path,
@@ -103,16 +103,18 @@ def test_measures_itself(
     assert by_token["kld"].mean() > 1e-2
     assert_figures(result, figures(by_token))
     samples = zip(result["samples"][TASK], plain["samples"][TASK], strict=True)
-    assert all(a["resps"][0][0][:4] == b["resps"][0][0][:4] for a, b in samples)  # scores are what they are without
+    assert all(
+        a["resps"][0][0][:4] == b["resps"][0][0][:4] for a, b in samples
+    )  # scores are the same without a reference
     assert description(result)["role"] == "comparison"
 
 
 @pytest.mark.parametrize("mode", ["hidden", "logits"])
 @pytest.mark.parametrize("at_once", [False, True])
-def test_saves(
+def test_saved_reference_has_transformers_distributions(
     at_once: bool, mode: str, model: Any, folder: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What it wrote gives Transformers' distributions; and another engine's figures against it are right."""
+    """Another engine's figures against the reference are right too."""
     if at_once:
         mixed(monkeypatch, model)
     model.reference_arguments = ReferenceArguments(save_reference=str(tmp_path), reference_mode=mode)
@@ -125,17 +127,17 @@ def test_saves(
         assert store.head().weight.shape == (384, 128)  # without vLLM's padding
         for window, expected in zip(windows, exact, strict=True):
             hidden = store.read(window_key(window.ids, len(window.context_ids))).states["hidden"]
-            ours = torch.log_softmax(store.head().logits(hidden), 1)
-            np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=5e-5)
-    found = divergences(exact, log_probabilities(other, windows), windows)
+            stored = torch.log_softmax(store.head().logits(hidden), 1)
+            np.testing.assert_allclose(stored, expected, rtol=1e-5, atol=5e-5)
+    other_by_token = divergences(exact, log_probabilities(other, windows), windows)
     result = scored("hf_quant", other, settings=LONG, dtype="float32", reference=str(tmp_path))
-    assert_figures(result, figures(found))
+    assert_figures(result, figures(other_by_token))
     assert description(result)["reference"]["engine"] == "vllm"
     for sample in saved["samples"][TASK]:
         np.testing.assert_allclose(WindowScores(*sample["resps"][0][0]).divergence["kld"], 0, atol=2e-6)  # type: ignore[index]
 
 
-def test_nothing_looks_on_afterwards(model: Any, folder: Path, reference: Path) -> None:
+def test_observer_is_removed_after_scoring(model: Any, folder: Path, reference: Path) -> None:
     model.reference_arguments = ReferenceArguments(reference=str(reference))
     scored(model, folder, settings=LONG)
     (worker,) = model.model.collective_rpc(lambda worker: worker.lmeval_ext_scorer.observer is None)
@@ -144,22 +146,22 @@ def test_nothing_looks_on_afterwards(model: Any, folder: Path, reference: Path) 
 
 
 @pytest.mark.parametrize("part", ["window", "head"])
-def test_damage_ends_the_run_but_not_the_engine(
+def test_damaged_reference_ends_the_run_but_not_the_engine(
     part: str, model: Any, folder: Path, reference: Path, tmp_path: Path
 ) -> None:
-    """It is found while vLLM computes, whose engine would not survive an exception."""
+    """The damage is found while vLLM computes, whose engine would not survive an exception."""
     copied = Path(shutil.copytree(reference, tmp_path / "store"))
     path = copied / "head.safetensors" if part == "head" else sorted((copied / "windows").iterdir())[0]
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     model.reference_arguments = ReferenceArguments(reference=str(copied))
     with pytest.raises(UserError, match=f"{path.name}: the stored reference is damaged"):
         scored(model, folder, settings=LONG)
-    path.write_bytes(whole)
+    path.write_bytes(content)
     assert description(scored(model, folder, settings=LONG))["role"] == "comparison"
 
 
-def test_engines_that_cannot_be_reached_are_refused(model: Any, folder: Path, reference: Path) -> None:
+def test_unreachable_engine_is_refused(model: Any, folder: Path, reference: Path) -> None:
     engine, model._engine, model._why_not_engine = model._engine, None, "a reason"
     model.reference_arguments = ReferenceArguments(reference=str(reference))
     try:

@@ -124,7 +124,7 @@ def test_nowhere_to_write_is_said(tmp_path: Path, tracker: Any, monkeypatch: pyt
 
     monkeypatch.setattr(Path, "write_text", refuse)
     tracker.save_results_aggregated(results=dict(RESULTS), samples=None)
-    assert "the results stand in the table below" in caplog.text
+    assert "the results are in the table below only" in caplog.text
 
 
 def test_two_trackers_in_one_folder(tmp_path: Path, tracker: Any) -> None:

@@ -7,11 +7,11 @@ import os
 from pathlib import Path
 
 import pytest
-from tests.compare.conftest import result
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from compare.results.reading import model_arguments, read_file, read_results
+from tests.compare.conftest import result
 
 BROKEN = {
     "results_truncated.json": json.dumps(result()).encode()[:700],
