@@ -21,7 +21,7 @@ from lmeval_ext.errors import UserError
 from lmeval_ext.storage import StorageError, StorageInfo, inspect
 from lmeval_ext.storage.__main__ import main
 from lmeval_ext.storage.safetensors_header import read_header
-from tests.storage.storage_builders import FIXTURES, LLAMA, dense, header_of, write_checkpoint, write_index, write_raw
+from tests.storage.builders import FIXTURES, LLAMA, dense, header_of, write_checkpoint, write_index, write_raw
 
 FAST = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

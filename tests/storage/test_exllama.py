@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from lmeval_ext.storage import StorageError, inspect
-from tests.storage.storage_builders import FIXTURES, LLAMA, real_header, write_checkpoint
+from tests.storage.builders import FIXTURES, LLAMA, real_header, write_checkpoint
 
 
 def test_exl3_is_what_exllamav3_reports(tmp_path: Path) -> None:

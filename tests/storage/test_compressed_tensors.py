@@ -21,7 +21,7 @@ from compressed_tensors.quantization import (
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lmeval_ext.storage import inspect
-from tests.storage.storage_builders import LLAMA, write_checkpoint
+from tests.storage.builders import LLAMA, write_checkpoint
 
 HIDDEN, INNER, LAYERS, VOCAB = 96, 160, 2, 256
 KV = HIDDEN // 2

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from lmeval_ext.storage import inspect
-from tests.storage.storage_builders import FIXTURES, LLAMA, write_checkpoint, write_raw
+from tests.storage.builders import FIXTURES, LLAMA, write_checkpoint, write_raw
 
 RECORDS: dict[str, Any] = json.loads((FIXTURES / "library_headers.json").read_text())
 # (out, in) of q, k, v, o, gate, up, down: hidden 128, inner 256, two of four heads for keys and values.

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lmeval_ext.storage import StorageError, inspect
-from tests.storage.storage_builders import (
+from tests.storage.builders import (
     LLAMA,
     dense,
     header_of,
