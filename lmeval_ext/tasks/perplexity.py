@@ -209,11 +209,14 @@ class PerplexityTask(Task):
         return functions
 
     def _median_divergence(self, values: Sequence[WindowDivergence]) -> float | None:
+        """Return the median divergence per token; also records the summary of all divergences."""
         # The harness aggregates the windows of all ranks here, so the record is complete
         self._divergence = summary.describe(values, self.spec.block_windows)
         return summary.quantile(values, 50.0)
 
     def _quantile_error_of(self, metric: str, percent: float) -> Callable[[Sequence[WindowDivergence]], float | str]:
+        """Return the aggregation that gives, and records, the standard error of a quantile; percent: 0 to 100."""
+
         def error(values: Sequence[WindowDivergence]) -> float | str:
             value = summary.quantile_error(values, percent, self.spec.block_windows)
             self._errors[metric] = value
@@ -222,10 +225,13 @@ class PerplexityTask(Task):
         return error
 
     def _perplexity(self, sums: Sequence[WindowSum]) -> float | None:
+        """Return the perplexity; also records how many log-probabilities were not finite."""
         self._nonfinite = sum(s["nonfinite"] for s in sums)  # of all ranks
         return metrics.perplexity(sums)
 
     def _error_of(self, metric: str) -> Callable[[Sequence[WindowSum]], float | str]:
+        """Return the aggregation that gives, and records, the standard error of a metric."""
+
         def error(sums: Sequence[WindowSum]) -> float | str:
             value = metrics.standard_error(sums, _STATISTICS[metric][0], self.spec.block_windows)
             self._errors[metric] = value
