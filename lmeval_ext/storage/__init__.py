@@ -1,13 +1,32 @@
-"""Bits per weight and weight bytes of a checkpoint, from its headers alone.
+"""Bits per weight, weight bytes and KV-cache bytes of a checkpoint, read from its headers alone.
 
     >>> from lmeval_ext.storage import inspect
     >>> inspect("checkpoints/model-nvfp4").layer_bpw  # doctest: +SKIP
     4.500008
 
-Readers (`safetensors_header`, `gguf_header`) turn headers into tensors, `grouping` turns tensors into logical
-weights by the tables of `packings` and `roles`, `accounting` sums them up. A new format is one row of
-`packings.PACKINGS` (its shape function stands in `layouts`) and one of `schemes.SCHEMES`. No weight is ever read; the
-only tensor contents read are the two numbers of compressed-tensors' `weight_shape`.
+No weight is ever read. The only tensor contents read are the two numbers of compressed-tensors' `weight_shape`.
+
+Files, in the order in which data flows:
+
+    measure             from a path to a StorageInfo: chooses the reader, names family and scheme
+    checkpoint          a Hugging Face folder: its files, its config.json, its tensors
+    safetensors_header  the header of one safetensors file; json_file: strict JSON for it and for configs
+    gguf_checkpoint     GGUF files, split ones included; gguf_header: the header of one of them
+    grouping            from stored tensors to logical weights, by the tables below
+    accounting          from weights to figures, the same for every format
+    info                the result (StorageInfo) and the errors (StorageError)
+    kv_cache            bytes per token in the KV cache, from config.json or GGUF metadata
+    tensors, rounding   the records that the files above exchange; exact integer arithmetic
+
+Tables:
+
+    packings            one row per packing: the tensors that together store one weight matrix
+    layouts             one function per packing: from stored shapes to the logical shape
+    schemes             one row per `quant_method`: the name of the scheme
+    roles               names of weights: layer, head, embedding, router, vision, draft, other
+    kv_cache            architectures in which every layer attends to all tokens
+
+To add a format: one row of `packings.PACKINGS`, its shape function in `layouts`, one row of `schemes.SCHEMES`.
 """
 
 from __future__ import annotations
@@ -22,12 +41,12 @@ __all__ = ["Excluded", "StorageError", "StorageInfo", "inspect"]
 def inspect(path: str | Path) -> StorageInfo:
     """Measure a checkpoint.
 
-    path: a checkpoint folder, a .safetensors file (its config.json is looked for beside it) or a .gguf file; any
-    part of a sharded or split checkpoint stands for the whole. A folder with safetensors files is read as those;
-    one that holds nothing but the parts of a single GGUF is read as that.
+    path: a checkpoint folder, a .safetensors file (config.json is read from the same folder) or a .gguf file. Any
+    part of a sharded or split checkpoint stands for all of it. A folder with safetensors files is read as
+    safetensors; a folder that holds only the parts of a single GGUF is read as GGUF.
 
-    Raises StorageError for files that are missing, damaged or hostile. What is sound but not understood gives None
-    and a note instead (see StorageInfo).
+    Raises StorageError for files that are missing, damaged or hostile. A sound checkpoint in a format that is not
+    supported gives None and a note instead (see StorageInfo).
     """
     from lmeval_ext.storage.measure import measure
 

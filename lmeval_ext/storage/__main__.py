@@ -1,4 +1,4 @@
-"""`python -m lmeval_ext.storage PATH [--json]`: print what a checkpoint's headers say."""
+"""`python -m lmeval_ext.storage PATH [--json]` prints the storage figures of a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lmeval_ext.storage import StorageError, StorageInfo, inspect
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code (2 for a checkpoint that cannot be read)."""
+    """Run the command and return its exit code: 0, or 2 for a checkpoint that cannot be read."""
     parser = argparse.ArgumentParser(
         prog="python -m lmeval_ext.storage", description="Bits per weight of a checkpoint, from its headers alone."
     )

@@ -1,4 +1,4 @@
-"""The one place where weights become figures; every format goes through `account`."""
+"""From weights to figures: `account` sums up every format by the same convention, that of `StorageInfo`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from lmeval_ext.storage.info import Excluded, StorageInfo
 from lmeval_ext.storage.tensors import Weight
 
-KINDS = {"token_embedding": "embedding"}
-NAMED_PROBLEMS = 3
+KINDS = {"token_embedding": "embedding"}  # roles whose kind in `Excluded` has another name
+NAMED_PROBLEMS = 3  # the notes quote this many problems and count the rest
 
 
 def account(
@@ -21,10 +21,10 @@ def account(
     notes: Iterable[str] = (),
     unsupported: str | None = None,
 ) -> StorageInfo:
-    """Sum weights up by the convention of `StorageInfo`.
+    """Sum up the weights of a checkpoint by the convention of `StorageInfo`.
 
-    tied: the token embedding is the output matrix (None: not known). unsupported: a reason why no element count of
-    this checkpoint can be trusted; then every bits-per-weight figure is None.
+    tied: whether the token embedding is the output matrix, None if unknown. unsupported: why the element counts of
+    this checkpoint cannot be trusted; then every bits-per-weight figure is None.
     """
     remarks = list(notes)
     layer = [weight for weight in weights if weight.role == "layer"]
@@ -76,6 +76,7 @@ def account(
 
 
 def _by_kind(rest: Sequence[Weight], elements: Callable[[Sequence[Weight]], int | None]) -> tuple[Excluded, ...]:
+    """Sum up the weights outside layers and head by kind; elements: counts the elements of several weights."""
     groups: dict[str, list[Weight]] = {}
     for weight in rest:
         groups.setdefault(KINDS.get(weight.role, weight.role), []).append(weight)
@@ -95,7 +96,10 @@ def _why_no_head(tied: bool | None, embeddings: int) -> str:
 
 
 def main_packing(weights: Sequence[Weight], dense: frozenset[str]) -> str | None:
-    """The packing that most bits of the layers are stored in; dense ones count only where nothing is quantized."""
+    """Return the packing that stores most bits of the layers, None without weights.
+
+    dense: packings that are not quantized; they count only if all layers are stored so.
+    """
     layer = [weight for weight in weights if weight.role == "layer"] or list(weights)
     packed = [weight for weight in layer if weight.packing not in dense] or layer
     bits: Counter[str] = Counter()

@@ -1,8 +1,11 @@
 """The header of one GGUF file: metadata, then tensor names, dimensions, types and offsets.
 
-Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Block sizes come from `gguf`'s own table. gguf's
-GGUFReader makes several numpy views for each token of the vocabulary (seconds for a large one) and trusts the
-counts in the file, so the header is walked here; vocabulary arrays are skipped.
+Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The header is parsed here because gguf's GGUFReader
+makes several numpy views per token of the vocabulary (seconds for a large one) and trusts the counts in the file.
+Arrays, such as the vocabulary, are skipped.
+
+`FORMATS` has one row per scalar metadata type: its `struct` character. Tensor types and their block sizes come from
+the gguf package's own table, so a new tensor type needs a newer gguf package and no change here.
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ from typing import Any
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
-from lmeval_ext.storage.info import StorageError
+from lmeval_ext.storage.info import DOWNLOAD_AGAIN, StorageError, unreadable
+from lmeval_ext.storage.rounding import round_up
 from lmeval_ext.storage.tensors import StoredTensor
 
 FORMATS = {
@@ -24,14 +28,17 @@ FORMATS = {
     GGUFValueType.UINT32: "I", GGUFValueType.INT32: "i", GGUFValueType.FLOAT32: "f", GGUFValueType.BOOL: "?",
     GGUFValueType.UINT64: "Q", GGUFValueType.INT64: "q", GGUFValueType.FLOAT64: "d",
 }  # fmt: skip
-# Far above any real file (DeepSeek-V3 has 1,100 tensors, the largest vocabularies 300,000 tokens).
+# Limits far above any real file: DeepSeek-V3 has 1,100 tensors, the largest vocabularies have 300,000 tokens.
 MAX_KEYS, MAX_TENSORS, MAX_STRINGS, MAX_DIMENSIONS, MAX_NAME = 2**16, 2**20, 2**22, 4, 2**16
-_FIX = "Download the file again."
 
 
 @dataclass
 class GGUFHeader:
-    """metadata: scalar and string values by key; arrays: the keys of arrays, not read; tensors: in file order."""
+    """The parsed header of one GGUF file.
+
+    metadata: scalar and string values by key. arrays: keys of the arrays, whose values are not read. tensors: in the
+    order of the header.
+    """
 
     path: Path
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -39,43 +46,51 @@ class GGUFHeader:
     tensors: list[StoredTensor] = field(default_factory=list)
 
     def integer(self, key: str) -> int | None:
-        """A metadata integer, None if it is absent or of another type."""
+        """Return a metadata integer, None if the key is absent or its value has another type."""
         value = self.metadata.get(key)
         return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def read_gguf(path: Path) -> GGUFHeader:
-    """Read the header; StorageError for anything truncated, inconsistent or beyond the limits above."""
+    """Read the header of a GGUF file.
+
+    Raises StorageError for a header that is truncated, inconsistent or beyond the limits above.
+    """
     try:
         with path.open("rb") as stream:
             if stream.read(4) != b"GGUF":
                 raise StorageError(f"{path} does not start with the magic bytes of a GGUF file. Check the path.")
             with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _Walker(path, data).header()
+                return _HeaderParser(path, data).header()
     except OSError as error:
-        raise StorageError(f"{path} cannot be read: {error.strerror}. Check the path and its permissions.") from None
+        raise unreadable(path, error) from None
     except (struct.error, OverflowError):  # OverflowError: a position beyond 63 bits
-        raise StorageError(f"{path} is truncated: its header goes on past the end of the file. {_FIX}") from None
+        raise StorageError(
+            f"{path} is truncated: its header continues past the end of the file. {DOWNLOAD_AGAIN}"
+        ) from None
     except UnicodeDecodeError:
-        raise StorageError(f"{path} has a name that is not UTF-8. {_FIX}") from None
+        raise StorageError(f"{path} has a name that is not UTF-8. {DOWNLOAD_AGAIN}") from None
 
 
-class _Walker:
-    """A position in a GGUF header; every read checks the end of the file (struct.error)."""
+class _HeaderParser:
+    """Reads a GGUF header from `position` on. Raises struct.error for a read past the end of the file."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path, self.data, self.position = path, data, 4
         (version,) = struct.unpack_from("<I", data, 4)
-        # The version's low half is 0 in a file of the other byte order.
+        # In a big-endian file, the low half of the version is 0 when read as little-endian.
         self.order = ">" if version & 0xFFFF == 0 else "<"
         version = self.take("I")
         if version not in (2, 3):
-            raise self.bad(f"is GGUF version {version}, known are 2 and 3")
+            raise self.bad(f"is GGUF version {version}, expected 2 or 3")
 
     def bad(self, what: str) -> StorageError:
-        return StorageError(f"{self.path} {what}. {_FIX}")
+        """Return the error for a damaged header."""
+        return StorageError(f"{self.path} {what}. {DOWNLOAD_AGAIN}")
 
     def take(self, kind: str) -> Any:
+        """Read one number; kind: its `struct` character."""
+        """Read one number; kind: its `struct` character."""
         (value,) = struct.unpack_from(self.order + kind, self.data, self.position)
         self.position += struct.calcsize(self.order + kind)
         return value
@@ -86,6 +101,8 @@ class _Walker:
             raise struct.error
 
     def text(self, limit: int) -> str:
+        """Read a string of at most `limit` bytes."""
+        """Read a string of at most `limit` bytes."""
         length = self.take("Q")
         if length > limit:
             raise self.bad(f"has a string of {length:,} bytes where at most {limit:,} are expected")
@@ -94,6 +111,8 @@ class _Walker:
         return self.data[start : start + length].decode("utf-8")
 
     def kind(self) -> GGUFValueType:
+        """Read the type of a metadata value."""
+        """Read the type of a metadata value."""
         number = self.take("I")
         try:
             return GGUFValueType(number)
@@ -101,12 +120,15 @@ class _Walker:
             raise self.bad(f"has a metadata value of the unknown type {number}") from None
 
     def count(self, what: str, limit: int) -> int:
+        """Read the count of `what`. Raises StorageError above `limit`, before anything is read in a loop."""
+        """Read the count of `what`. Raises StorageError above `limit`, before anything is read in a loop."""
         number = int(self.take("Q"))
         if number > limit:
             raise self.bad(f"announces {number:,} {what}, more than {limit:,}")
         return number
 
     def header(self) -> GGUFHeader:
+        """Read the counts, the metadata and the tensor entries, and check them."""
         header = GGUFHeader(self.path)
         tensors, keys = self.count("tensors", MAX_TENSORS), self.count("metadata keys", MAX_KEYS)
         seen: set[str] = set()
@@ -124,7 +146,7 @@ class _Walker:
         alignment = header.metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1) or alignment > 2**30:
             raise self.bad(f"has the alignment {alignment!r}, expected a power of two")
-        start = -(-self.position // alignment) * alignment
+        start = round_up(self.position, alignment)
         header.tensors = [
             StoredTensor(name, kind, shape, size, self.path, start + offset)
             for name, kind, shape, size, offset in entries
@@ -133,11 +155,11 @@ class _Walker:
         return header
 
     def value(self) -> Any:
-        """One metadata value; None for an array, which is only skipped."""
+        """Read one metadata value. Returns None for an array and for a long string, which are skipped."""
         kind = self.kind()
         if kind == GGUFValueType.STRING:
             length = struct.unpack_from(self.order + "Q", self.data, self.position)[0]
-            if length > MAX_NAME:  # chat templates and licences
+            if length > MAX_NAME:  # chat templates and licences: never needed here
                 self.skip(8 + length)
                 return None
             return self.text(MAX_NAME)
@@ -160,9 +182,10 @@ class _Walker:
         self.skip(0)
 
     def entry(self) -> tuple[str, str, tuple[int, ...], int, int]:
+        """Read one tensor entry: name, type, shape (outermost first), bytes, offset in the data section."""
         name, dimensions = self.text(MAX_NAME), self.take("I")
         if dimensions > MAX_DIMENSIONS:
-            raise self.bad(f"gives tensor {name[:80]!r} {dimensions} dimensions, more than {MAX_DIMENSIONS}")
+            raise self.bad(f"has the tensor {name[:80]!r} with {dimensions} dimensions, more than {MAX_DIMENSIONS}")
         sizes = tuple(self.take("Q") for _ in range(dimensions))
         number, offset = self.take("I"), self.take("Q")
         try:
@@ -171,19 +194,20 @@ class _Walker:
         except (ValueError, KeyError):
             raise StorageError(
                 f"{self.path}: tensor {name[:80]!r} has the type {number}, which the installed gguf package does not "
-                "know. Update gguf (pip install -U gguf), or download the file again."
+                "know. Update gguf (pip install -U gguf) or download the file again."
             ) from None
         if sizes and sizes[0] % block:
-            raise self.bad(f"gives tensor {name[:80]!r} rows of {sizes[0]} values, not whole blocks of {block}")
+            raise self.bad(f"has the tensor {name[:80]!r} with rows of {sizes[0]} values, not whole blocks of {block}")
         return name, kind.name, sizes[::-1], prod(sizes) // block * block_bytes, offset
 
     def check(self, tensors: list[StoredTensor]) -> None:
+        """Raise StorageError for equal names, overlapping tensors, and tensors beyond the end of the file."""
         if len({tensor.name for tensor in tensors}) != len(tensors):
             raise self.bad("has two tensors of the same name")
         end = 0
         for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.nbytes)):
             if tensor.offset < end:
-                raise self.bad(f"has the tensor {tensor.name[:80]!r} overlap the one before it")
+                raise self.bad(f"has the tensor {tensor.name[:80]!r}, which overlaps the one before it")
             end = tensor.offset + tensor.nbytes
         if end > len(self.data):
             raise self.bad(f"is truncated: its tensors end at byte {end:,}, the file at {len(self.data):,}")

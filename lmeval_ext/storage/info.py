@@ -1,24 +1,43 @@
-"""What `inspect` hands out: one frozen record per checkpoint, and the error it raises instead."""
+"""The result of `inspect`, one frozen record per checkpoint, and the errors that it raises instead."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from lmeval_ext.errors import UserError
 
+DOWNLOAD_AGAIN = "Download the file again."
+_NAMES_IN_A_MESSAGE = 5
+
 
 class StorageError(UserError):
-    """A checkpoint that cannot be read. The message names the file, what is wrong with it and the fix."""
+    """A checkpoint cannot be read. The message names the file, what is wrong with it and the fix."""
+
+
+def unreadable(path: Path, error: OSError) -> StorageError:
+    """Return the error for a file that the operating system cannot open or read."""
+    return StorageError(f"{path} cannot be read: {error.strerror}. Check the path and its permissions.")
+
+
+def parts_missing(place: Path, missing: Sequence[str], total: int, kind: str) -> StorageError:
+    """Return the error for a checkpoint of `total` files of which `missing` do not exist.
+
+    place: the folder or file that was asked for. kind: the word for these files, "shards" or "parts".
+    """
+    names = ", ".join(missing[:_NAMES_IN_A_MESSAGE]) + (", …" if len(missing) > _NAMES_IN_A_MESSAGE else "")
+    return StorageError(f"{place}: {len(missing)} of {total} {kind} are missing ({names}). Download them.")
 
 
 @dataclass(frozen=True)
 class Excluded:
-    """Tensors left out of both the layer and the head figure.
+    """Tensors that count neither in the layer figure nor in the head figure.
 
     kind: "embedding", "router" (MoE gates), "vision" (towers and projectors of other modalities), "draft"
     (MTP, EAGLE or Medusa layers) or "other" (norms, biases, buffers).
-    bits: stored bits, with every overhead. elements: logical elements, None when the packing is unknown.
+    bits: stored bits, every overhead included. elements: logical elements, None if the packing is unknown.
     """
 
     kind: str
@@ -32,25 +51,25 @@ class StorageInfo:
 
     Convention, the same for every format:
 
-    - `layer_bpw`: stored bits of the weight matrices (two or more dimensions) outside embedding and output head,
-      with every overhead of the format (scales, zero points, codebooks, sign vectors, group indices, global
-      scales), over their logical element count. Left out: embeddings, norms, biases, MoE router gates, vision and
-      audio towers, draft layers. This is the figure of ExLlamaV3 (`exllamav3/model/model.py`, `get_storage_info`),
-      which also counts biases and router gates, so the two agree on Llama-like models only. Rows that a format adds
-      as padding (ExLlamaV3 pads a vocabulary to a multiple of 128) count as elements, as they do there.
+    - `layer_bpw`: stored bits of the weight matrices (two or more dimensions) other than embeddings and output head,
+      divided by their logical elements. The bits include every overhead of the format: scales, zero points,
+      codebooks, sign vectors, group indices, global scales. Left out: embeddings, norms, biases, MoE router gates,
+      vision and audio towers, draft layers. ExLlamaV3 defines the figure this way (`exllamav3/model/model.py`,
+      `get_storage_info`), but also counts biases and router gates, so the two agree on Llama-like models only. Rows
+      that a format adds as padding (ExLlamaV3 pads a vocabulary to a multiple of 128) count as elements, as in
+      ExLlamaV3.
     - `head_bpw`: the same for the output matrix, or for the token embedding matrix of a tied model.
-    - `vram_gb`: (layer_bits + head_bits) / 8 / 1024**3, in GiB as on ExLlamaV3's plots. No embeddings and no KV
-      cache: it is not what a GPU must hold.
-    - `file_bpw`: all tensor bits over all logical elements, norms, biases and embeddings included. That is
-      llama.cpp's convention ("BPW" of `llama-quantize` and `llama_model_size / llama_model_n_params`). Never put
-      it on one axis with `layer_bpw`.
+    - `vram_gb`: (layer_bits + head_bits) / 8 / 1024**3, in GiB as on ExLlamaV3's plots. It leaves out embeddings and
+      the KV cache, so it is less than the memory that a GPU needs.
+    - `file_bpw`: all tensor bits divided by all logical elements, norms, biases and embeddings included. This is
+      llama.cpp's convention ("BPW" of `llama-quantize` and `llama_model_size / llama_model_n_params`). Never plot it
+      on one axis with `layer_bpw`.
     - `weight_bytes`: bytes of all tensors; headers and padding between tensors are not counted.
 
-    Other fields: `family` and `scheme` are the names of the packing ("NVFP4", "nvfp4a16"); `tied` says whether the
-    embedding matrix serves as output matrix; `layer_bits`, `layer_elements`, `head_bits`, `head_elements` and
-    `elements` (all logical elements) are the sums behind the ratios; `excluded` accounts for everything else, so
-    that layer_bits + head_bits + the excluded bits is 8 * weight_bytes. A figure that cannot be known is None, and
-    `notes` says why.
+    Other fields: `family` and `scheme` name the packing ("NVFP4", "nvfp4a16"). `tied`: whether the embedding matrix
+    is also the output matrix. `layer_bits`, `layer_elements`, `head_bits`, `head_elements` and `elements` (all logical
+    elements) are the sums behind the ratios. `excluded` holds everything else, so that layer_bits + head_bits + the
+    excluded bits equals 8 * weight_bytes. A figure that cannot be known is None, and `notes` gives the reason.
     """
 
     layer_bpw: float | None
@@ -70,7 +89,7 @@ class StorageInfo:
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """The record as plain JSON types (lists for tuples, None for unknown figures)."""
+        """Return the record as plain JSON types (lists for tuples, None for unknown figures)."""
         record = asdict(self)
         record["excluded"] = [asdict(part) for part in self.excluded]
         record["notes"] = list(self.notes)

@@ -1,4 +1,4 @@
-"""Strict JSON for files from strangers: no duplicate keys, no NaN, no endless nesting, a size limit."""
+"""Strict JSON for untrusted files: rejects duplicate keys, NaN, excessive nesting and oversized files."""
 
 from __future__ import annotations
 
@@ -6,32 +6,35 @@ import json
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lmeval_ext.storage.info import StorageError
+from lmeval_ext.storage.info import DOWNLOAD_AGAIN, StorageError, unreadable
 
 MAX_BYTES = 100_000_000  # the safetensors library's own limit for a header (safetensors/src/tensor.rs, MAX_HEADER_SIZE)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     record = dict(pairs)
     if len(record) != len(pairs):
         seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {twice[:80]!r} appears twice")
+        duplicate = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {duplicate[:80]!r} appears twice")
     return record
 
 
-def _no_constant(token: str) -> NoReturn:
+def _reject_constant(token: str) -> NoReturn:
     raise ValueError(f"{token} is not JSON")
 
 
 def parse_object(raw: bytes, what: str, fix: str) -> dict[str, Any]:
-    """Parse one JSON object; `what` names it in the StorageError raised for anything else, `fix` ends the message."""
+    """Parse one JSON object.
+
+    Raises StorageError for anything else; `what` names the object in the message, `fix` ends the message.
+    """
     try:
-        record = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        record = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_reject_constant)
     except UnicodeDecodeError as error:
         raise StorageError(f"{what} is not UTF-8 (byte {error.start}). {fix}") from None
     except RecursionError:
-        raise StorageError(f"{what} is nested too deeply to be a checkpoint's. {fix}") from None
+        raise StorageError(f"{what} is nested too deeply for a checkpoint's JSON. {fix}") from None
     except ValueError as error:
         raise StorageError(f"{what} is not valid JSON: {error}. {fix}") from None
     if not isinstance(record, dict):
@@ -40,12 +43,13 @@ def parse_object(raw: bytes, what: str, fix: str) -> dict[str, Any]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds one object; StorageError names the file otherwise."""
-    fix = "Download the file again."
+    """Read a JSON file that holds one object. Raises StorageError, which names the file, for anything else."""
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise StorageError(f"{path} is larger than {MAX_BYTES:,} bytes, too large for a checkpoint's JSON. {fix}")
+            raise StorageError(
+                f"{path} is larger than {MAX_BYTES:,} bytes, too large for a checkpoint's JSON. {DOWNLOAD_AGAIN}"
+            )
         raw = path.read_bytes()
     except OSError as error:
-        raise StorageError(f"{path} cannot be read: {error.strerror}. Check the path and its permissions.") from None
-    return parse_object(raw, str(path), fix)
+        raise unreadable(path, error) from None
+    return parse_object(raw, str(path), DOWNLOAD_AGAIN)

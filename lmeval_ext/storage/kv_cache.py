@@ -1,13 +1,17 @@
-"""Bytes that one token takes in the KV cache, from config.json or GGUF metadata alone.
+"""Bytes per token in the KV cache, from config.json or GGUF metadata alone.
 
-Every layer keeps one key and one value vector for each KV head and token:
+Every layer keeps one key vector and one value vector per KV head and token:
 
     layers × KV heads × (key length × bytes + value length × bytes)
 
-which is vLLM's `FullAttentionSpec.page_size_bytes` for a block of one token (vllm/v1/kv_cache_interface.py) and
-llama.cpp's `n_embd_k_gqa`, `n_embd_v_gqa` a layer (src/llama-kv-cache.cpp). It holds for models in which every layer
-attends to all tokens. The tables below name those that are known to; sliding windows, latent attention (MLA),
-recurrent layers, shared caches and every model that is not in the tables give None and the reason.
+This is vLLM's `FullAttentionSpec.page_size_bytes` for a block of one token (vllm/v1/kv_cache_interface.py) and
+llama.cpp's `n_embd_k_gqa` and `n_embd_v_gqa` per layer (src/llama-kv-cache.cpp). It holds for models in which every
+layer attends to all tokens. Sliding windows, latent attention (MLA), recurrent layers and shared caches give None and
+the reason, and so does every architecture without a row in the tables.
+
+`FULL_ATTENTION` has one row per `model_type` of transformers, `GGUF_FULL_ATTENTION` one per `general.architecture` of
+llama.cpp. To add an architecture whose layers all attend to all tokens, add its row, and a case worked out by hand to
+`tests/storage/test_kv_cache.py`.
 """
 
 from __future__ import annotations
@@ -20,10 +24,12 @@ from typing import Any
 
 from lmeval_ext.storage.checkpoint import Checkpoint, read_config
 from lmeval_ext.storage.info import StorageError
+from lmeval_ext.storage.measure import gguf_file
 
-# `model_type` of transformers. Each row: whether KV heads that are not named are as many as attention heads, and
-# whether a head that is not named has hidden_size / num_attention_heads elements (transformers 5.19,
-# models/*/configuration_*.py). Where a class has a default of its own, config.json must name the figure.
+# One row per `model_type` of transformers whose layers all attend to all tokens: the figures that have a usual value
+# where config.json does not name them (transformers 5.19, models/*/configuration_*.py). KV heads: as many as attention
+# heads. Head dimension: hidden_size / num_attention_heads. Where a config class has a default of its own, the figure is
+# not in the row, and config.json must name it.
 _HEADS, _DIMENSION = "kv heads", "head_dim"
 FULL_ATTENTION: dict[str, frozenset[str]] = {
     "llama": frozenset({_HEADS, _DIMENSION}),
@@ -50,13 +56,15 @@ FULL_ATTENTION: dict[str, frozenset[str]] = {
     "glm4": frozenset(),
     "seed_oss": frozenset(),
 }
-# A window is used unless config.json says null (mistral) or use_sliding_window is true (the others).
+# mistral: sliding windows are used unless sliding_window is null in config.json.
 _WINDOWED_BY_DEFAULT = {"mistral"}
-_ASKS_FOR_WINDOW = {"qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3"}
+# These use a sliding window only if use_sliding_window is true.
+_WINDOWED_ON_REQUEST = {"qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3"}
+# Keys of config.json that mean another kind of cache than plain keys and values in every layer.
 _OTHER_CACHES = ("kv_lora_rank", "num_kv_shared_layers", "full_attention_interval", "attn_layer_period", "ssm_cfg",
                  "linear_num_value_heads", "hybrid_override_pattern", "mamba_d_state")  # fmt: skip
 
-# `general.architecture` of GGUF files whose layers all attend to all tokens (llama.cpp, src/llama-arch.cpp).
+# One row per `general.architecture` whose layers all attend to all tokens (llama.cpp, src/llama-arch.cpp).
 GGUF_FULL_ATTENTION = frozenset({
     "llama", "arcee", "command-r", "gemma", "glm4", "granite", "granitemoe", "internlm2", "olmo", "olmo2", "olmoe",
     "phi2", "phi3", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "seed_oss", "smollm3", "stablelm", "starcoder2",
@@ -64,14 +72,18 @@ GGUF_FULL_ATTENTION = frozenset({
 _GGUF_OTHER_CACHES = ("attention.kv_lora_rank", "attention.key_length_mla", "attention.shared_kv_layers",
                       "full_attention_interval", "ssm.state_size")  # fmt: skip
 
-# Bytes an element. vLLM's fp8 caches have one scale a layer, which is nothing a token.
+# Bytes per element. vLLM's fp8 caches have one scale per layer, which adds nothing per token.
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "half": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
 LLAMA_CPP_DEFAULT = "F16"  # include/llama.h, llama_context_default_params: type_k, type_v
 
 
 @dataclass(frozen=True)
 class KVCache:
-    """bytes_per_token and dtype ("bfloat16", "Q8_0", "Q8_0/F16" for keys/values), or None and `note` says why."""
+    """Size of the KV cache.
+
+    bytes_per_token: None if unknown; then `note` gives the reason. dtype: "bfloat16", "Q8_0", or "Q8_0/F16" where keys
+    and values differ.
+    """
 
     bytes_per_token: int | None = None
     dtype: str | None = None
@@ -79,29 +91,28 @@ class KVCache:
 
 
 class _Unknown(Exception):
-    """Why the figure cannot be known."""
+    """The figure cannot be known. The message gives the reason."""
 
 
 def kv_cache(path: str | Path, key_dtype: str | int | None = None, value_dtype: str | int | None = None) -> KVCache:
-    """The KV cache of a checkpoint folder, .safetensors or .gguf file.
+    """Return the size of the KV cache of a checkpoint folder, a .safetensors file or a .gguf file.
 
-    key_dtype, value_dtype: what the engine was told to keep keys and values in: a torch name, vLLM's fp8 names, or a
-    ggml type by name or number. None: the checkpoint's own 16-bit type, F16 for GGUF as in llama.cpp.
+    key_dtype, value_dtype: types that the engine stores keys and values in: a torch name, one of vLLM's fp8 names, or a
+    ggml type by name or number. None: the checkpoint's own 16-bit type; for GGUF F16, as in llama.cpp.
     """
-    from lmeval_ext.storage.measure import gguf_file
-
     try:
         gguf = gguf_file(Path(path))
-        shape, usual = _of_gguf(gguf) if gguf else _of_config(Path(path), asked=None not in (key_dtype, value_dtype))
-        key = usual if key_dtype is None else key_dtype
-        value = usual if value_dtype is None else value_dtype
+        types_given = None not in (key_dtype, value_dtype)
+        shape, default = _from_gguf(gguf) if gguf else _from_config(Path(path), types_given)
+        key = default if key_dtype is None else key_dtype
+        value = default if value_dtype is None else value_dtype
         layers, heads, key_length, value_length = shape
-        each = key_length * _bytes(key) + value_length * _bytes(value)
+        bytes_per_head = key_length * _bytes(key) + value_length * _bytes(value)
     except _Unknown as reason:
         return KVCache(note=f"kv_bytes_per_token unknown: {reason}")
     except (StorageError, OSError) as error:
         return KVCache(note=f"kv_bytes_per_token unknown: {error}")
-    total = layers * heads * each
+    total = layers * heads * bytes_per_head
     if total.denominator != 1:
         return KVCache(note=f"kv_bytes_per_token unknown: heads of {key_length} are no whole blocks of {key}")
     names = [_name(key), _name(value)]
@@ -109,6 +120,7 @@ def kv_cache(path: str | Path, key_dtype: str | int | None = None, value_dtype: 
 
 
 def _bytes(dtype: str | int) -> Fraction:
+    """Return the bytes per element, a fraction for block formats such as Q8_0 (34 bytes per 32 elements)."""
     if isinstance(dtype, str) and dtype in _BYTES:
         return Fraction(_BYTES[dtype])
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -121,6 +133,7 @@ def _bytes(dtype: str | int) -> Fraction:
 
 
 def _name(dtype: str | int) -> str:
+    """Return the name to record: torch's for a torch type, ggml's for a name or number of ggml."""
     if isinstance(dtype, str):
         return dtype if dtype in _BYTES else dtype.upper()
     from gguf.constants import GGMLQuantizationType
@@ -134,33 +147,35 @@ def _name(dtype: str | int) -> str:
 Shape = tuple[int, int, int, int]  # layers, KV heads, key length, value length
 
 
-def _of_config(path: Path, asked: bool) -> tuple[Shape, str]:
+def _from_config(path: Path, types_given: bool) -> tuple[Shape, str]:
+    """Return the shape of the cache and the checkpoint's dtype ("" where the caller gives both types)."""
     folder = path if path.is_dir() else path.parent
     if not (folder / "config.json").exists():
         raise _Unknown("no config.json")
     checkpoint = read_config(folder)
     config, model_type = checkpoint.text_config, str(checkpoint.text_config.get("model_type"))
-    derived = FULL_ATTENTION.get(model_type)
-    if derived is None:
+    with_default = FULL_ATTENTION.get(model_type)
+    if with_default is None:
         raise _Unknown(f"whether every layer of {model_type!r} models attends to all tokens is not in our table")
     _check_attention(config, model_type)
-    attention_heads = _whole(config, "num_attention_heads")
-    heads = _whole(config, "num_key_value_heads", attention_heads if _HEADS in derived else None)
+    attention_heads = _count(config, "num_attention_heads")
+    heads = _count(config, "num_key_value_heads", attention_heads if _HEADS in with_default else None)
     hidden = config.get("hidden_size")
-    usual = hidden // attention_heads if _DIMENSION in derived and isinstance(hidden, int) else None
-    dimension = _whole(config, "head_dim", usual)
-    shape = (_whole(config, "num_hidden_layers"), heads, dimension, dimension)
-    if asked:
+    usual = hidden // attention_heads if _DIMENSION in with_default and isinstance(hidden, int) else None
+    dimension = _count(config, "head_dim", usual)
+    shape = (_count(config, "num_hidden_layers"), heads, dimension, dimension)
+    if types_given:
         return shape, ""
     if _quantized_cache(checkpoint):
         raise _Unknown("the checkpoint asks for a quantized KV cache; name the type that the engine uses")
-    said = next((c[k] for c in (config, checkpoint.config) for k in ("dtype", "torch_dtype") if c.get(k)), None)
-    if not isinstance(said, str):
+    dtype = next((c[k] for c in (config, checkpoint.config) for k in ("dtype", "torch_dtype") if c.get(k)), None)
+    if not isinstance(dtype, str):
         raise _Unknown("config.json names no dtype")
-    return shape, said.removeprefix("torch.")
+    return shape, dtype.removeprefix("torch.")
 
 
 def _check_attention(config: Mapping[str, Any], model_type: str) -> None:
+    """Raise _Unknown if the config shows that not every layer attends to all tokens."""
     for key in _OTHER_CACHES:
         if config.get(key):
             raise _Unknown(f"{key} in config.json: not every layer keeps plain keys and values")
@@ -174,20 +189,25 @@ def _check_attention(config: Mapping[str, Any], model_type: str) -> None:
 
 
 def _window_is_used(config: Mapping[str, Any], model_type: str, window: Any) -> bool:
-    if not config.get("use_sliding_window", model_type not in _ASKS_FOR_WINDOW):
+    """Return whether a sliding window is switched on and shorter than the model's context."""
+    if not config.get("use_sliding_window", model_type not in _WINDOWED_ON_REQUEST):
         return False
     context = config.get("max_position_embeddings")
     return not (isinstance(window, int) and isinstance(context, int) and window >= context)
 
 
 def _quantized_cache(checkpoint: Checkpoint) -> bool:
-    """compressed-tensors' `kv_cache_scheme`, ModelOpt's `kv_cache_quant_algo`."""
+    """Return whether the checkpoint asks for a quantized KV cache.
+
+    The keys are compressed-tensors' `kv_cache_scheme` and ModelOpt's `kv_cache_quant_algo`.
+    """
     nested = checkpoint.quantization.get("quantization")
     places = [checkpoint.quantization, nested if isinstance(nested, dict) else {}]
     return any(place.get(key) for place in places for key in ("kv_cache_scheme", "kv_cache_quant_algo"))
 
 
-def _whole(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+def _count(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """Return a positive whole number of the config. Raises _Unknown if it is absent and has no default."""
     value = config.get(key)
     value = default if value is None else value
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
@@ -195,7 +215,8 @@ def _whole(config: Mapping[str, Any], key: str, default: int | None = None) -> i
     return value
 
 
-def _of_gguf(path: Path) -> tuple[Shape, str]:
+def _from_gguf(path: Path) -> tuple[Shape, str]:
+    """Return the shape of the cache and llama.cpp's default type."""
     from lmeval_ext.storage.gguf_header import read_gguf
 
     header = read_gguf(path)

@@ -1,24 +1,27 @@
-"""From stored shapes to logical shapes: one function for each way of packing a matrix.
+"""From stored shapes to logical shapes: one function per layout, that is, per way of packing a matrix.
 
-Each takes the tensors of one packed weight, keyed by suffix, and returns the logical shape of the weight. It raises
-Unclear where the tensors contradict the format, because a guess would be worse than no figure. Where each layout is
-defined stands in the rows of `packings.PACKINGS`.
+Each function takes the tensors of one packed weight, by suffix, and returns the logical shape of the weight. It raises
+Unclear where the tensors contradict the layout, because a guess would be worse than no figure. The rows of
+`packings.PACKINGS` cite the source that defines each layout.
+
+To add a layout, write such a function: derive the shape from the stored shapes alone, and check with `_expect` every
+side tensor whose shape follows from it.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from math import ceil
 
+from lmeval_ext.storage.rounding import ceil_div
 from lmeval_ext.storage.tensors import StoredTensor
 
-Parts = dict[str, StoredTensor]
+Parts = dict[str, StoredTensor]  # the tensors of one packed weight, by suffix
 Shape = tuple[int, ...]
 
 
 class Unclear(Exception):
-    """The tensors of a packing contradict its format; the text says how."""
+    """The tensors of a weight contradict its layout. The message names the contradiction."""
 
 
 def _expect(condition: bool, message: str) -> None:
@@ -27,18 +30,18 @@ def _expect(condition: bool, message: str) -> None:
 
 
 def as_stored(payload: str) -> Callable[[Parts], Shape]:
-    """Codes that keep the shape of the weight, such as int8 and float8."""
+    """Return the layout of codes that have the shape of the weight, such as int8 and float8."""
     return lambda parts: parts[payload].shape
 
 
 def fp4(payload: str, scale: str, group: int) -> Callable[[Parts], Shape]:
-    """Two 4-bit codes a byte along the last dimension, one scale for `group` weights."""
+    """Return the layout of two 4-bit codes per byte along the last dimension, and one scale per `group` weights."""
 
     def shape(parts: Parts) -> Shape:
         packed, scales = parts[payload].shape, parts[scale].shape
         _expect(len(packed) >= 2, f"{payload[1:]} has the shape {list(packed)}, expected a matrix")
         logical = (*packed[:-1], 2 * packed[-1])
-        expected = (*packed[:-1], ceil(logical[-1] / group))
+        expected = (*packed[:-1], ceil_div(logical[-1], group))
         _expect(
             scales == expected,
             f"{scale[1:]} has the shape {list(scales)}, expected {list(expected)} for groups of {group}",
@@ -49,7 +52,7 @@ def fp4(payload: str, scale: str, group: int) -> Callable[[Parts], Shape]:
 
 
 def mxfp4_blocks(parts: Parts) -> Shape:
-    """Blocks [..., in / 32, 16 bytes] of 32 codes, one exponent byte each; three-dimensional for fused experts."""
+    """Blocks [..., in / 32, 16 bytes] of 32 codes with one exponent byte per block; fused experts add a dimension."""
     blocks, scales = parts["_blocks"].shape, parts["_scales"].shape
     _expect(
         len(blocks) >= 3 and blocks[-1] == 16 and scales == blocks[:-1],
@@ -59,25 +62,25 @@ def mxfp4_blocks(parts: Parts) -> Shape:
 
 
 def pack_quantized(parts: Parts) -> Shape:
-    """Codes of 1 to 8 bits, 32 // bits in an int32; the logical shape is stored in the 8-byte ints of weight_shape."""
+    """Codes of 1 to 8 bits, 32 // bits of them per int32; weight_shape holds the logical shape in int64 (or int32)."""
     packed, stored = parts[".weight_packed"].shape, parts[".weight_shape"]
     _expect(stored.dtype in ("I64", "I32") and 2 <= stored.numel <= 3, "weight_shape is not a shape")
     raw = stored.read()
     kind = "q" if stored.dtype == "I64" else "i"
     rows, columns = struct.unpack(f"<{stored.numel}{kind}", raw)[-2:]
-    factors = {32 // bits for bits in range(1, 9)}
+    codes_per_word = {32 // bits for bits in range(1, 9)}
     fits = (
         len(packed) >= 2
         and rows == packed[-2]
         and columns >= 0
-        and any(ceil(columns / f) == packed[-1] for f in factors)
+        and any(ceil_div(columns, codes) == packed[-1] for codes in codes_per_word)
     )
     _expect(fits, f"weight_shape says {rows} x {columns}, which weight_packed {list(packed)} cannot hold")
     return (*packed[:-2], rows, columns)
 
 
 def awq(parts: Parts) -> Shape:
-    """GEMM layout: qweight [in, out / 8], qzeros [groups, out / 8], scales [groups, out]; always 4 bits."""
+    """GEMM layout of AWQ, always 4 bits: qweight [in, out / 8], qzeros [groups, out / 8], scales [groups, out]."""
     (rows, columns), (groups, out) = _two(parts, ".qweight"), _two(parts, ".scales")
     _expect(out > 0 and 32 * columns == 4 * out, f"qweight of {columns} columns does not hold {out} 4-bit outputs")
     _expect(groups > 0 and rows % groups == 0, f"{groups} groups do not divide {rows} inputs")
@@ -88,7 +91,7 @@ def awq(parts: Parts) -> Shape:
 def gptq(parts: Parts) -> Shape:
     """qweight [in * bits / 32, out], qzeros [groups, out * bits / 32], scales [groups, out], g_idx [in].
 
-    The bits follow from the zero points, since only they are packed along a dimension that is known.
+    The bits follow from qzeros, the only tensor that is packed along a dimension of known length.
     """
     (rows, out), (groups, zeros) = _two(parts, ".qweight"), _two(parts, ".qzeros")
     bits = 32 * zeros / out if out else 0
@@ -103,16 +106,19 @@ def gptq(parts: Parts) -> Shape:
 
 
 def bnb_4bit(parts: Parts) -> Shape:
-    """Two codes a byte, flattened, and one absmax for each block of 32 to 4096 weights (a power of two)."""
+    """Two codes per byte, flattened, and one absmax per block of 32 to 4096 weights (a power of two).
+
+    The shape is (elements, 1): the stored tensors do not have the two dimensions.
+    """
     payload, absmax = parts[".weight"], parts[".weight.absmax"]
     elements = 2 * payload.nbytes
-    blocks = {ceil(elements / 2**power) for power in range(5, 13)}
+    blocks = {ceil_div(elements, 2**power) for power in range(5, 13)}
     _expect(absmax.numel in blocks, f"{absmax.numel} absmax values do not fit {elements} weights")
     return (elements, 1)
 
 
 def exl2(parts: Parts) -> Shape:
-    """q_weight [rows, out] holds columns of mixed bit widths in int32; the permutation has one entry an input."""
+    """q_weight [rows, out]: columns of mixed bit widths in int32; the permutation has one entry per input."""
     rows, out = _two(parts, ".q_weight")
     inputs = next(parts[key].numel for key in (".q_invperm", ".q_perm") if key in parts)
     _expect(inputs > 0 and 1 <= 32 * rows / inputs <= 8.5, f"q_weight of {rows} rows does not fit {inputs} inputs")
@@ -120,9 +126,9 @@ def exl2(parts: Parts) -> Shape:
 
 
 def exl3(parts: Parts) -> Shape:
-    """Trellis of 16 x 16 tiles, int16 [in / 16, out / 16, 16 * bits] (bits may be half-integer), signs on both sides.
+    """Trellis of 16 x 16 tiles, int16 [in / 16, out / 16, 16 * bits], and sign vectors for inputs and outputs.
 
-    suh and svh hold one float16 a sign, su and sv of older files 16 signs in an int16.
+    bits may be half-integer. suh and svh hold one float16 per sign; su and sv of older files hold 16 signs per int16.
     """
     trellis = parts[".trellis"].shape
     _expect(len(trellis) == 3 and trellis[2] > 0 and trellis[2] % 8 == 0, f"trellis has the shape {list(trellis)}")
@@ -143,6 +149,7 @@ def modelopt_int4(parts: Parts) -> Shape:
 
 
 def _two(parts: Parts, key: str) -> tuple[int, int]:
+    """Return the two dimensions of a part. Raises Unclear if it has another number of them."""
     shape = parts[key].shape
     _expect(len(shape) == 2, f"{key[1:]} has the shape {list(shape)}, expected a matrix")
     return shape[0], shape[1]

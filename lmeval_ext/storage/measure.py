@@ -1,4 +1,4 @@
-"""From a path to a StorageInfo: choose the reader, name family and scheme, hand over to the accounting."""
+"""From a path to a StorageInfo: choose the reader, name family and scheme, sum up."""
 
 from __future__ import annotations
 
@@ -6,37 +6,41 @@ from pathlib import Path
 
 from lmeval_ext.storage.accounting import account, main_packing
 from lmeval_ext.storage.checkpoint import Checkpoint, read_checkpoint
-from lmeval_ext.storage.grouping import find
-from lmeval_ext.storage.info import StorageError, StorageInfo
+from lmeval_ext.storage.grouping import group_tensors
+from lmeval_ext.storage.info import StorageError, StorageInfo, unreadable
 from lmeval_ext.storage.packings import FAMILIES
 from lmeval_ext.storage.safetensors_header import DTYPE_BITS, FLOAT8
 from lmeval_ext.storage.schemes import DENSE_NAMES, SCHEMES, UNSUPPORTED, method_of
 
-DENSE = frozenset(DTYPE_BITS) - FLOAT8
+DENSE = frozenset(DTYPE_BITS) - FLOAT8  # dtypes of weights that are not quantized
 
 
 def measure(path: Path) -> StorageInfo:
-    """`inspect` for a Path."""
+    """Measure a checkpoint; see `lmeval_ext.storage.inspect`."""
     try:
         if not path.exists():
-            raise StorageError(f"{path} does not exist. Give a checkpoint folder, a .safetensors or a .gguf file.")
+            raise StorageError(f"{path} does not exist. Give a checkpoint folder, a .safetensors file or a .gguf file.")
         gguf = gguf_file(path)
         if gguf:
             return _measure_gguf(gguf)
         if path.is_file() and path.suffix != ".safetensors":
             raise StorageError(
-                f"{path} is neither a .safetensors nor a .gguf file (pickles are never opened). Give the folder of a "
-                "checkpoint, or one of those files."
+                f"{path} is neither a .safetensors file nor a .gguf file (pickles are never opened). Give the folder "
+                "of a checkpoint, or a file of one of these kinds."
             )
         if not path.is_file() and not path.is_dir():
             raise StorageError(f"{path} is not a regular file. Give a checkpoint folder or file.")
         return _measure_safetensors(read_checkpoint(path))
     except OSError as error:
-        raise StorageError(f"{path} cannot be read: {error.strerror}. Check the path and its permissions.") from None
+        raise unreadable(path, error) from None
 
 
 def gguf_file(path: Path) -> Path | None:
-    """The GGUF file meant by a path: the file itself, or the only model in a folder without safetensors."""
+    """Return the GGUF file that a path stands for; None if it stands for something else.
+
+    path: a GGUF file (by its name or its first bytes), or a folder with one GGUF model and no safetensors. Raises
+    StorageError for a folder with several models.
+    """
     if not path.is_dir():
         return path if path.is_file() and (path.suffix.lower() == ".gguf" or _has_magic(path)) else None
     names = sorted(file.name for file in path.iterdir())
@@ -50,21 +54,22 @@ def gguf_file(path: Path) -> Path | None:
 
 
 def _has_magic(path: Path) -> bool:
-    """Whether a file is GGUF by its first bytes, whatever its name (gguf.constants.GGUF_MAGIC)."""
+    """Return whether a file starts with GGUF's magic bytes (gguf.constants.GGUF_MAGIC), whatever its name."""
     with path.open("rb") as file:
         return file.read(4) == b"GGUF"
 
 
 def _measure_gguf(path: Path) -> StorageInfo:
-    from lmeval_ext.storage.gguf_checkpoint import read_gguf_checkpoint  # the gguf package brings numpy: 0.1 s
+    from lmeval_ext.storage.gguf_checkpoint import read_gguf_checkpoint  # imports numpy, through gguf: 0.1 s
 
     weights, scheme, notes = read_gguf_checkpoint(path)
-    # In llama.cpp a model without output.weight uses token_embd.weight (llama-model.cpp, TENSOR_DUPLICATED).
+    # llama.cpp uses token_embd.weight for a model without output.weight (llama-model.cpp, TENSOR_DUPLICATED).
     return account(weights, family="GGUF", scheme=scheme, tied=True, notes=notes)
 
 
 def _measure_safetensors(checkpoint: Checkpoint) -> StorageInfo:
-    weights = find(checkpoint.tensors, checkpoint.layers)
+    """Group the tensors, name scheme and family, sum up. A method without a row in `SCHEMES` gives no figures."""
+    weights = group_tensors(checkpoint.tensors, checkpoint.layers)
     packing = main_packing(weights, DENSE)
     notes, config = list(checkpoint.notes), checkpoint.quantization
     method = method_of(config)
@@ -90,6 +95,7 @@ def _measure_safetensors(checkpoint: Checkpoint) -> StorageInfo:
 
 
 def _family(packing: str | None, unsupported: str | None) -> str | None:
+    """Return the family's name; unsupported: the name of a method without a row in `SCHEMES`, which wins."""
     if unsupported:
         return unsupported
     if packing is None or packing == "unknown":

@@ -1,7 +1,12 @@
-"""The packing table: how each quantization format lays a weight matrix out over several tensors.
+"""The packing table: how each quantization format stores a weight matrix in several tensors.
 
-One row per layout, recognised by its tensors alone: `payload` and `required` suffixes after a common base name.
-`shape` (see `layouts`) derives the logical shape; every tensor of the row but the payload is overhead.
+One row of `PACKINGS` per packing. A row recognises its tensors by their names and dtypes alone: a common base name with
+the suffixes `payload` and `required`. `shape` (see `layouts`) derives the logical shape. Every tensor of the row except
+the payload is overhead.
+
+To add a format: add a row with the source that defines it, before any less demanding row with the same payload; write
+its function in `layouts` if none fits; name its scheme in `schemes`. Test it with a header that the format's own
+library wrote (`tests/storage`).
 """
 
 from __future__ import annotations
@@ -18,9 +23,10 @@ from lmeval_ext.storage.safetensors_header import FLOAT8, FLOATS
 class Packing:
     """One row of the table.
 
-    family: the name in comparison tables. payload: suffix of the tensor with the codes. required: suffixes of its
-    side tensors, each with the dtypes it may have (none: any); optional: more suffixes. dtypes: what the payload may
-    be stored as. source: where the layout is defined.
+    name: identifies the packing, as in `Weight.packing`. family: the name in comparison tables. payload: suffix of the
+    tensor with the codes. required: suffixes of the side tensors that must exist, each with its allowed dtypes (empty:
+    any). optional: suffixes of side tensors that may exist. dtypes: allowed dtypes of the payload. shape: from the
+    tensors to the logical shape. source: where the layout is defined.
     """
 
     name: str
@@ -47,13 +53,13 @@ def _row(
     name: str, family: str, payload: str, required: str, optional: Iterable[str], dtypes: Iterable[str],
     shape: Callable[[Parts], Shape], source: str,
 ) -> Packing:  # fmt: skip
-    # ".weight_scale:F32,F16" asks for a dtype, ".weight_scale" takes any.
+    # ".weight_scale:F32,F16" requires one of these dtypes, ".weight_scale" allows any.
     entries = (entry.partition(":") for entry in required.split())
     sides = {suffix: frozenset(kinds.split(",")) - {""} for suffix, _, kinds in entries}
     return Packing(name, family, payload, sides, tuple(optional), frozenset(dtypes), shape, source)
 
 
-# A more demanding row stands before a less demanding one with the same payload.
+# Order matters: of the rows with the same payload, the first that fits is used, so more demanding rows come first.
 PACKINGS: tuple[Packing, ...] = (
     *(
         _row("exl3", "EXL3", ".trellis", signs, (".mcg", ".mul1"), {"I16"},
@@ -86,7 +92,7 @@ PACKINGS: tuple[Packing, ...] = (
     ),
     _row("bnb-int8", "bitsandbytes", ".weight", ".SCB", (".weight_format",), {"I8"},
          layouts.as_stored(".weight"), "bitsandbytes, nn/modules.py Linear8bitLt"),
-    # AWQ and GPTQ share their suffixes; which dimension is packed tells them apart (see `grouping`).
+    # AWQ and GPTQ have the same suffixes; they differ in the packed dimension (see `grouping`).
     _row("awq", "AWQ", ".qweight", ".qzeros .scales", (), {"I32"},
          layouts.awq, "AutoAWQ, awq/modules/linear/gemm.py"),
     _row("gptq", "GPTQ", ".qweight", ".qzeros .scales", (".g_idx",), {"I32"},
@@ -102,7 +108,7 @@ PACKINGS: tuple[Packing, ...] = (
              layouts.as_stored("_proj"), "transformers, integrations/finegrained_fp8.py FP8Experts (fused experts)")
         for scale in ("_scale_inv", "_scale", "_weight_scale")
     ),
-    # Weights that were only calibrated, not yet packed: stored in full precision, scales beside them.
+    # Weights that were calibrated but not packed: full precision, with scales.
     _row("unpacked", "full precision", ".weight", ".weight_scale", _SCALES, FLOATS,
          layouts.as_stored(".weight"), _CT + "dense/base.py"),
 )  # fmt: skip

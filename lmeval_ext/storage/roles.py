@@ -1,6 +1,10 @@
-"""Which part of a model a weight belongs to, by its name.
+"""The role of a weight, that is, the part of the model that it belongs to, by its name.
 
-Tables of names as the published checkpoints use them; the first table that matches decides.
+One table of names or patterns per role, as published checkpoints use them; a dot separates the components of a name.
+`role_of` tries the tables in a fixed order and the first match decides; a matrix that matches none is a layer. For
+GGUF, `GGUF_ROLES` has one row per pattern, in the order in which they are tried.
+
+To add an architecture with new names, add them to the table of their role, and a case to `tests/storage/test_dense.py`.
 """
 
 from __future__ import annotations
@@ -9,7 +13,7 @@ import re
 
 from lmeval_ext.storage.tensors import Role
 
-# Components of a name that put the weight outside the language model (towers, projectors, speech heads).
+# Components of the names of weights outside the language model: towers, projectors, speech heads.
 OTHER_MODALITIES = frozenset({
     "visual", "vision_tower", "vision_model", "vision_encoder", "vision_embed_tokens", "vision_embedder",
     "vision_projection", "vision_adapter", "vision_language_adapter", "patch_merger", "embed_vision", "embed_audio",
@@ -32,16 +36,18 @@ EMBEDDINGS = frozenset({
 HEADS = re.compile(
     r"^(.*\.)?(lm_head(\.linear)?|embed_out|output_layer)$|^(output|head|transformer\.ff_out|model\.output)$"
 )
+# Buffers that some checkpoints store beside the weights; `grouping` counts them as "other".
 BUFFERS = re.compile(
     r"(^|\.)(inv_freq|num_batches_tracked|position_ids|token_type_ids|masked_bias|attn\.bias|attention\.bias)$"
 )
 
 
 def role_of(module: str, matrix: bool, layers: int | None) -> Role:
-    """The role of a weight in a Hugging Face checkpoint.
+    """Return the role of a weight in a Hugging Face checkpoint.
 
-    module: its name without ".weight"; matrix: two or more logical dimensions; layers: `num_hidden_layers` of the
-    language model, beyond which a layer is a draft layer (DeepSeek's and GLM's way of storing MTP).
+    module: its name without ".weight". matrix: whether it has two or more logical dimensions. layers:
+    `num_hidden_layers` of the language model; layers after these are draft layers, which is how DeepSeek and GLM store
+    MTP.
     """
     parts = module.split(".")
     if not OTHER_MODALITIES.isdisjoint(parts):
@@ -62,12 +68,13 @@ def role_of(module: str, matrix: bool, layers: int | None) -> Role:
 
 
 def _beyond(module: str, layers: int | None) -> bool:
+    """Return whether the layer number in a name is at least `layers`."""
     index = LAYER_INDEX.search(module)
-    # Encoder-decoder models count their two stacks apart, so the rule says nothing about them.
+    # Encoder-decoder models number their two stacks separately, so the rule does not apply to them.
     return bool(index and layers and int(index[1]) >= layers and ".decoder." not in module and "encoder." not in module)
 
 
-# llama.cpp's tensor names: gguf-py/gguf/constants.py, TENSOR_NAMES.
+# One row per pattern of llama.cpp's tensor names (gguf-py/gguf/constants.py, TENSOR_NAMES); the first match decides.
 GGUF_ROLES: tuple[tuple[re.Pattern[str], Role], ...] = (
     (re.compile(r"^(v|a|mm|resampler|adapter)\."), "vision"),
     (re.compile(r"\.nextn\.|^nextn\."), "draft"),
@@ -80,7 +87,10 @@ GGUF_ROLES: tuple[tuple[re.Pattern[str], Role], ...] = (
 
 
 def gguf_role_of(name: str, matrix: bool, layers: int | None) -> Role:
-    """The role of a GGUF tensor; layers: blocks of the language model, draft blocks come after them."""
+    """Return the role of a GGUF tensor.
+
+    matrix: whether it has two or more dimensions. layers: blocks of the language model; later ones are draft blocks.
+    """
     block = re.match(r"blk\.([0-9]{1,9})\.", name)
     if block and layers is not None and int(block[1]) >= layers:
         return "draft"

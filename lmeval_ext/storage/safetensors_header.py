@@ -1,8 +1,11 @@
 """The header of one safetensors file: 8 bytes of length, then JSON.
 
 Layout and rules: https://github.com/huggingface/safetensors, README "Format" and `safetensors/src/tensor.rs`.
-The library itself maps the whole file, does not show offsets, silently keeps the last of two equal keys and does
-not name the file in its errors, so the header is parsed here; the tests check that both accept the same files.
+The header is parsed here because the library maps the whole file, does not show offsets, silently keeps the last of
+two equal keys and does not name the file in its errors. The tests check that both accept the same files.
+
+`DTYPE_BITS` has one row per dtype: its name in the header and its bits per element. To add a dtype, add its row, and
+name it in FLOATS or FLOAT8 if a dense weight may be stored in it.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from lmeval_ext.storage.info import StorageError
+from lmeval_ext.storage.info import DOWNLOAD_AGAIN, StorageError, unreadable
 from lmeval_ext.storage.json_file import MAX_BYTES, parse_object
 from lmeval_ext.storage.tensors import StoredTensor
 
@@ -25,36 +28,35 @@ DTYPE_BITS = {
 FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
 FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
 MAX_DIMENSIONS = 16
-_FIX = "Download the file again."
 
 
 def read_header(path: Path) -> list[StoredTensor]:
-    """The tensors of a safetensors file in order of their data.
+    """Return the tensors of a safetensors file, in the order of their data.
 
-    Raises StorageError if the header is truncated or malformed, if a tensor's bytes are not dtype x shape, or if the
-    tensors do not cover the rest of the file exactly, without overlap or hole (the format's own rule).
+    Raises StorageError if the header is truncated or malformed, if the bytes of a tensor are not dtype x shape, or if
+    the tensors do not cover the rest of the file exactly, without overlap or hole (the format's own rule).
     """
     try:
         size = path.stat().st_size
         with path.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8:
-                raise StorageError(f"{path} has {size} bytes, too few for a safetensors header. {_FIX}")
+                raise StorageError(f"{path} has {size} bytes, too few for a safetensors header. {DOWNLOAD_AGAIN}")
             if length > min(size - 8, MAX_BYTES):
                 limit = f"the file has {size:,} bytes" if length > size - 8 else f"the limit is {MAX_BYTES:,}"
-                raise StorageError(f"{path} announces a header of {length:,} bytes, but {limit}. {_FIX}")
+                raise StorageError(f"{path} announces a header of {length:,} bytes, but {limit}. {DOWNLOAD_AGAIN}")
             raw = stream.read(length)
     except OSError as error:
-        raise StorageError(f"{path} cannot be read: {error.strerror}. Check the path and its permissions.") from None
+        raise unreadable(path, error) from None
     return header_tensors(path, raw, size)[0]
 
 
 def header_tensors(path: Path, raw: bytes, size: int) -> tuple[list[StoredTensor], dict[str, Any]]:
-    """The tensors, in order of their data, and the metadata of a file of `size` bytes with the header `raw`.
+    """Parse the header `raw` of a file of `size` bytes.
 
-    Raises StorageError as `read_header` does.
+    Returns the tensors, in the order of their data, and the metadata. Raises StorageError as `read_header` does.
     """
-    header = parse_object(raw, f"the header of {path}", _FIX)
+    header = parse_object(raw, f"the header of {path}", DOWNLOAD_AGAIN)
     metadata = header.pop("__metadata__", None)
     tensors = [_tensor(path, 8 + len(raw), name, entry) for name, entry in header.items()]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
@@ -68,18 +70,18 @@ def _is_count(value: Any) -> bool:
 
 def _tensor(path: Path, start: int, name: str, entry: Any) -> StoredTensor:
     def bad(what: str) -> StorageError:
-        return StorageError(f"{path}: tensor {name[:200]!r} {what}. {_FIX}")
+        return StorageError(f"{path}: tensor {name[:200]!r} {what}. {DOWNLOAD_AGAIN}")
 
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise bad("is not described by exactly dtype, shape and data_offsets")
+        raise bad("must be described by exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise StorageError(
-            f"{path}: tensor {name[:200]!r} has the dtype {str(dtype)[:40]!r}, which is not in the safetensors format "
-            f"known here ({', '.join(DTYPE_BITS)}). Update lmeval-ext if the format has grown."
+            f"{path}: tensor {name[:200]!r} has the dtype {str(dtype)[:40]!r}, which is not a known safetensors dtype "
+            f"({', '.join(DTYPE_BITS)}). Update lmeval-ext if the format has a new one."
         )
     if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(_is_count, shape)):
-        raise bad(f"has a shape that is not a list of at most {MAX_DIMENSIONS} sizes")
+        raise bad(f"has a shape that is not a list of at most {MAX_DIMENSIONS} whole numbers")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
         raise bad("has data_offsets that are not two positions")
     begin, end = offsets
@@ -94,8 +96,10 @@ def _check_cover(path: Path, tensors: list[StoredTensor], start: int, size: int)
     for tensor in tensors:
         if tensor.offset != position:
             what = "overlaps the tensor before it" if tensor.offset < position else "leaves a hole before it"
-            raise StorageError(f"{path}: tensor {tensor.name[:200]!r} {what}. {_FIX}")
+            raise StorageError(f"{path}: tensor {tensor.name[:200]!r} {what}. {DOWNLOAD_AGAIN}")
         position += tensor.nbytes
     if position != size:
         kind = "truncated" if position > size else "longer than its tensors"
-        raise StorageError(f"{path} is {kind}: its tensors end at byte {position:,}, the file at {size:,}. {_FIX}")
+        raise StorageError(
+            f"{path} is {kind}: its tensors end at byte {position:,}, the file at {size:,}. {DOWNLOAD_AGAIN}"
+        )

@@ -1,6 +1,10 @@
-"""Family and scheme names from a checkpoint's quantization config.
+"""Scheme names from a checkpoint's quantization config.
 
-One entry per `quant_method`; the names are those of each format's own users.
+One row of `SCHEMES` per `quant_method`: a function from the quantization config to the scheme's name, or to None if the
+config does not determine it. The names are those that the format's own users write ("w4a16-g128", "exl3-4.0bpw").
+
+To add a method, add a row here and the rows of its packings in `packings`. A method whose logical shapes do not follow
+from its tensors gets a row of `UNSUPPORTED`, its name in comparison tables, and its figures are None.
 """
 
 from __future__ import annotations
@@ -10,23 +14,25 @@ from typing import Any
 
 Config = dict[str, Any]
 
-# Recognised by name, but their logical shapes do not follow from their tensors.
+# One row per method whose logical shapes do not follow from its tensors: `quant_method`, and the family's name.
 UNSUPPORTED = {
     "vptq": "VPTQ", "aqlm": "AQLM", "qtip": "QTIP", "quip": "QuIP#", "hqq": "HQQ", "quanto": "Quanto", "eetq": "EETQ",
     "higgs": "HIGGS", "spqr": "SpQR", "torchao": "torchao", "bitnet": "BitNet", "quark": "Quark", "vqe": "VQ",
 }  # fmt: skip
 
+# One row per dtype of an unquantized checkpoint: the dtype of its layers, and the scheme's name.
 DENSE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
 
 def _group(size: Any) -> str:
+    """Return "-g128" for groups of 128 weights, "" where there are no groups."""
     return f"-g{size}" if isinstance(size, int) and size > 0 else ""
 
 
 def compressed_tensors_scheme(config: Config) -> str | None:
-    """The config groups' schemes, several joined by "+" in alphabetical order; None without a weight scheme.
+    """Return the schemes of the config groups, joined by "+" in alphabetical order; None without a weight scheme.
 
-    Names follow compressed-tensors' presets (`quantization/quant_scheme.py`), in lower case.
+    The names follow compressed-tensors' presets (`quantization/quant_scheme.py`), in lower case.
     """
     groups = config.get("config_groups")
     schemes = []
@@ -45,7 +51,8 @@ def _group_scheme(weights: Config, inputs: Any) -> str:
         if bits == 4:
             base = "mxfp4" if size == 32 else "nvfp4"
             activations = acts.get("num_bits") if acts else 16
-            # "mxfp4" alone is gpt-oss' weight-only format; "nvfp4" alone has 4-bit activations, as the preset's name
+            # "nvfp4" alone means 4-bit activations, as in the preset's name.
+            # "mxfp4" alone is gpt-oss' weight-only format, so "mxfp4a4" is spelled out.
             return base if (base, activations) == ("nvfp4", 4) else f"{base}a{activations}"
         if bits == 8:
             base = "mxfp8" if size == 32 else "fp8"
@@ -72,6 +79,8 @@ def _bitsandbytes(config: Config) -> str | None:
 
 
 def _weight_only(name: str) -> Callable[[Config], str | None]:
+    """Return the naming function of a format with integer weights in groups: "awq-w4-g128"."""
+
     def scheme(config: Config) -> str | None:
         bits = config.get("bits", config.get("w_bit"))
         size = config.get("group_size", config.get("q_group_size"))
@@ -81,6 +90,8 @@ def _weight_only(name: str) -> Callable[[Config], str | None]:
 
 
 def _bpw(name: str) -> Callable[[Config], str | None]:
+    """Return the naming function of a format with a target bit rate: "exl3-4.0bpw"."""
+
     def scheme(config: Config) -> str | None:
         bits = config.get("bits")
         if not isinstance(bits, int | float):
@@ -97,6 +108,7 @@ def _fp8(config: Config) -> str:
     return "fp8" if config.get("activation_scheme") == "static" else "fp8-dynamic"
 
 
+# One row per `quant_algo` of ModelOpt: the scheme's name. Others take the algorithm's own name in lower case.
 MODELOPT_ALGORITHMS = {
     "NVFP4": "nvfp4", "NVFP4_AWQ": "nvfp4-awq", "W4A16_NVFP4": "nvfp4a16", "NVFP4_SVDQUANT": "nvfp4-svdquant",
     "W4A8_NVFP4_FP8": "nvfp4a8", "FP8": "fp8", "FP8_PER_CHANNEL_PER_TOKEN": "fp8-dynamic", "FP8_PB_WO": "fp8a16-block",
@@ -105,7 +117,7 @@ MODELOPT_ALGORITHMS = {
 
 
 def _modelopt(config: Config) -> str | None:
-    """`quant_algo` of hf_quant_config.json (under "quantization") or of config.json's quantization_config."""
+    """Name the `quant_algo` of hf_quant_config.json (under "quantization") or of config.json's quantization_config."""
     inner = config.get("quantization")
     algorithm = str((inner if isinstance(inner, dict) else config).get("quant_algo") or "").upper()
     return MODELOPT_ALGORITHMS.get(algorithm, algorithm.lower().replace("_", "-") or compressed_tensors_scheme(config))
@@ -128,7 +140,7 @@ SCHEMES: dict[str, Callable[[Config], str | None]] = {
 
 
 def method_of(config: Config) -> str | None:
-    """The quantization method that a config names, in lower case; None if it names none."""
+    """Return the quantization method that a config names, in lower case; None if it does not name one."""
     method = config.get("quant_method")
     if isinstance(method, str):
         return method.lower()

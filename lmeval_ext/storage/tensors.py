@@ -1,4 +1,4 @@
-"""The two records that pass between the readers, the packing table and the accounting."""
+"""The two records that readers, grouping and accounting exchange."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ Role = Literal["layer", "head", "token_embedding", "embedding", "router", "visio
 class StoredTensor:
     """One tensor as a file header describes it.
 
-    dtype: the file format's own name ("BF16", "F8_E4M3", "Q4_K"); shape: stored shape; offset: first byte in `path`.
+    dtype: the file format's own name ("BF16", "F8_E4M3", "Q4_K"). shape: stored shape. nbytes: stored bytes. offset:
+    position of the first byte in the file `path`.
     """
 
     name: str
@@ -27,11 +28,14 @@ class StoredTensor:
 
     @property
     def numel(self) -> int:
-        """Stored elements (of the packed tensor, not of the weight it encodes)."""
+        """Return the stored elements (of the packed tensor, not of the weight that it encodes)."""
         return prod(self.shape)
 
     def read(self, limit: int = 32) -> bytes:
-        """The stored bytes of a tiny metadata tensor such as `weight_shape`; never more than `limit`."""
+        """Return the stored bytes of a tiny metadata tensor such as `weight_shape`.
+
+        Raises ValueError for a tensor of more than `limit` bytes, OSError where the file cannot be read.
+        """
         if self.nbytes > limit:
             raise ValueError(f"{self.name} holds {self.nbytes} bytes, more than the {limit} of a shape")
         descriptor = os.open(self.path, os.O_RDONLY)
@@ -43,10 +47,10 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Weight:
-    """A logical weight: every tensor that encodes it, taken together.
+    """A logical weight: all the tensors that encode it, as one.
 
-    bits: stored bits, with all side tensors. elements: logical elements, None if unknown, and then `problem` says
-    why. packing: name of the row of the packing table, or the dtype of a dense tensor.
+    bits: stored bits, side tensors included. elements: logical elements, None if unknown; then `problem` gives the
+    reason. packing: name of the row of `packings.PACKINGS`, or the dtype of a dense tensor.
     """
 
     name: str

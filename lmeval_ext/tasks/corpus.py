@@ -1,8 +1,8 @@
-"""Where the text comes from, joined exactly as each protocol wants.
+"""The text of a task: its rows, and the text that each protocol makes of them.
 
-A corpus is a list of *rows* as the `wikitext-2-raw-v1` data set has them: a row is one line of the raw
-file with its line end, and a line of white space only is the empty row "". The same rows come from the
-hub's data set, from a parquet file, and from the raw file `wiki.test.raw`, so all give the same tokens.
+A corpus is a list of *rows* as the `wikitext-2-raw-v1` data set has them: a row is one line of the raw file with its
+line end, and a line of white space is the empty row "". The hub's data set, a parquet file and the raw file
+`wiki.test.raw` give the same rows, and so the same tokens.
 """
 
 from __future__ import annotations
@@ -12,53 +12,57 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lmeval_ext.errors import UserError
+from lmeval_ext.errors import UserError, first_line
 
-BLANK_LINE = " \n"  # a blank row as WikiText's raw file spells it
+BLANK_LINE = " \n"  # the line of WikiText's raw file for a blank row
 SAMPLE = Path(__file__).with_name("sample.txt")
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Rows of text and the name under which a person knows them; with the `lines` of a raw file they come from."""
+    """Rows of text.
+
+    name: what a reader knows the text by, a file or data set. lines: the lines of the raw file that the rows come from,
+    None for rows of a data set.
+    """
 
     name: str
     rows: tuple[str, ...]
     lines: tuple[str, ...] | None = None
 
     def joined(self, blank_rows: str = "keep") -> str:
-        r""" "\n\n".join(rows), as the perplexity scripts of GPTQ, ExLlama and Transformers have it.
+        r"""Return "\n\n".join(rows), the text of the perplexity scripts of GPTQ, ExLlama and Transformers.
 
-        `blank_rows`: "keep" (ppl.py, the first compare_q) or "drop" (compare_q since 2026, qbench): other
-        tokens, other numbers.
+        blank_rows: "keep" (ppl.py, the first compare_q) or "drop" (compare_q since 2026, qbench). The two give
+        different tokens, and so different perplexities. Raises UserError for another value.
         """
         if blank_rows not in ("keep", "drop"):
             raise UserError(f"blank_rows={blank_rows!r}: expected keep or drop")
-        return "\n\n".join(r for r in self.rows if blank_rows == "keep" or r.strip())
+        return "\n\n".join(row for row in self.rows if blank_rows == "keep" or row.strip())
 
     def first(self, rows: int) -> Corpus:
-        """The first `rows` rows, blank ones counted (max_text_rows of ExLlamaV3's compare_q)."""
+        """Return the first `rows` rows, blank ones counted (max_text_rows of ExLlamaV3's compare_q)."""
         return Corpus(self.name, self.rows[:rows], self.lines and self.lines[:rows])
 
     def raw(self) -> str:
-        r"""The raw file as llama.cpp's `-f` reads it: without the final line end (common/arg.cpp).
+        r"""Return the raw file as llama.cpp's `-f` reads it: without the final line end (common/arg.cpp).
 
-        Rows of a data set become the lines they were in the raw file: "" is WikiText's blank line " \n", and a row
-        without a line end gets one.
+        Rows of a data set become the lines that they were in the raw file: "" becomes WikiText's blank line " \n", and
+        a row without a line end gets one.
         """
         lines = self.lines or [BLANK_LINE if not row else row.removesuffix("\n") + "\n" for row in self.rows]
         return "".join(lines).removesuffix("\n")
 
 
 def sha256(text: str) -> str:
-    """sha256 of the text's UTF-8 bytes."""
+    """Return the sha256 of the text's UTF-8 bytes, in hexadecimal."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_corpus(text_path: str | Path, text_column: str = "text") -> Corpus:
-    """Rows of a raw text file, or of a parquet file's text column.
+    """Read the rows of a raw text file, or of the text column of a parquet file.
 
-    Raises UserError where the file is missing, is not UTF-8, or has no such column.
+    Raises UserError if the file is missing, is not UTF-8, has no such column, or holds no text.
     """
     path = Path(text_path or "").expanduser()
     if not path.is_file():
@@ -71,11 +75,11 @@ def read_corpus(text_path: str | Path, text_column: str = "text") -> Corpus:
 
 
 def load_hub_corpus(path: str, name: str | None, split: str, text_column: str, files: str | None = None) -> Corpus:
-    """Rows of a data set of the hub (or of its local cache), through `datasets`.
+    """Read the rows of a data set of the hub, or of its local cache, through `datasets`.
 
-    files: pattern of the files that a generic reader (path "parquet", "json", …) shall read.
+    files: pattern of the files to read, for a generic reader (path "parquet", "json", …).
 
-    Raises UserError that names `text_path` where the data set is out of reach.
+    Raises UserError, which names `text_path` as the way out, if the data set cannot be reached.
     """
     import datasets
 
@@ -83,10 +87,9 @@ def load_hub_corpus(path: str, name: str | None, split: str, text_column: str, f
     try:
         table: Any = datasets.load_dataset(path, name, split=split, data_files=files)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"the data set {title!r} is out of reach ({type(error).__name__}: {reason}); give a local copy with "
-            '--metadata \'{"text_path": "FILE"}\' (raw text or parquet), or use the task sample_strided'
+            f"the data set {title!r} is out of reach ({type(error).__name__}: {first_line(error)}); give a local copy "
+            'with --metadata \'{"text_path": "FILE"}\' (raw text or parquet), or use the task sample_strided'
         ) from error
     if text_column not in table.column_names:
         raise UserError(_no_column(f"data set {title!r}", text_column, table.column_names))
@@ -95,7 +98,7 @@ def load_hub_corpus(path: str, name: str | None, split: str, text_column: str, f
 
 def _raw_lines(path: Path) -> list[str]:
     try:
-        with path.open(encoding="utf-8", newline="\n") as lines:  # other line ends are text, not row ends
+        with path.open(encoding="utf-8", newline="\n") as lines:  # other line ends belong to the text
             return list(lines)
     except UnicodeDecodeError as error:
         raise UserError(f"text_path={str(path)!r} is not UTF-8 text ({error.reason} at byte {error.start})") from error
@@ -116,16 +119,16 @@ def _parquet_rows(path: Path, column: str) -> list[str]:
 
 
 def _row(line: str) -> str:
-    """A line of a raw file as the data set has it: white space alone is the empty row."""
+    """Return the data set's row for a line of the raw file: "" for a line of white space."""
     return line if line.strip() else ""
 
 
 def _texts(rows: list[Any], where: str) -> tuple[str, ...]:
-    """Rows of a table's column, as they are; a missing one is empty."""
-    wrong = next((r for r in rows if r is not None and not isinstance(r, str)), None)
-    if wrong is not None:
-        raise UserError(f"{where} holds {type(wrong).__name__} values, not text; set text_column to a column of text")
-    return tuple(r or "" for r in rows)
+    """Return the rows of a table's column unchanged; a missing row is ""."""
+    other = next((row for row in rows if row is not None and not isinstance(row, str)), None)
+    if other is not None:
+        raise UserError(f"{where} holds {type(other).__name__} values, not text; set text_column to a column of text")
+    return tuple(row or "" for row in rows)
 
 
 def _no_column(where: str, column: str, columns: list[str]) -> str:

@@ -1,8 +1,8 @@
-"""Data sets by short name, as `dataset=` of the perplexity tasks and of ExLlamaV3's data specs takes them.
+"""Data sets by short name, for `dataset=` of the perplexity tasks and of ExLlamaV3's data specs.
 
-The names, and the configuration, split and column that each stands for, are those of ExLlamaV3's eval/compare_q.py
-(2026). Where that tool named a data set that only a loading script can make, which `datasets` no longer runs, the
-row names the hub's own parquet conversion of it.
+One row of `DATA_SETS` per name; to add a data set, add a row. The names, and the configuration, split and column of
+each, are those of ExLlamaV3's eval/compare_q.py (2026). Some data sets of that tool need a loading script, which
+`datasets` no longer runs; their rows name the hub's own parquet conversion instead.
 """
 
 from __future__ import annotations
@@ -14,7 +14,11 @@ from lmeval_ext.errors import UserError
 
 
 class DataSet(NamedTuple):
-    """Where the rows of a text come from. files: a pattern for the hub's parquet reader, instead of a name."""
+    """Source of the rows of a text.
+
+    path, name, split: as `datasets.load_dataset` takes them. column: the column of text. files: pattern of the files to
+    read, for the path "parquet". bundled: a text file of this package, instead of a data set of the hub.
+    """
 
     path: str
     name: str | None = None
@@ -41,22 +45,22 @@ DATA_SETS: dict[str, DataSet] = {
     "openwebtext": DataSet("Skylion007/openwebtext", split="train[:1000]"),
     "fineweb": DataSet("HuggingFaceFW/fineweb", "sample-10BT", split="train[:1000]"),
     "fineweb-edu": DataSet("HuggingFaceFW/fineweb-edu", "sample-10BT", split="train[:1000]"),
-    "sample": DataSet("", bundled="sample.txt"),  # ours: the text in the package, no network
+    "sample": DataSet("", bundled="sample.txt"),  # ours: a text in this package, needs no network
 }
 
 
 def data_set_settings(dataset: str) -> dict[str, Any]:
-    """The settings that a name stands for; any other name is a data set of the hub, its test split.
+    """Return the settings that a short name stands for; any other name is a hub id, read from its test split.
 
-    Raises UserError for a name that is nearly one of the table's.
+    Raises UserError for a name that is probably a misspelt one of the table.
     """
     row = DATA_SETS.get(dataset.lower())
     if row is None:
         near = difflib.get_close_matches(dataset.lower(), DATA_SETS, n=1, cutoff=0.75)
         if near:
             raise UserError(
-                f"dataset={dataset!r} is unknown; did you mean {near[0]!r}? (known: {', '.join(DATA_SETS)}; any other "
-                "data set of the hub goes by OWNER/NAME)"
+                f"dataset={dataset!r} is unknown; did you mean {near[0]!r}? (known: {', '.join(DATA_SETS)}; name any "
+                "other data set of the hub as OWNER/NAME)"
             )
         row = DataSet(dataset)
     return {

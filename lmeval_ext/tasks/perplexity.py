@@ -1,9 +1,12 @@
-"""The Task class behind `wiki2_strided`, `wiki2_llamacpp`, `wiki2_gptq`, `wiki2_sliding`, `sample_strided`,
-`text_strided`.
+"""The Task class of all perplexity tasks: `wiki2_strided`, `sample_strided` and the other YAML files of this folder.
 
-A document is one window; a request hands its token ids to the model; the aggregates are perplexity, top-1
-accuracy and bits per byte, and the divergence from a reference where the model measured it (docs/metrics.md), each with
-a standard error; what they are of stands in the result's metadata.
+A document is one window, and a request hands its token ids to the model. The metrics are perplexity, top-1 accuracy and
+bits per byte, and the divergence from a reference where the model measured it (docs/metrics.md), each with a standard
+error. The result's metadata describes the windows that were scored.
+
+`PerplexityTask` follows the harness: `__init__` prepares tokens and windows, `build_all_requests` makes requests,
+`process_results` turns the scores of one window into sums, `aggregation` turns sums into metrics, and `dump_config`
+writes the metadata.
 """
 
 from __future__ import annotations
@@ -32,10 +35,10 @@ from lmeval_ext.tokens import tokenize
 
 logger = logging.getLogger(__name__)
 
-# The harness writes "N/A" as the standard error of an aggregation that it does not know. A metric called
-# METRIC_stderr, reported after METRIC, takes that place (lm_eval.evaluator_utils, 0.4.13).
+# The harness writes "N/A" as the standard error of an aggregation that it does not know. A metric named METRIC_stderr,
+# reported after METRIC, replaces that value (lm_eval.evaluator_utils, 0.4.13).
 _STDERR = "_stderr"
-_UNKNOWN = "N/A"  # the harness' own word; its table can print no null
+_UNKNOWN = "N/A"  # the harness' own value; its table cannot print null
 
 _STATISTICS: dict[str, tuple[Callable[[Sequence[WindowSum]], float | None], bool | None]] = {
     # metric: (aggregate, higher is better)
@@ -49,15 +52,52 @@ _STATISTICS: dict[str, tuple[Callable[[Sequence[WindowSum]], float | None], bool
 class PerplexityTask(Task):
     """Perplexity of a text under a protocol of `lmeval_ext.tasks.protocols`.
 
-    config: the task's YAML with the harness' merged metadata. Raises UserError for settings, texts and
-    tokenizers that do not fit.
+    config: the task's YAML with the harness' merged metadata. Raises UserError for settings, texts and tokenizers that
+    cannot be used together.
     """
 
     OUTPUT_TYPE = REQUEST_TYPE  # tells evaluate() which requests to pad across ranks
 
     def __init__(self, config: dict[str, Any]) -> None:
-        # Task.__init__ would download a data set and take `config` for a task's name: not called on purpose
         metadata = dict(config.get("metadata") or {})
+        self._init_harness_task(config, metadata)
+        settings = TaskSettings.of(metadata)
+        self.spec = settings.window_spec()
+        self._protocol = PROTOCOLS[self.spec.protocol]
+        tokenizer = load_tokenizer(metadata)
+        self._prefix = tokenizer.chat_prefix() if settings.chat_template else []
+        check_context(self.spec.eval_len, metadata, len(self._prefix))
+        source = _read_corpus(settings)
+        text = source.raw() if self._protocol.raw_text else source.joined(settings.blank_rows)
+        self.tokens = tokenize(text, tokenizer, settings.bos, self._protocol.bos_each)
+        self.windows = self.spec.windows(len(self.tokens.ids))
+        self._scored = self.windows  # fewer with --limit or --samples
+        self._nonfinite = 0
+        self._errors: dict[str, float | None] = {}
+        self._divergence: dict[str, Any] | None = None
+        self._settings_record = {
+            "protocol": self.spec.protocol,
+            "eval_len": self.spec.eval_len,
+            "stride": self.spec.stride,
+            "max_rows": self.spec.max_rows,
+            "warmup_tokens": self.spec.warmup_tokens,
+            "blank_rows": None if self._protocol.raw_text else settings.blank_rows,
+            "dataset": settings.dataset,
+            "max_text_rows": settings.max_text_rows,
+            "chat_template": settings.chat_template,
+            "prefix_tokens": len(self._prefix),
+            "text": source.name,
+            "text_sha256": corpus.sha256(text),
+            "tokenizer": tokenizer.name,
+            "bos": settings.bos,
+            "bos_applied": self.tokens.bos,
+        }
+
+    def _init_harness_task(self, config: dict[str, Any], metadata: dict[str, Any]) -> None:
+        """Set the attributes that the harness reads.
+
+        Task.__init__ is not called, because it would download a data set and take `config` for the name of a task.
+        """
         self.VERSION = metadata.get("version", 0)
         self._config = TaskConfig(
             task=config["task"],
@@ -70,40 +110,6 @@ class PerplexityTask(Task):
         self._training_docs = self._fewshot_docs = None
         self._filters = [build_filter_ensemble("none", [("take_first", None)])]
         self.fewshot_rnd = None
-
-        settings = TaskSettings.of(metadata)
-        self.spec = settings.window_spec()
-        rule = PROTOCOLS[self.spec.protocol]
-        tokenizer = load_tokenizer(metadata)
-        self._prefix = tokenizer.chat_prefix() if settings.chat_template else []
-        check_context(self.spec.eval_len, metadata, len(self._prefix))
-        source = _read(settings)
-        if settings.max_text_rows:
-            source = source.first(settings.max_text_rows)
-        text = source.raw() if rule.raw_text else source.joined(settings.blank_rows)
-        self.tokens = tokenize(text, tokenizer, settings.bos, rule.bos_each)
-        self.windows = self.spec.windows(len(self.tokens.ids))
-        self._scored = self.windows  # fewer after --limit or --samples
-        self._nonfinite = 0
-        self._errors: dict[str, float | None] = {}
-        self._divergence: dict[str, Any] | None = None
-        self._facts = {
-            "protocol": self.spec.protocol,
-            "eval_len": self.spec.eval_len,
-            "stride": self.spec.stride,
-            "max_rows": self.spec.max_rows,
-            "warmup_tokens": self.spec.warmup_tokens,
-            "blank_rows": None if rule.raw_text else settings.blank_rows,
-            "dataset": settings.dataset,
-            "max_text_rows": settings.max_text_rows,
-            "chat_template": settings.chat_template,
-            "prefix_tokens": len(self._prefix),
-            "text": source.name,
-            "text_sha256": corpus.sha256(text),
-            "tokenizer": tokenizer.name,
-            "bos": settings.bos,
-            "bos_applied": self.tokens.bos,
-        }
 
     # ------------------------------------------------------------------ documents and requests
 
@@ -128,15 +134,18 @@ class PerplexityTask(Task):
         return ""
 
     def fewshot_context(self, doc: dict[str, Any], *args: Any, **kwargs: Any) -> str:
-        return ""  # windows are the whole prompt: no few-shot examples, no system prompt, no chat template
+        return ""  # the window is the entire prompt: no few-shot examples, no system prompt, no chat template
 
     def build_all_requests(self, *, limit: int | None = None, samples: list[int] | None = None, **kwargs: Any) -> None:
-        """As in the harness, less `--cache_requests`: its key knows nothing of texts, tokenizers and settings."""
+        """Build the requests as the harness does, but never cached.
+
+        The key of `--cache_requests` does not include text, tokenizer and settings.
+        """
         if kwargs.get("apply_chat_template"):
-            logger.warning("%s: perplexity windows take no chat template; it is left out", self.config.task)
+            logger.warning("%s: --apply_chat_template does not apply to token windows; ignored", self.config.task)
         kwargs.update(cache_requests=False, rewrite_requests_cache=False)
-        if samples and not all(0 <= i < len(self.windows) for i in samples):
-            raise UserError(f"--samples: this task has windows 0 to {len(self.windows) - 1}, asked for {samples}")
+        if samples and not all(0 <= index < len(self.windows) for index in samples):
+            raise UserError(f"--samples={samples}: this task has windows 0 to {len(self.windows) - 1}")
         self._scored = [w for w in self.windows if w.index in samples] if samples else self.windows[: limit or None]
         super().build_all_requests(limit=limit, samples=samples, **kwargs)
 
@@ -149,35 +158,41 @@ class PerplexityTask(Task):
     # ------------------------------------------------------------------ scores
 
     def process_results(self, doc: dict[str, Any], results: list[Any]) -> dict[str, WindowSum]:
-        """Sums of one window. `results`: one WindowScores, or a stock model's (loglikelihood, is_greedy)."""
-        window, answer = self.windows[doc["window"]], results[0]
-        ours = isinstance(answer, WindowScores)
-        logprobs = np.asarray(answer.logprobs if ours else [answer[0]], dtype=np.float64)
-        if ours and len(logprobs) != window.scored:
+        """Return the sums of one window, by metric.
+
+        results: one WindowScores of our models, or (loglikelihood, is_greedy) of the harness' own models.
+        """
+        window, scores = self.windows[doc["window"]], results[0]
+        per_token = isinstance(scores, WindowScores)
+        logprobs = np.asarray(scores.logprobs if per_token else [scores[0]], dtype=np.float64)
+        if per_token and len(logprobs) != window.scored:
             raise RuntimeError(f"window {window.index}: {len(logprobs)} scores for {window.scored} targets")
-        bad = int((~np.isfinite(logprobs)).sum())
-        nll = -float(answer[0])
-        sums = {"token_perplexity": self._sum(window, nll, window.scored, bad)}
-        if ours:
-            sums["top1_accuracy"] = self._sum(window, float(sum(answer.greedy)), window.scored, bad)
-        n_bytes = self._bytes(window)
-        if n_bytes is not None:  # 0 is fine: tokens inside one character
-            sums["bits_per_byte"] = self._sum(window, nll, n_bytes, bad)
+        nonfinite = int((~np.isfinite(logprobs)).sum())
+        nll = -float(scores[0])
+        sums = {"token_perplexity": self._sum(window, nll, window.scored, nonfinite)}
+        if per_token:
+            sums["top1_accuracy"] = self._sum(window, float(sum(scores.greedy)), window.scored, nonfinite)
+        n_bytes = self._scored_bytes(window)
+        if n_bytes is not None:  # 0 is valid: all tokens of the window may lie inside one character
+            sums["bits_per_byte"] = self._sum(window, nll, n_bytes, nonfinite)
         items: dict[str, Any] = dict(sums)
-        if ours and answer.divergence is not None:
-            values = WindowDivergence.of(window.index, answer.divergence)
-            items |= values.sums()
-            items |= dict.fromkeys(summary.QUANTILE_METRICS, values)
+        if per_token and scores.divergence is not None:
+            divergence = WindowDivergence.of(window.index, scores.divergence)
+            items |= divergence.sums()
+            items |= dict.fromkeys(summary.QUANTILE_METRICS, divergence)
         return {name: item for metric, item in items.items() for name in (metric, metric + _STDERR)}
 
     @staticmethod
     def _sum(window: Window, total: float, count: int, nonfinite: int) -> WindowSum:
         return {"window": window.index, "total": total, "count": count, "nonfinite": nonfinite}
 
-    def _bytes(self, window: Window) -> int | None:
-        """UTF-8 bytes of the scored tokens, where the protocol scores each token once and the tokenizer tells."""
+    def _scored_bytes(self, window: Window) -> int | None:
+        """Return the UTF-8 bytes of the scored tokens.
+
+        None if the protocol does not score each token once, or the tokenizer does not give byte positions.
+        """
         ends = self.tokens.byte_ends
-        if ends is None or not PROTOCOLS[self.spec.protocol].covers_text or self.spec.warmup_tokens:
+        if ends is None or not self._protocol.covers_text or self.spec.warmup_tokens:
             return None
         return int(ends[window.end - 1] - ends[window.first_target - 1])
 
@@ -194,10 +209,14 @@ class PerplexityTask(Task):
         return functions
 
     def _median_divergence(self, values: Sequence[WindowDivergence]) -> float | None:
-        self._divergence = summary.describe(values, self.spec.block_windows)  # of all ranks
+        """Return the median divergence per token; also records the summary of all divergences."""
+        # The harness aggregates the windows of all ranks here, so the record is complete
+        self._divergence = summary.describe(values, self.spec.block_windows)
         return summary.quantile(values, 50.0)
 
     def _quantile_error_of(self, metric: str, percent: float) -> Callable[[Sequence[WindowDivergence]], float | str]:
+        """Return the aggregation that gives, and records, the standard error of a quantile; percent: 0 to 100."""
+
         def error(values: Sequence[WindowDivergence]) -> float | str:
             value = summary.quantile_error(values, percent, self.spec.block_windows)
             self._errors[metric] = value
@@ -206,10 +225,13 @@ class PerplexityTask(Task):
         return error
 
     def _perplexity(self, sums: Sequence[WindowSum]) -> float | None:
-        self._nonfinite = sum(s["nonfinite"] for s in sums)  # of all ranks: this one aggregates
+        """Return the perplexity; also records how many log-probabilities were not finite."""
+        self._nonfinite = sum(s["nonfinite"] for s in sums)  # of all ranks
         return metrics.perplexity(sums)
 
     def _error_of(self, metric: str) -> Callable[[Sequence[WindowSum]], float | str]:
+        """Return the aggregation that gives, and records, the standard error of a metric."""
+
         def error(sums: Sequence[WindowSum]) -> float | str:
             value = metrics.standard_error(sums, _STATISTICS[metric][0], self.spec.block_windows)
             self._errors[metric] = value
@@ -224,17 +246,17 @@ class PerplexityTask(Task):
     # ------------------------------------------------------------------ the record
 
     def dump_config(self) -> dict[str, Any]:
-        """The task's config for the result file; its metadata describes the windows that were really scored."""
+        """Return the task's config for the result file; its metadata describes the windows that were scored."""
         if self._nonfinite:
             logger.error(
-                "%s: %d log-probabilities were NaN or infinite; the perplexity is null, not averaged without them",
+                "%s: %d log-probabilities were NaN or infinite; the perplexity is null, not a mean of the others",
                 self.config.task,
                 self._nonfinite,
             )
         scored = self._scored
         block = self.spec.block_windows
         self.config.metadata.update(
-            self._facts,
+            self._settings_record,
             windows=len(scored),
             scored_tokens=sum(w.scored for w in scored),
             distinct_tokens=sum(end - first for first, end in scored_spans(scored)),
@@ -253,10 +275,16 @@ class PerplexityTask(Task):
         return config
 
 
-def _read(settings: TaskSettings) -> corpus.Corpus:
+def _read_corpus(settings: TaskSettings) -> corpus.Corpus:
+    """Read the rows that the settings name, at most `max_text_rows` of them."""
+    source = _read_source(settings)
+    return source.first(settings.max_text_rows) if settings.max_text_rows else source
+
+
+def _read_source(settings: TaskSettings) -> corpus.Corpus:
     if settings.bundled_text and settings.text_path:
-        # one --metadata may serve several tasks; a task of this name scores this text and no other
-        logger.warning("text_path=%r is for other tasks: this one scores the bundled text", settings.text_path)
+        # One --metadata may serve several tasks, and a task of this name always scores the same text
+        logger.warning("text_path=%r is ignored: this task always scores the bundled text", settings.text_path)
     elif settings.text_path is not None:
         return corpus.read_corpus(settings.text_path, settings.text_column)
     if settings.bundled_text:

@@ -1,8 +1,7 @@
-"""Perplexity protocols: pure functions from the length of a token sequence to windows.
+"""Perplexity protocols: how a token sequence is cut into windows, and which tokens of each window are scored.
 
-A *window* is a slice of the text's tokens that a model sees at once; its last positions are *scored*,
-the ones before are context. Published perplexities differ mainly in how they cut windows, so each way
-has a name and is one row of `PROTOCOLS`:
+A *window* is a slice of the text's tokens that a model sees at once. Its last positions are *scored*; the ones before
+are context. Published perplexities differ mainly in how they cut windows, so each way is a protocol with a name:
 
 ========== ======================================== ============================ ===========================
 protocol   windows                                  scored targets               used by
@@ -14,24 +13,28 @@ sliding    every `stride`, ragged at the end        each token of the text once 
 ========== ======================================== ============================ ===========================
 
 .. [1] "Perplexity of fixed-length models" in the Transformers documentation.
+
+`PROTOCOLS` has one row per protocol, a `WindowProtocol`. A `WindowSpec` is a protocol with its settings, and cuts the
+`Window`s. To add a protocol: one function that cuts windows, one row of `PROTOCOLS`, one YAML file that names it, and a
+test against the original tool's loop (`tests/tasks/test_protocols.py`). All functions here are pure.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from lmeval_ext.errors import UserError
+from lmeval_ext.storage.rounding import ceil_div
 from lmeval_ext.tokens import TokenIds
 
 
 @dataclass(frozen=True)
 class Window:
-    """Positions of one window in the text's tokens: [start, end) is seen, [first_target, end) is scored.
+    """Positions of one window in the text's tokens: the model sees [start, end), and [first_target, end) is scored.
 
     Always start < first_target < end: the first token of a window has no context and is never scored.
     """
@@ -43,16 +46,17 @@ class Window:
 
     @property
     def scored(self) -> int:
-        """Number of scored targets."""
+        """Return the number of scored targets."""
         return self.end - self.first_target
 
 
 @dataclass(frozen=True)
 class WindowSpec:
-    """A protocol with its settings: everything that decides which tokens are seen and scored together.
+    """A protocol with its settings, which together determine the windows and their scored positions.
 
-    eval_len: tokens a window. stride: tokens from one window's start to the next one's. max_rows: the first
-    so many windows, 0 for all. warmup_tokens: so many positions of a window more are context only.
+    protocol: a key of `PROTOCOLS`. eval_len: tokens per window. stride: tokens from one window's start to the next
+    one's. max_rows: number of windows to score, from the first on, 0 for all. warmup_tokens: additional positions at
+    the start of each window that are context only. Raises UserError for values that the protocol does not allow.
     """
 
     protocol: str
@@ -62,9 +66,7 @@ class WindowSpec:
     warmup_tokens: int = 0
 
     def __post_init__(self) -> None:
-        rule = PROTOCOLS.get(self.protocol)
-        if rule is None:
-            raise UserError(f"protocol={self.protocol!r} is unknown; choose one of {', '.join(PROTOCOLS)}")
+        protocol = find_protocol(self.protocol)
         for name, low in (("eval_len", 2), ("stride", 1), ("max_rows", 0), ("warmup_tokens", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
@@ -76,12 +78,12 @@ class WindowSpec:
                 f"stride={self.stride} is larger than eval_len={self.eval_len}: tokens between the windows would "
                 f"never be seen; use a stride of 1 to {self.eval_len}"
             )
-        if rule.disjoint and self.stride != self.eval_len:
+        if protocol.disjoint and self.stride != self.eval_len:
             raise UserError(
                 f"stride={self.stride}: the windows of protocol {self.protocol!r} are disjoint; leave stride out, "
                 "or use the task wiki2_strided for overlapping windows"
             )
-        if self.warmup_tokens and not rule.warmup:
+        if self.warmup_tokens and not protocol.warmup:
             raise UserError(
                 f"warmup_tokens={self.warmup_tokens}: protocol {self.protocol!r} fixes its scored positions; "
                 "leave warmup_tokens out, or use the task wiki2_strided"
@@ -94,45 +96,56 @@ class WindowSpec:
 
     @property
     def block_windows(self) -> int:
-        """Consecutive windows that share tokens: ceil(eval_len / stride), the least block of a block bootstrap."""
-        return math.ceil(self.eval_len / self.stride)
+        """Return how many consecutive windows share tokens, the smallest block of a block bootstrap.
+
+        This is eval_len / stride, rounded up.
+        """
+        return ceil_div(self.eval_len, self.stride)
 
     def windows(self, n_tokens: int) -> list[Window]:
-        """All windows over `n_tokens` tokens, in order, `max_rows` at most.
+        """Return the windows over `n_tokens` tokens, in order, at most `max_rows` of them.
 
-        Raises UserError where the text is shorter than one window.
+        Raises UserError if the text is too short for one window.
         """
-        rule = PROTOCOLS[self.protocol]
-        found = [Window(i, *bounds) for i, bounds in enumerate(rule.cut(n_tokens, self))]
-        if not found:
+        bounds = PROTOCOLS[self.protocol].cut(n_tokens, self)
+        windows = [Window(index, *positions) for index, positions in enumerate(bounds)]
+        if not windows:
             raise UserError(
                 f"the text has {n_tokens} tokens, too few for one window of eval_len={self.eval_len} under protocol "
                 f"{self.protocol!r}; use a longer text or a smaller eval_len"
             )
-        return found[: self.max_rows] if self.max_rows else found
+        return windows[: self.max_rows] if self.max_rows else windows
 
 
 Bounds = list[tuple[int, int, int]]  # (start, end, first_target)
 
 
 def _exllama(n: int, spec: WindowSpec) -> Bounds:
-    # compare_q.py: range(0, num_tokens - eval_len, eval_stride); w warm-up tokens: [-(eval_len - w):][1:] is scored
+    """Cut ExLlamaV3's windows (eval/compare_q.py): range(0, num_tokens - eval_len, eval_stride).
+
+    With w warm-up tokens, [-(eval_len - w):][1:] of each window is scored.
+    """
     starts = range(0, n - spec.eval_len, spec.stride)
     return [(a, a + spec.eval_len, a + spec.warmup_tokens + 1) for a in starts]
 
 
 def _llamacpp(n: int, spec: WindowSpec) -> Bounds:
-    # perplexity.cpp: n_chunk = n / n_ctx; logits first = n_ctx / 2 … n_ctx - 2 predict the token after them
+    """Cut llama.cpp's windows (tools/perplexity/perplexity.cpp): n / n_ctx chunks of n_ctx tokens.
+
+    The logits at first = n_ctx / 2 to n_ctx - 2 are used; each predicts the token after it.
+    """
     starts = range(0, n - spec.eval_len + 1, spec.eval_len)
     return [(a, a + spec.eval_len, a + spec.eval_len // 2 + 1) for a in starts]
 
 
 def _gptq(n: int, spec: WindowSpec) -> Bounds:
+    """Cut GPTQ's windows (opt.py, and the papers since): disjoint, all but the first token scored."""
     starts = range(0, n - spec.eval_len + 1, spec.eval_len)
     return [(a, a + spec.eval_len, a + 1 + spec.warmup_tokens) for a in starts]
 
 
 def _sliding(n: int, spec: WindowSpec) -> Bounds:
+    """Cut the windows of the Transformers guide "Perplexity of fixed-length models": each token is scored once."""
     if n < spec.eval_len:
         return []
     bounds, scored_to = [], 1  # token 0 has no context
@@ -149,17 +162,23 @@ def _sliding(n: int, spec: WindowSpec) -> Bounds:
 
 @dataclass(frozen=True)
 class WindowProtocol:
-    """One row of the table above, with its usual settings and what follows from its definition."""
+    """One row of `PROTOCOLS`: how windows are cut, the usual settings, and what the protocol's definition implies.
+
+    cut: from the number of tokens and the settings to the windows' bounds. eval_len, stride, max_rows: usual settings,
+    as in `WindowSpec`. disjoint: the stride is eval_len by definition. warmup: warmup_tokens may be set. raw_text: the
+    raw file is tokenized, not "\\n\\n".join(rows). bos_each: BOS replaces the first token of every window, if the
+    vocabulary adds BOS. covers_text: every token is scored once, except at window starts, so bits per byte is defined.
+    """
 
     cut: Callable[[int, WindowSpec], Bounds]
     eval_len: int
     stride: int
     max_rows: int
-    disjoint: bool = False  # stride is eval_len by definition
-    warmup: bool = False  # warmup_tokens may be set
-    raw_text: bool = False  # tokenizes the raw file instead of "\n\n".join(rows)
-    bos_each: bool = False  # BOS replaces the first token of every window, if the vocabulary adds BOS
-    covers_text: bool = False  # every token is scored once (but for window starts): bits per byte makes sense
+    disjoint: bool = False
+    warmup: bool = False
+    raw_text: bool = False
+    bos_each: bool = False
+    covers_text: bool = False
 
 
 PROTOCOLS: dict[str, WindowProtocol] = {
@@ -170,10 +189,18 @@ PROTOCOLS: dict[str, WindowProtocol] = {
 }
 
 
-def window_ids(tokens: TokenIds, window: Window, bos_id: int | None = None, prefix: Sequence[int] = ()) -> list[int]:
-    """The ids a model is given for `window`; with `bos_id` the first one is replaced by it (llama.cpp's way).
+def find_protocol(name: str) -> WindowProtocol:
+    """Return the protocol of a name. Raises UserError if it is unknown."""
+    if name not in PROTOCOLS:
+        raise UserError(f"protocol={name!r} is unknown; choose one of {', '.join(PROTOCOLS)}")
+    return PROTOCOLS[name]
 
-    prefix: ids that go before the window and are never scored, such as a chat template's.
+
+def window_ids(tokens: TokenIds, window: Window, bos_id: int | None = None, prefix: Sequence[int] = ()) -> list[int]:
+    """Return the ids that a model is given for `window`.
+
+    bos_id: replaces the first id, as llama.cpp does it; None keeps it. prefix: ids before the window that are never
+    scored, such as a chat template's.
     """
     ids: list[int] = tokens[window.start : window.end].tolist()
     if bos_id is not None:
@@ -184,19 +211,20 @@ def window_ids(tokens: TokenIds, window: Window, bos_id: int | None = None, pref
 def fingerprint(
     tokens: TokenIds, windows: Sequence[Window], bos_id: int | None = None, prefix: Sequence[int] = ()
 ) -> str:
-    """sha256 over bounds, scored positions and ids of the windows, exactly as models are given them.
+    """Return the sha256 over bounds, scored positions and ids of the windows, exactly as models are given them.
 
-    Two results can be compared number by number if, and only if, this is the same.
+    Two results can be compared number by number if, and only if, their fingerprints are equal. The hash is over
+    little-endian int64: start, end, first_target and then the ids, window by window.
     """
     digest = hashlib.sha256()
-    for w in windows:
-        digest.update(np.array([w.start, w.end, w.first_target], dtype="<i8").tobytes())
-        digest.update(np.array(window_ids(tokens, w, bos_id, prefix), dtype="<i8").tobytes())
+    for window in windows:
+        digest.update(np.array([window.start, window.end, window.first_target], dtype="<i8").tobytes())
+        digest.update(np.array(window_ids(tokens, window, bos_id, prefix), dtype="<i8").tobytes())
     return digest.hexdigest()
 
 
 def scored_spans(windows: Sequence[Window]) -> list[tuple[int, int]]:
-    """The scored positions as disjoint, sorted, merged spans [first, end)."""
+    """Return the scored positions as sorted, disjoint spans [first, end); spans that touch are merged."""
     spans: list[tuple[int, int]] = []
     for first, end in sorted((w.first_target, w.end) for w in windows):
         if spans and first <= spans[-1][1]:

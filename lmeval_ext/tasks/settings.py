@@ -1,13 +1,12 @@
-"""The settings of the perplexity tasks, read from the harness' metadata: one row each.
+"""The settings of the perplexity tasks, read from the harness' metadata.
 
-The harness merges the task's YAML, the model arguments and `--metadata`, in this order, into one
-dictionary; settings are the keys below, everything else in it belongs to the model.
+The harness merges the task's YAML, the model arguments and `--metadata`, in this order, into one dictionary. The fields
+of `TaskSettings` are the settings; every other key belongs to the model.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,19 +14,27 @@ from pathlib import Path
 from typing import Any
 
 from lmeval_ext.errors import UserError
+from lmeval_ext.storage import StorageError
+from lmeval_ext.storage.checkpoint import read_config
 from lmeval_ext.tasks.data_sets import data_set_settings
-from lmeval_ext.tasks.protocols import PROTOCOLS, WindowSpec
+from lmeval_ext.tasks.protocols import PROTOCOLS, WindowSpec, find_protocol
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class TaskSettings:
-    """All settings of a perplexity task. None for eval_len, stride and max_rows: the protocol's usual value.
+    """All settings of a perplexity task.
 
-    dataset: a short name (`tasks/data_sets.py`) or a hub id; it stands for the dataset_* settings, and each of those
-    that is given wins over it. max_text_rows: the first so many rows of the data set, blank ones counted, 0 for all.
-    chat_template: put the tokenizer's chat template, up to where an answer begins, before every window.
+    protocol: a row of `protocols.PROTOCOLS`. eval_len, stride, max_rows, warmup_tokens: as in `WindowSpec`; None means
+    the protocol's usual value. bos: as in `lmeval_ext.tokens.tokenize`. blank_rows: "keep" or "drop", as in
+    `Corpus.joined`. tokenizer: a folder, hub id or GGUF file, None for the checkpoint's own. text_path: a raw text file
+    or parquet file, used instead of the data set. bundled_text: a text file of this package.
+
+    dataset_path, dataset_name, dataset_split, text_column, dataset_files: as in `data_sets.DataSet`. dataset: a short
+    name of `data_sets.DATA_SETS` or a hub id; it sets these five, and any of them that is also given wins.
+    max_text_rows: how many rows of the text to use, blank ones counted, 0 for all. chat_template: put the tokenizer's
+    chat template, up to where an answer begins, before every window.
     """
 
     protocol: str = "exllama"
@@ -57,54 +64,48 @@ class TaskSettings:
             raise UserError(f"text_path={self.text_path!r}: expected the name of a file")
         if self.blank_rows != "keep" and PROTOCOLS.get(self.protocol) and PROTOCOLS[self.protocol].raw_text:
             raise UserError(
-                f"blank_rows={self.blank_rows}: protocol {self.protocol!r} takes the raw text; leave blank_rows out"
+                f"blank_rows={self.blank_rows}: protocol {self.protocol!r} uses the raw text; leave blank_rows out"
             )
         if not isinstance(self.chat_template, bool):
             raise UserError(f"chat_template={self.chat_template!r}: expected true or false")
 
     @classmethod
     def of(cls, metadata: Mapping[str, Any]) -> TaskSettings:
-        """Pick the settings out of `metadata`; warns of a key that looks like a misspelt setting."""
+        """Return the settings in `metadata`. Warns of a key that is probably a misspelt setting."""
         names = cls.__dataclass_fields__
         for key in metadata:
             near = difflib.get_close_matches(key, names, n=1, cutoff=0.8)
             if key not in names and key not in _MODEL_ARGUMENTS and near:
-                logger.warning("metadata %r is no setting of the perplexity tasks; did you mean %r?", key, near[0])
+                logger.warning("metadata %r is not a setting of the perplexity tasks; did you mean %r?", key, near[0])
         given = {name: metadata[name] for name in names if name in metadata}
         if given.get("dataset"):
-            known = data_set_settings(str(given["dataset"]))
-            given = known | given | {"bundled_text": known["bundled_text"]}
+            row = data_set_settings(str(given["dataset"]))
+            given = row | given | {"bundled_text": row["bundled_text"]}
         return cls(**given)
 
     def window_spec(self) -> WindowSpec:
-        """Raises UserError where a value is out of range."""
-        rule = PROTOCOLS.get(self.protocol)
-        if rule is None:
-            raise UserError(f"protocol={self.protocol!r} is unknown; choose one of {', '.join(PROTOCOLS)}")
-        eval_len = rule.eval_len if self.eval_len is None else self.eval_len
-        usual_stride = eval_len if rule.disjoint else rule.stride
+        """Return the protocol with these settings. Raises UserError if one of them is unknown or out of range."""
+        protocol = find_protocol(self.protocol)
+        eval_len = protocol.eval_len if self.eval_len is None else self.eval_len
+        usual_stride = eval_len if protocol.disjoint else protocol.stride
         return WindowSpec(
             self.protocol,
             eval_len,
             usual_stride if self.stride is None else self.stride,
-            rule.max_rows if self.max_rows is None else self.max_rows,
+            protocol.max_rows if self.max_rows is None else self.max_rows,
             self.warmup_tokens,
         )
 
 
-_MODEL_ARGUMENTS = {
-    "tokenizer_mode",
-    "tokenizer_revision",
-    "chat_template_args",
-}  # near a setting's name, but arguments of models
+# Arguments of models whose names resemble a setting's
+_MODEL_ARGUMENTS = {"tokenizer_mode", "tokenizer_revision", "chat_template_args"}
 
 
 def check_context(eval_len: int, metadata: Mapping[str, Any], prefix: int = 0) -> None:
-    """Refuse windows longer than the model's context, as far as the arguments and config.json tell it.
+    """Raise UserError for windows longer than the model's context, as given by the model arguments or config.json.
 
-    prefix: tokens that go before each window.
-
-    This is the early word, before a model is loaded; `lmeval_ext.requests` checks every model itself again.
+    prefix: number of tokens before each window. This check runs before a model is loaded; `lmeval_ext.requests` checks
+    the loaded model again.
     """
     limits = [(f"{name}={metadata[name]}", metadata[name]) for name in ("max_length",) if _number(metadata.get(name))]
     if _number(metadata.get("max_model_len")):
@@ -121,22 +122,21 @@ def check_context(eval_len: int, metadata: Mapping[str, Any], prefix: int = 0) -
             template = f" with the {prefix} tokens of the chat template" if prefix else ""
             raise UserError(
                 f"eval_len={eval_len}{template} is beyond the model's context ({name}); lower eval_len with --metadata "
-                f"'{{\"eval_len\": {int(limit) - prefix}}}', or raise the model's limit if the model can take it"
+                f"'{{\"eval_len\": {int(limit) - prefix}}}', or raise the limit if the model supports more"
             )
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, int) or (isinstance(value, str) and value.isdigit())  # anything else: the model will say
+    """Return whether an argument is a whole number; the model itself refuses anything else."""
+    return isinstance(value, int) or (isinstance(value, str) and value.isdigit())
 
 
 def _config_context(pretrained: Any) -> int | None:
-    path = Path(pretrained) / "config.json" if isinstance(pretrained, str) else None
-    if path is None or not path.is_file():
+    """Return max_position_embeddings of a checkpoint folder, None if it cannot be read from config.json."""
+    if not isinstance(pretrained, str) or not (Path(pretrained) / "config.json").is_file():
         return None
     try:
-        config = json.loads(path.read_text())
-        text = config.get("text_config") or config
-        value = text.get("max_position_embeddings")
-    except (ValueError, AttributeError, OSError):
-        return None  # the model's own loader will say what is wrong with the file
+        value = read_config(Path(pretrained)).text_config.get("max_position_embeddings")
+    except (StorageError, OSError):
+        return None  # the model's own loader reports a damaged file
     return value if isinstance(value, int) and value > 0 else None

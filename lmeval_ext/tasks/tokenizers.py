@@ -1,4 +1,4 @@
-"""Which tokenizer a task's text is cut with: a Transformers folder or a GGUF file."""
+"""Which tokenizer a task's text is tokenized with: a Transformers folder or a GGUF file."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ from lmeval_ext.tokens import HFTokenizer, TextTokenizer
 
 
 def load_tokenizer(settings: dict[str, Any]) -> TextTokenizer:
-    """The tokenizer that the settings (model arguments and --metadata, merged by the harness) name.
+    """Load the tokenizer that the settings name.
 
-    `tokenizer` wins; else the checkpoint's own: a GGUF file's vocabulary, or the folder's tokenizer.
-    Raises UserError where none is named.
+    settings: model arguments and --metadata, merged by the harness. `tokenizer` is used if given, otherwise the
+    checkpoint's own: the vocabulary of a GGUF file, or the tokenizer in the folder. With `tokenizer` and a GGUF
+    checkpoint, both are loaded and every encoding is compared.
+
+    Raises UserError if no tokenizer is named or the named one cannot be loaded.
     """
-    named, model = settings.get("tokenizer"), settings.get("pretrained")
-    source = named or model
+    model = settings.get("pretrained")
+    source = settings.get("tokenizer") or model
     if not isinstance(source, str) or not source:
         raise UserError(
-            "no tokenizer is known: the task was built without model arguments, or with a model object; name one "
-            'with --metadata \'{"tokenizer": "FOLDER or hub id"}\' or TaskManager(metadata={"tokenizer": …})'
+            "no tokenizer is known: the task was built without model arguments or with a model object; name one with "
+            '--metadata \'{"tokenizer": "FOLDER or hub id"}\' or TaskManager(metadata={"tokenizer": …})'
         )
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
     gguf = model if isinstance(model, str) and _is_gguf(model) else None
@@ -36,11 +39,12 @@ def load_tokenizer(settings: dict[str, Any]) -> TextTokenizer:
 
 
 def _is_gguf(source: str) -> bool:
-    # The same rule by which storage and the llamacpp adapter take a path for a GGUF model
+    """Return whether storage and the llamacpp adapter, too, take the path for a GGUF model."""
     return Path(source).exists() and gguf_file(Path(source)) is not None
 
 
 def _hf_tokenizer(source: str, settings: dict[str, Any]) -> HFTokenizer:
-    named = settings.get("tokenizer")
-    revision = settings.get("tokenizer_revision") or (None if named else settings.get("revision"))
+    # `revision` is the model's: it applies to the checkpoint's own tokenizer only
+    model_revision = None if settings.get("tokenizer") else settings.get("revision")
+    revision = settings.get("tokenizer_revision") or model_revision
     return HFTokenizer(source, revision, bool(settings.get("trust_remote_code", False)))

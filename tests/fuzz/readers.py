@@ -41,7 +41,7 @@ class Reader:
 
 
 def _header() -> dict[str, Any]:
-    from tests.storage.storage_builders import dense, header_of
+    from tests.storage.builders import dense, header_of
 
     header, _ = header_of(dense(layers=1, hidden=8, inner=8, vocab=8))
     return {"__metadata__": {"format": "pt"}, **header}

@@ -1,4 +1,4 @@
-"""Broken and hostile checkpoints, given to the adapters: one clear line that names the file, and no number."""
+"""Damaged and hostile checkpoints in the adapters: one clear line that names the file, and no figure."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from lmeval_ext.storage.gguf_header import read_gguf
 from tests.conftest import ROOT, run
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-LOST = "model.layers.1.mlp.up_proj.weight"
+MISSING = "model.layers.1.mlp.up_proj.weight"
 
 
 def refusal(name: str, **arguments: Any) -> str:
-    """The one line in which an adapter refuses."""
+    """Return the message, one line, with which an adapter refuses a checkpoint."""
     with pytest.raises(UserError) as caught:
         get_model(name)(**arguments)
     message = str(caught.value)
@@ -37,7 +37,7 @@ def checkpoint(tiny_llama: Path, tmp_path: Path) -> Path:
 
 
 def cut(part: str) -> Callable[[Path], None]:
-    """Truncate the weights in one section of the file, or right after it."""
+    """Return a function that truncates the weights in one section of the file, or right after it."""
 
     def damage(folder: Path) -> None:
         path = folder / WEIGHTS
@@ -51,6 +51,8 @@ def cut(part: str) -> Callable[[Path], None]:
 
 
 def change(name: str, content: bytes | None) -> Callable[[Path], None]:
+    """Return a function that replaces the content of a file, or removes it for None."""
+
     def damage(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True) if content is None else (folder / name).write_bytes(content)
 
@@ -63,7 +65,7 @@ def no_tokenizer(folder: Path) -> None:
 
 
 def foreign_index(folder: Path) -> None:
-    """All tensors in a sound file beside the folder."""
+    """Move all tensors to an undamaged file outside the folder."""
     outside = folder.parent / "outside.safetensors"
     (folder / WEIGHTS).rename(outside)
     (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(load_file(outside), "../outside.safetensors")}))
@@ -74,9 +76,9 @@ def broken_index(folder: Path) -> None:
     (folder / INDEX).write_text('{"weight_map":')
 
 
-def lost_tensor(folder: Path) -> None:
+def missing_tensor(folder: Path) -> None:
     tensors = load_file(folder / WEIGHTS)
-    del tensors[LOST]
+    del tensors[MISSING]
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
@@ -92,14 +94,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
         ("last byte", "truncated"))},
     "index out of the folder": (foreign_index, "'../outside.safetensors' in the shard index is not a plain name"),
     "index not JSON": (broken_index, f"{INDEX} is not valid JSON"),
-    "a tensor is missing": (lost_tensor, LOST),
+    "a tensor is missing": (missing_tensor, MISSING),
     "no tokenizer": (no_tokenizer, "no tokenizer there"),
     "tokenizer not JSON": (change("tokenizer.json", b"{"), "tokenizer.json is not valid JSON"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_transformers_checkpoints(checkpoint: Path, damage: str) -> None:
+def test_damaged_transformers_checkpoint_is_refused(checkpoint: Path, damage: str) -> None:
     apply, words = DAMAGES[damage]
     apply(checkpoint)
     message = refusal("hf_quant", pretrained=str(checkpoint), dtype="float32", device="cpu")
@@ -107,7 +109,7 @@ def test_transformers_checkpoints(checkpoint: Path, damage: str) -> None:
     assert str(checkpoint) in message
 
 
-def test_a_tokenizer_from_elsewhere_is_enough(checkpoint: Path, tiny_llama: Path) -> None:
+def test_tokenizer_from_another_folder_is_accepted(checkpoint: Path, tiny_llama: Path) -> None:
     no_tokenizer(checkpoint)
     model = get_model("hf_quant")(pretrained=str(checkpoint), tokenizer=str(tiny_llama), device="cpu")
     assert model.tok_encode("a")
@@ -126,32 +128,32 @@ def gguf(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return file.read_bytes()
 
 
-def write(raw: bytes, at: int, value: int, kind: str = "<Q") -> bytes:
+def overwrite(raw: bytes, at: int, value: int, kind: str = "<Q") -> bytes:
     changed = bytearray(raw)
     struct.pack_into(kind, changed, at, value)
     return bytes(changed)
 
 
 def after(raw: bytes, name: bytes, more: int) -> int:
-    """The position so many bytes after a name in the header."""
+    """Return the position `more` bytes after a name in the header."""
     return raw.index(name) + len(name) + more
 
 
 TENSOR = b"blk.0.ffn_up.weight"  # then: number of dimensions, two sizes, type, offset
 COUNTS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
-    "many tensors": (lambda raw: write(raw, 8, 2**40), "announces 1,099,511,627,776 tensors"),
-    "a tensor more": (lambda raw: write(raw, 8, raw[8] + 1), "could not load"),
-    "a tensor less": (lambda raw: write(raw, 8, raw[8] - 1), "could not load"),
-    "no tensors": (lambda raw: write(raw, 8, 0), "no tensors"),
-    "many keys": (lambda raw: write(raw, 16, 2**62), "metadata keys"),
-    "a key more": (lambda raw: write(raw, 16, raw[16] + 1), "could not load"),
-    "many words": (lambda raw: write(raw, after(raw, b"tokenizer.ggml.tokens", 8), 2**50), "strings in an array"),
-    "no layers": (lambda raw: write(raw, after(raw, b"llama.block_count", 4), 0, "<I"), "announces 0 layers"),
-    "many layers": (lambda raw: write(raw, after(raw, b"llama.block_count", 4), 2**31, "<I"), "2147483648 layers"),
-    "five dimensions": (lambda raw: write(raw, after(raw, TENSOR, 0), 5, "<I"), "5 dimensions"),
-    "huge size": (lambda raw: write(raw, after(raw, TENSOR, 4), 2**40), "could not load"),
-    "unknown type": (lambda raw: write(raw, after(raw, TENSOR, 20), 999, "<I"), "type 999"),
-    "far offset": (lambda raw: write(raw, after(raw, TENSOR, 24), 2**40), "truncated"),
+    "many tensors": (lambda raw: overwrite(raw, 8, 2**40), "announces 1,099,511,627,776 tensors"),
+    "a tensor more": (lambda raw: overwrite(raw, 8, raw[8] + 1), "could not load"),
+    "a tensor less": (lambda raw: overwrite(raw, 8, raw[8] - 1), "could not load"),
+    "no tensors": (lambda raw: overwrite(raw, 8, 0), "no tensors"),
+    "many keys": (lambda raw: overwrite(raw, 16, 2**62), "metadata keys"),
+    "a key more": (lambda raw: overwrite(raw, 16, raw[16] + 1), "could not load"),
+    "many words": (lambda raw: overwrite(raw, after(raw, b"tokenizer.ggml.tokens", 8), 2**50), "strings in an array"),
+    "no layers": (lambda raw: overwrite(raw, after(raw, b"llama.block_count", 4), 0, "<I"), "announces 0 layers"),
+    "many layers": (lambda raw: overwrite(raw, after(raw, b"llama.block_count", 4), 2**31, "<I"), "2147483648 layers"),
+    "five dimensions": (lambda raw: overwrite(raw, after(raw, TENSOR, 0), 5, "<I"), "5 dimensions"),
+    "huge size": (lambda raw: overwrite(raw, after(raw, TENSOR, 4), 2**40), "could not load"),
+    "unknown type": (lambda raw: overwrite(raw, after(raw, TENSOR, 20), 999, "<I"), "type 999"),
+    "far offset": (lambda raw: overwrite(raw, after(raw, TENSOR, 24), 2**40), "truncated"),
     "cut in the counts": (lambda raw: raw[:12], "truncated"),
     "cut in the keys": (lambda raw: raw[:300], "truncated"),
     "cut in the data": (lambda raw: raw[:-1], "truncated"),
@@ -160,8 +162,10 @@ COUNTS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 
 
 @pytest.mark.parametrize("case", COUNTS)
-def test_gguf_files(gguf: bytes, tmp_path: Path, case: str, capfd: pytest.CaptureFixture[str]) -> None:
-    """Two of these make llama.cpp abort, and this process with it, where its file is not looked at first."""
+def test_damaged_gguf_file_is_refused(
+    gguf: bytes, tmp_path: Path, case: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Two of these files abort llama.cpp, and this process with it, unless the adapter checks the file first."""
     change_bytes, words = COUNTS[case]
     path = tmp_path / "model.gguf"
     path.write_bytes(change_bytes(gguf))
@@ -170,7 +174,7 @@ def test_gguf_files(gguf: bytes, tmp_path: Path, case: str, capfd: pytest.Captur
     assert str(path) in message
 
 
-def test_the_sound_file_is_taken(gguf: bytes, tmp_path: Path) -> None:
+def test_undamaged_gguf_file_loads(gguf: bytes, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(gguf)
     assert get_model("llamacpp")(pretrained=str(path)).tok_encode("a")
@@ -180,7 +184,7 @@ def test_the_sound_file_is_taken(gguf: bytes, tmp_path: Path) -> None:
 # ------------------------------------------------------------------ the command
 
 
-def test_the_command_says_one_line(checkpoint: Path, tmp_path: Path) -> None:
+def test_command_fails_with_one_line(checkpoint: Path, tmp_path: Path) -> None:
     weights = checkpoint / WEIGHTS
     weights.write_bytes(weights.read_bytes()[:-10])
     done = run("lm_eval", "run", "--model", "hf_quant", "--model_args", f"pretrained={checkpoint}", "--tasks",

@@ -1,4 +1,4 @@
-"""Texts and tokens: the data set's published figures, and every rule for BOS."""
+"""Texts and tokens: the published figures of the data set, and every rule for BOS."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_raw_file_and_parquet_are_the_published_rows(wikitext: Path) -> None:
     assert parquet.raw() == (wikitext / "wiki.test.raw").read_bytes().decode().removesuffix("\n")
 
 
-def test_blank_rows_kept_or_dropped() -> None:
+def test_blank_rows_are_kept_or_dropped() -> None:
     corpus = Corpus("x", ("a\n", "", "b\n"))
     assert corpus.joined() == "a\n\n\n\n\nb\n"
     assert corpus.joined("drop") == "a\n\n\nb\n"
@@ -35,7 +35,7 @@ def test_blank_rows_kept_or_dropped() -> None:
 
 
 def test_bundled_text_is_long_enough_for_an_error_bar() -> None:
-    """20 windows of 2048 every 512 need 11,777 tokens; English has about 1.3 tokens a word."""
+    """20 windows of 2048 every 512 need 11,777 tokens; English has about 1.3 tokens per word."""
     corpus = read_corpus(SAMPLE)
     assert sum(len(r.split()) for r in corpus.rows) > 9_500
     assert sum(r.startswith(" = ") for r in corpus.rows) > 20
@@ -45,7 +45,7 @@ def test_bundled_text_is_long_enough_for_an_error_bar() -> None:
     ("content", "words"),
     [(None, "no such file"), (b"\xff\xfe\x00", "not UTF-8"), (b" \n\n", "holds no text")],
 )
-def test_bad_text_path(tmp_path: Path, content: bytes | None, words: str) -> None:
+def test_unusable_text_path_raises(tmp_path: Path, content: bytes | None, words: str) -> None:
     path = tmp_path / "text.txt"
     if content is not None:
         path.write_bytes(content)
@@ -54,7 +54,7 @@ def test_bad_text_path(tmp_path: Path, content: bytes | None, words: str) -> Non
     assert "text.txt" in str(caught.value)
 
 
-def test_bad_parquet(tmp_path: Path) -> None:
+def test_unusable_parquet_raises(tmp_path: Path) -> None:
     import pandas
 
     broken, other = tmp_path / "broken.parquet", tmp_path / "other.parquet"
@@ -67,12 +67,12 @@ def test_bad_parquet(tmp_path: Path) -> None:
     assert read_corpus(other, "body").rows == ("x",)
 
 
-def test_hub_out_of_reach_names_text_path() -> None:
+def test_unreachable_hub_error_names_text_path() -> None:
     with pytest.raises(UserError, match="text_path"):
         load_hub_corpus("nobody/no-such-data-set", None, "test", "text")
 
 
-def test_bos_modes(tiny_llama: Path, bos_tokenizer: Path) -> None:
+def test_bos_modes_follow_the_tokenizer(tiny_llama: Path, bos_tokenizer: Path) -> None:
     plain, with_bos = HFTokenizer(str(tiny_llama)), HFTokenizer(str(bos_tokenizer))
     assert (plain.prefix, with_bos.prefix) == ([], [0])
     text = "Iceland is an island."
@@ -87,7 +87,7 @@ def test_bos_modes(tiny_llama: Path, bos_tokenizer: Path) -> None:
     assert result(with_bos, "none") == (ids, "none", None)
     assert result(plain, "once") == ([0, *ids], "once", None)
     assert result(plain, "each") == ([0, *ids], "each", 0)
-    # llama.cpp's way: in every window, if and only if the vocabulary adds BOS
+    # as llama.cpp does it: in every window, if and only if the vocabulary adds BOS
     assert result(with_bos, "tokenizer", each=True) == ([0, *ids], "each", 0)
     assert result(plain, "tokenizer", each=True) == (ids, "none", None)
     with pytest.raises(UserError, match="bos='first'"):
@@ -102,7 +102,7 @@ def test_byte_ends_count_utf8(tiny_llama: Path) -> None:
     assert (np.diff(encoded.byte_ends) >= 0).all()
 
 
-def test_unknown_tokenizer_says_what_to_name() -> None:
+def test_missing_tokenizer_error_says_what_to_name() -> None:
     with pytest.raises(UserError, match="tokenizer"):
         load_tokenizer({})
     with pytest.raises(UserError, match="tokenizer='/nowhere' could not be loaded"):

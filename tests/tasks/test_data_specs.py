@@ -1,4 +1,4 @@
-"""Data sets by name, rows, and chat templates: what ExLlamaV3's compare_q means by them."""
+"""Data sets by name, rows, and chat templates, with the meaning that ExLlamaV3's compare_q gives them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def chat_tokenizer(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def _ids(tokenizer: Path, eval_len: int, stride: int, max_rows: int, text: str) -> tuple[list[int], list[list[int]]]:
-    """compare_q's loop, on plain lists: the template's ids, and the windows after it."""
+    """Return the template's ids and the windows after it, from compare_q's loop on plain lists."""
     from transformers import AutoTokenizer
 
     t = AutoTokenizer.from_pretrained(tokenizer)
@@ -38,7 +38,7 @@ def _ids(tokenizer: Path, eval_len: int, stride: int, max_rows: int, text: str) 
     return t(prompt, add_special_tokens=False)["input_ids"], windows
 
 
-def test_template_goes_before_each_window_and_the_tail_is_scored(chat_tokenizer: Path, tmp_path: Path) -> None:
+def test_template_precedes_each_window_and_the_tail_is_scored(chat_tokenizer: Path, tmp_path: Path) -> None:
     text = tmp_path / "t.txt"
     text.write_text("Snow fell on the harbour, and the boats lay still.\n" * 40)
     settings: dict[str, Any] = {"eval_len": 64, "stride": 48, "max_rows": 5, "warmup_tokens": 16}
@@ -66,15 +66,15 @@ def test_template_counts_towards_the_context(chat_tokenizer: Path) -> None:
         )
 
 
-def test_tokenizer_without_a_template_is_named(tiny_llama: Path) -> None:
+def test_tokenizer_without_a_template_raises_and_is_named(tiny_llama: Path) -> None:
     with pytest.raises(UserError, match=r"chat_template=true: the tokenizer .* renders none"):
         load_task("sample_strided", tokenizer=str(tiny_llama), chat_template=True, eval_len=64, stride=64)
     with pytest.raises(UserError, match="expected true or false"):
         load_task("sample_strided", tokenizer=str(tiny_llama), chat_template="yes")
 
 
-def test_first_rows_blank_ones_counted(tiny_llama: Path, tmp_path: Path) -> None:
-    """compare_q cuts the rows first and drops blank ones then."""
+def test_max_text_rows_counts_blank_rows(tiny_llama: Path, tmp_path: Path) -> None:
+    """compare_q takes the first rows, and then drops blank ones."""
     text = tmp_path / "t.txt"
     text.write_text("One line of some length about nothing.\n\nAnother line, of no more importance.\nA third one.\n")
     settings: dict[str, Any] = {"eval_len": 16, "stride": 8, "tokenizer": str(tiny_llama), "text_path": str(text)}
@@ -103,13 +103,13 @@ def test_first_rows_blank_ones_counted(tiny_llama: Path, tmp_path: Path) -> None
         ("ptb", None, "test", "sentence"),
     ],
 )
-def test_names_of_compare_q(alias: str, name: str | None, split: str, column: str) -> None:
+def test_short_names_match_compare_q(alias: str, name: str | None, split: str, column: str) -> None:
     settings = TaskSettings.of({"dataset": alias})
     assert (settings.dataset_name, settings.dataset_split, settings.text_column) == (name, split, column)
     assert settings.bundled_text is None
 
 
-def test_what_is_given_wins_over_the_name() -> None:
+def test_given_setting_wins_over_the_short_name() -> None:
     settings = TaskSettings.of({"dataset": "c4", "dataset_split": "train[:10]", "bundled_text": "sample.txt"})
     assert (settings.dataset_path, settings.dataset_split, settings.bundled_text) == ("allenai/c4", "train[:10]", None)
     assert TaskSettings.of({"dataset": "someone/texts"}).dataset_path == "someone/texts"
@@ -117,7 +117,7 @@ def test_what_is_given_wins_over_the_name() -> None:
     assert TaskSettings.of({}).dataset_path == "Salesforce/wikitext"
 
 
-def test_nearly_a_name_is_said() -> None:
+def test_misspelt_name_raises_with_a_suggestion() -> None:
     with pytest.raises(UserError, match="did you mean 'tinystories'"):
         TaskSettings.of({"dataset": "tinystory"})
 

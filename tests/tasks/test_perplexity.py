@@ -1,4 +1,4 @@
-"""The tasks in the harness: what is scored, what is recorded, what is refused."""
+"""The perplexity tasks in the harness: scores, records and refusals."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SMALL = {"eval_len": 64, "stride": 32, "max_rows": 24}
 
 
 class Uniform(TemplateLM):
-    """Gives every token the probability 1/4, but for what a test plants."""
+    """Gives every token the probability 1/4; `planted` replaces one log-probability of the first window."""
 
     planted: float | None = None
     tokenizer = None
@@ -35,21 +35,21 @@ class Uniform(TemplateLM):
         raise AssertionError("windows come as ids")
 
     def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> Any:
-        answers = []
+        scores = []
         for request in requests:
             logprobs = np.full(len(request.target_ids), math.log(0.25), dtype=np.float32)
-            if self.planted is not None and not answers:
+            if self.planted is not None and not scores:
                 logprobs[3] = self.planted
-            answers.append(WindowScores.of(logprobs, [True, *[False] * (len(logprobs) - 1)]))
-        return answers
+            scores.append(WindowScores.of(logprobs, [True, *[False] * (len(logprobs) - 1)]))
+        return scores
 
     def loglikelihood_rolling(self, requests: Any, **kwargs: Any) -> Any: ...
 
     def generate_until(self, requests: Any, **kwargs: Any) -> Any: ...
 
 
-class Stock(Uniform):
-    """A model of the harness' own: one sum a request, and whether all was greedy."""
+class HarnessModel(Uniform):
+    """Answers like a model of the harness itself: one sum per request, and whether all tokens were greedy."""
 
     def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> Any:
         return [(len(continuation) * math.log(0.25), False) for _, _context, continuation in requests]
@@ -65,7 +65,7 @@ def test_harness_still_has_the_method_that_scores_tokens() -> None:
     assert hasattr(TemplateLM, REQUEST_TYPE)  # ours, added to LM
 
 
-def test_metrics_and_record(tiny_llama: Path) -> None:
+def test_metrics_and_record_match_figures_by_hand(tiny_llama: Path) -> None:
     metrics, record = run_task(Uniform(), tokenizer=str(tiny_llama), **SMALL)
     assert metrics["token_perplexity,none"] == pytest.approx(4, rel=1e-6)
     assert metrics["token_perplexity_stderr,none"] == pytest.approx(0, abs=1e-6)
@@ -82,7 +82,7 @@ def test_metrics_and_record(tiny_llama: Path) -> None:
     assert len(record["tokens_sha256"]) == len(record["text_sha256"]) == 64
 
 
-def test_limit_is_the_first_windows_and_the_record_says_so(tiny_llama: Path) -> None:
+def test_limit_scores_and_records_the_first_windows(tiny_llama: Path) -> None:
     metrics, record = run_task(Uniform(), limit=3, tokenizer=str(tiny_llama), **SMALL)
     _, three = run_task(Uniform(), tokenizer=str(tiny_llama), **(SMALL | {"max_rows": 3}))
     assert record["windows"] == 3
@@ -102,14 +102,14 @@ def test_samples_hold_the_logprobs(tiny_llama: Path) -> None:
     assert sample["doc"] == {"window": 1, "start": 32, "end": 96, "first_target": 33}
 
 
-def test_stock_models_have_no_top1(tiny_llama: Path) -> None:
-    metrics, _ = run_task(Stock(), tokenizer=str(tiny_llama), **SMALL)
+def test_harness_models_have_no_top1_accuracy(tiny_llama: Path) -> None:
+    metrics, _ = run_task(HarnessModel(), tokenizer=str(tiny_llama), **SMALL)
     assert metrics["token_perplexity,none"] == pytest.approx(4)
     assert not any(key.startswith("top1") for key in metrics)
 
 
-def test_bits_per_byte_where_tokens_are_scored_once(tiny_llama: Path) -> None:
-    """Two bits a token: bits per byte = 2 × scored tokens / UTF-8 bytes of the text after its first token."""
+def test_bits_per_byte_exists_if_tokens_are_scored_once(tiny_llama: Path) -> None:
+    """Two bits per token: bits per byte = 2 × scored tokens / UTF-8 bytes of the text after its first token."""
     metrics, record = run_task(Uniform(), "wiki2_sliding", text_path=_text(), tokenizer=str(tiny_llama), **_ALL)
     from transformers import AutoTokenizer
 
@@ -136,7 +136,7 @@ def _rows() -> list[str]:
 
 
 @pytest.mark.parametrize("planted", [math.nan, -math.inf])
-def test_not_finite_is_counted_and_never_averaged_away(tiny_llama: Path, planted: float, caplog: Any) -> None:
+def test_nonfinite_logprob_is_counted_and_gives_null(tiny_llama: Path, planted: float, caplog: Any) -> None:
     model = Uniform()
     model.planted = planted
     result = evaluate(model, "sample_strided", metadata={"tokenizer": str(tiny_llama), **SMALL})
@@ -149,7 +149,7 @@ def test_not_finite_is_counted_and_never_averaged_away(tiny_llama: Path, planted
     assert "1 log-probabilities were NaN or infinite" in caplog.text
 
 
-def test_llamacpp_protocol_puts_bos_first_where_the_vocabulary_adds_it(tiny_llama: Path, bos_tokenizer: Path) -> None:
+def test_llamacpp_protocol_puts_bos_first_if_the_vocabulary_adds_it(tiny_llama: Path, bos_tokenizer: Path) -> None:
     for folder, first in ((bos_tokenizer, 0), (tiny_llama, None)):
         task = load_task("wiki2_llamacpp", text_path=_text(), tokenizer=str(folder), eval_len=64)
         task.build_all_requests(limit=3)
@@ -171,17 +171,17 @@ def test_llamacpp_protocol_puts_bos_first_where_the_vocabulary_adds_it(tiny_llam
         ({"blank_rows": "some"}, "blank_rows"),
     ],
 )
-def test_refusals(tiny_llama: Path, metadata: dict[str, Any], words: str) -> None:
+def test_unusable_settings_raise(tiny_llama: Path, metadata: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         load_task("sample_strided", **({"tokenizer": str(tiny_llama)} | metadata))
 
 
-def test_context_of_the_checkpoint_is_known_without_the_model(tiny_llama: Path) -> None:
+def test_context_is_read_from_config_before_the_model_loads(tiny_llama: Path) -> None:
     with pytest.raises(UserError, match="max_position_embeddings=256"):
         load_task("sample_strided", pretrained=str(tiny_llama), eval_len=257, stride=64)
 
 
-def test_misspelt_setting_is_said(tiny_llama: Path, caplog: Any) -> None:
+def test_misspelt_setting_logs_a_suggestion(tiny_llama: Path, caplog: Any) -> None:
     load_task("sample_strided", tokenizer=str(tiny_llama), eval_lenn=64, **SMALL)
     assert "did you mean 'eval_len'" in caplog.text
 
@@ -208,8 +208,8 @@ def test_scores_read_back_as_the_same_float32(values: list[float]) -> None:
 
 
 @given(st.lists(st.floats(width=32), min_size=1))
-def test_a_column_prints_the_list_that_the_answer_has(values: list[float]) -> None:
-    """--log_samples writes its text: what stands there is what `logprobs` would have, a float32 to the last bit."""
+def test_column_prints_the_same_list_as_logprobs(values: list[float]) -> None:
+    """--log_samples writes the column as text, with the same digits as `logprobs`: every bit of the float32."""
     given_values = np.array(values, dtype=np.float32)
     scores = WindowScores.of(given_values, given_values > 0, {"kld": given_values, "agree": given_values > 0})
     assert scores.divergence is not None
@@ -218,7 +218,7 @@ def test_a_column_prints_the_list_that_the_answer_has(values: list[float]) -> No
     assert np.asarray(scores.divergence["agree"]).dtype == bool
 
 
-def test_a_column_keeps_no_batch_alive() -> None:
+def test_column_does_not_keep_the_batch_alive() -> None:
     batch = np.zeros((16, 100), dtype=np.float32)
     column = TokenColumn(batch[3])
     batch[3] = 1
@@ -228,13 +228,13 @@ def test_a_column_keeps_no_batch_alive() -> None:
     assert column != TokenColumn(np.zeros(99))
 
 
-def test_scores_print_short() -> None:
-    """Half of the 17 digits of a float64, and no more."""
+def test_scores_print_ten_digits() -> None:
+    """Ten significant digits, instead of the 17 of a float64."""
     values = -np.random.default_rng(0).exponential(3, 1000).astype(np.float32)
     assert max(len(repr(v)) for v in WindowScores.of(values, values > 0).logprobs) <= len("-0.00012345678901")
 
 
-def test_samples_record_what_was_scored(tiny_llama: Path) -> None:
+def test_samples_option_records_the_scored_windows(tiny_llama: Path) -> None:
     task = load_task("sample_strided", tokenizer=str(tiny_llama), **SMALL)
     task.build_all_requests(samples=[4, 1, 1])
     record = task.dump_config()["metadata"]
@@ -245,8 +245,8 @@ def test_samples_record_what_was_scored(tiny_llama: Path) -> None:
         task.build_all_requests(samples=[24])
 
 
-def test_windows_inside_one_character_count(tiny_llama: Path, tmp_path: Path) -> None:
-    """Targets that span no byte of their own still cost bits: with stride 1 many windows are such."""
+def test_windows_inside_one_character_count_for_bits_per_byte(tiny_llama: Path, tmp_path: Path) -> None:
+    """Targets without a byte of their own still cost bits; with stride 1 many windows have only such targets."""
     text = tmp_path / "japanese.txt"
     text.write_text("東京は日本の首都である。\n" * 3)
     settings = {"text_path": str(text), "tokenizer": str(tiny_llama), "eval_len": 8, "stride": 1, "max_rows": 0}
@@ -256,8 +256,8 @@ def test_windows_inside_one_character_count(tiny_llama: Path, tmp_path: Path) ->
     assert metrics["bits_per_byte,none"] == pytest.approx(2 * record["scored_tokens"] / n_bytes)
 
 
-def test_raw_text_of_a_file_is_the_file(tiny_llama: Path, tmp_path: Path) -> None:
-    """llama-perplexity sees the file as it is: blank lines stay as they are, the last line end goes."""
+def test_raw_text_equals_the_file_without_last_line_end(tiny_llama: Path, tmp_path: Path) -> None:
+    """llama-perplexity reads the file unchanged, blank lines included, but without the last line end."""
     from lmeval_ext.tasks.corpus import Corpus, read_corpus
 
     text = tmp_path / "own.txt"
@@ -267,10 +267,10 @@ def test_raw_text_of_a_file_is_the_file(tiny_llama: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("spare", "length", "fits"), [(0, 64, True), (0, 63, False)])
-def test_stock_models_are_not_given_windows_beyond_their_context(
+def test_harness_model_refuses_windows_beyond_its_context(
     tiny_llama: Path, spare: int, length: int, fits: bool
 ) -> None:
-    model = Stock()
+    model = HarnessModel()
     model.max_length = length - spare
     if fits:
         run_task(model, limit=1, tokenizer=str(tiny_llama), **SMALL)
@@ -279,13 +279,13 @@ def test_stock_models_are_not_given_windows_beyond_their_context(
             run_task(model, limit=1, tokenizer=str(tiny_llama), **SMALL)
 
 
-def test_stock_vllm_needs_one_position_more(tiny_llama: Path) -> None:
-    vllm_like = type("VLLM", (Stock,), {"__module__": "lm_eval.models.vllm_causallms", "max_length": 64})
+def test_harness_vllm_reserves_one_position(tiny_llama: Path) -> None:
+    vllm_like = type("VLLM", (HarnessModel,), {"__module__": "lm_eval.models.vllm_causallms", "max_length": 64})
     with pytest.raises(UserError, match=r"context of 63 tokens \(less the one token"):
         run_task(vllm_like(), limit=1, tokenizer=str(tiny_llama), **SMALL)
 
 
-def test_models_without_token_scores_are_refused(tiny_llama: Path) -> None:
+def test_model_without_token_scores_is_refused(tiny_llama: Path) -> None:
     from lm_eval.models.dummy import DummyLM
 
     with pytest.raises(UserError, match="DummyLM does not score token ids"):

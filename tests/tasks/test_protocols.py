@@ -1,4 +1,4 @@
-"""Windows against the loops of the tools that defined them, and against properties that must hold."""
+"""Windows against the loops of the tools that defined the protocols, and against properties that must hold."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def bounds(protocol: str, n: int, eval_len: int, stride: int, **more: int) -> li
     return [(w.start, w.end, w.first_target) for w in spec.windows(n)]
 
 
-def test_exllama_by_hand() -> None:
+def test_exllama_windows_match_bounds_by_hand() -> None:
     # 10 tokens, windows of 4 every 2: starts 0, 2, 4 (6 is not < 10 - 4)
     assert bounds("exllama", 10, 4, 2) == [(0, 4, 1), (2, 6, 3), (4, 8, 5)]
     assert bounds("exllama", 10, 4, 2, max_rows=2) == [(0, 4, 1), (2, 6, 3)]
@@ -36,13 +36,13 @@ def test_llamacpp_scores_255_of_512() -> None:
     ]
 
 
-def test_sliding_by_hand() -> None:
+def test_sliding_windows_match_bounds_by_hand() -> None:
     # the guide's loop over 9 tokens, max_length 4, stride 2; the last window is ragged
     assert bounds("sliding", 9, 4, 2) == [(0, 4, 1), (2, 6, 4), (4, 8, 6), (6, 9, 8)]
 
 
-def test_twenty_windows_score_what_the_reference_scored() -> None:
-    """Counted by an implementation of its own: 20 windows of 304,978 tokens score 40,940 targets, 11,775 distinct."""
+def test_twenty_windows_match_an_independent_implementation() -> None:
+    """Counted by an independent implementation: 20 windows of 304,978 tokens score 40,940 targets, 11,775 distinct."""
     strided = WindowSpec("exllama", 2048, 512, max_rows=20).windows(304_978)
     sliding = WindowSpec("sliding", 2048, 512, max_rows=20).windows(304_978)
     assert sum(w.scored for w in strided) == 40_940
@@ -60,15 +60,15 @@ def test_sliding_scores_each_token_once(n: int, eval_len: int, stride: int) -> N
     assert max(w.end - w.start for w in windows) <= eval_len
 
 
-def test_disjoint_sliding_leaves_out_tokens_without_context() -> None:
-    # the guide's loop shifts labels, so a window's first token is never scored; token 8 would stand alone
+def test_disjoint_sliding_skips_tokens_without_context() -> None:
+    # the guide's loop shifts labels, so a window's first token is never scored; token 8 would be a window by itself
     assert bounds("sliding", 9, 4, 4) == [(0, 4, 1), (4, 8, 5)]
 
 
 @given(n=st.integers(2, 400), eval_len=lengths, stride=lengths, rows=st.integers(0, 5))
-def test_every_window_is_sound(n: int, eval_len: int, stride: int, rows: int) -> None:
-    for protocol, rule in PROTOCOLS.items():
-        if rule.disjoint:
+def test_windows_are_valid_for_every_protocol(n: int, eval_len: int, stride: int, rows: int) -> None:
+    for protocol, row in PROTOCOLS.items():
+        if row.disjoint:
             stride = eval_len
         if stride > eval_len or (protocol == "llamacpp" and eval_len < 4):
             continue
@@ -98,12 +98,12 @@ def test_every_window_is_sound(n: int, eval_len: int, stride: int, rows: int) ->
         (("nonsense", 8, 4), "choose one of exllama"),
     ],
 )
-def test_bad_settings_name_the_setting(arguments: tuple, words: str) -> None:
+def test_invalid_setting_raises_and_is_named(arguments: tuple, words: str) -> None:
     with pytest.raises(UserError, match=words):
         WindowSpec(*arguments)
 
 
-def test_text_shorter_than_a_window() -> None:
+def test_text_shorter_than_a_window_raises() -> None:
     for protocol in ("exllama", "sliding"):
         with pytest.raises(UserError, match="the text has 7 tokens, too few"):
             WindowSpec(protocol, 8, 4).windows(7)
@@ -123,7 +123,7 @@ def test_fingerprint_is_the_documented_hash() -> None:
     assert fingerprint(ids, [Window(0, 1, 4, 2)], bos_id=1) != by_hand
 
 
-def test_block_is_the_number_of_windows_that_share_tokens() -> None:
+def test_block_windows_is_the_number_of_windows_that_share_tokens() -> None:
     assert WindowSpec("exllama", 2048, 512).block_windows == 4
     assert WindowSpec("exllama", 2048, 600).block_windows == 4
     assert WindowSpec("gptq", 2048, 2048).block_windows == 1

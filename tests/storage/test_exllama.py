@@ -10,10 +10,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from lmeval_ext.storage import StorageError, inspect
-from tests.storage.storage_builders import FIXTURES, LLAMA, real_header, write_checkpoint
+from tests.storage.builders import FIXTURES, LLAMA, real_header, write_checkpoint
 
 
-def test_exl3_is_what_exllamav3_reports(tmp_path: Path) -> None:
+def test_exl3_matches_exllamav3(tmp_path: Path) -> None:
     config = json.loads((FIXTURES / "exl3-4.0bpw.json").read_text())["config"]
     info = inspect(real_header("exl3-4.0bpw", tmp_path, config))
     assert info.layer_bpw == pytest.approx(4.037704, abs=5e-7)
@@ -23,7 +23,7 @@ def test_exl3_is_what_exllamav3_reports(tmp_path: Path) -> None:
     assert (info.family, info.scheme, info.tied) == ("EXL3", "exl3-4.0bpw", False)
 
 
-def test_exl2_keeps_its_own_head_though_the_model_was_tied(tmp_path: Path) -> None:
+def test_exl2_of_a_tied_model_has_its_own_head(tmp_path: Path) -> None:
     config = {**LLAMA, "tie_word_embeddings": True, "num_hidden_layers": 30}
     config["quantization_config"] = {"quant_method": "exl2", "version": "0.3.2", "bits": 4.0, "head_bits": 6}
     info = inspect(real_header("exl2-4.0bpw", tmp_path, config))
@@ -33,8 +33,8 @@ def test_exl2_keeps_its_own_head_though_the_model_was_tied(tmp_path: Path) -> No
     assert (info.family, info.scheme, info.tied) == ("EXL2", "exl2-4.0bpw", False)
 
 
-def test_one_exl3_matrix_by_hand(tmp_path: Path) -> None:
-    """A 256 x 128 matrix at 3 bits: 256*128*3 bits of trellis, 16 bits a sign, one 32-bit codebook multiplier."""
+def test_exl3_matrix_matches_figures_by_hand(tmp_path: Path) -> None:
+    """A 256 x 128 matrix at 3 bits: 256*128*3 bits of trellis, 16 bits per sign, one 32-bit codebook multiplier."""
     spec = {
         "model.layers.0.mlp.up_proj.trellis": ("I16", (16, 8, 48)),
         "model.layers.0.mlp.up_proj.suh": ("F16", (256,)),
@@ -49,8 +49,8 @@ def test_one_exl3_matrix_by_hand(tmp_path: Path) -> None:
     assert info.scheme == "exl3-2.25bpw"
 
 
-def test_half_integer_bits_and_packed_signs_of_older_files(tmp_path: Path) -> None:
-    """exllamav3's LinearEXL3: a tile is 16 * K int16, K may be 2.5; su and sv hold 16 signs an int16."""
+def test_older_exl3_with_half_integer_bits_and_packed_signs_is_read(tmp_path: Path) -> None:
+    """exllamav3's LinearEXL3: a tile is 16 * K int16, K may be 2.5; su and sv hold 16 signs per int16."""
     spec = {
         "model.layers.0.mlp.up_proj.trellis": ("I16", (16, 8, 40)),
         "model.layers.0.mlp.up_proj.su": ("I16", (16,)),
@@ -63,7 +63,7 @@ def test_half_integer_bits_and_packed_signs_of_older_files(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("side", [".suh", ".svh"])
-def test_sides_that_do_not_fit_the_trellis_give_null(tmp_path: Path, side: str) -> None:
+def test_signs_that_do_not_fit_the_trellis_give_null(tmp_path: Path, side: str) -> None:
     base = "model.layers.0.mlp.up_proj"
     spec = {
         f"{base}.trellis": ("I16", (16, 8, 48)),
@@ -78,7 +78,7 @@ def test_sides_that_do_not_fit_the_trellis_give_null(tmp_path: Path, side: str) 
 
 
 def split(folder: Path, files: list[str]) -> None:
-    """Distribute output.safetensors over `files`."""
+    """Distribute the tensors of output.safetensors over `files`."""
     tensors = load_file(folder / "output.safetensors")
     (folder / "output.safetensors").unlink()
     names = sorted(tensors)
@@ -87,8 +87,8 @@ def split(folder: Path, files: list[str]) -> None:
 
 
 @pytest.mark.parametrize("shards", [1, 2])
-def test_exl2_beside_the_originals_index(tmp_path: Path, shards: int) -> None:
-    """ExLlamaV2's converter copies the index of a sharded original, which names files that are not there."""
+def test_exl2_with_the_originals_index_ignores_it(tmp_path: Path, shards: int) -> None:
+    """ExLlamaV2's converter copies the index of a sharded original, which names files that do not exist."""
     original = Path(__file__).parents[1] / "models" / "fixtures" / "tiny-exl2-4.0"
     folder = Path(shutil.copytree(original, tmp_path / "model"))
     files = [f"output-0000{i + 1}-of-00002.safetensors" for i in range(shards)]
@@ -96,10 +96,10 @@ def test_exl2_beside_the_originals_index(tmp_path: Path, shards: int) -> None:
         split(folder, files)
     index = {"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    found = inspect(folder)
-    assert found.layer_bpw == inspect(original).layer_bpw
-    assert any("copied by ExLlamaV2's converter" in note for note in found.notes)
-    if shards == 2:  # one of its own files is missing: still an error
+    info = inspect(folder)
+    assert info.layer_bpw == inspect(original).layer_bpw
+    assert any("copied by ExLlamaV2's converter" in note for note in info.notes)
+    if shards == 2:  # a missing file of the converter's own is still an error
         (folder / files[1]).unlink()
         with pytest.raises(StorageError, match="1 of 2 shards are missing"):
             inspect(folder)

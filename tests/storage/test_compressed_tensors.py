@@ -1,4 +1,4 @@
-"""compressed-tensors: checkpoints that the library itself compressed and saved, against arithmetic by hand."""
+"""compressed-tensors: checkpoints that the library itself compressed and saved, against figures by hand."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from compressed_tensors.quantization import (
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lmeval_ext.storage import inspect
-from tests.storage.storage_builders import LLAMA, write_checkpoint
+from tests.storage.builders import LLAMA, write_checkpoint
 
 HIDDEN, INNER, LAYERS, VOCAB = 96, 160, 2, 256
 KV = HIDDEN // 2
@@ -39,7 +39,7 @@ ELEMENTS = LAYERS * sum(out * inputs for out, inputs in SHAPES)
 
 
 def save(folder: Path, groups: dict[str, Any], ignore: tuple[str, ...] = ("lm_head",)) -> Path:
-    """A tiny random Llama with a bf16 embedding, compressed by the library."""
+    """Save a tiny random Llama with a bf16 embedding, compressed by the library."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=LAYERS, num_attention_heads=4,
@@ -60,7 +60,7 @@ def save(folder: Path, groups: dict[str, Any], ignore: tuple[str, ...] = ("lm_he
 
 
 def preset(name: str, group_size: int | None = None, targets: str = "Linear") -> Any:
-    if name.startswith("channel"):  # no preset: weight-only integers of that many bits, one scale a row
+    if name.startswith("channel"):  # no preset: weight-only integers, one scale per row
         weights = QuantizationArgs(num_bits=int(name.removeprefix("channel")), strategy="channel")
         return QuantizationScheme(targets=[targets], weights=weights)
     scheme = preset_name_to_scheme(name, [targets])
@@ -70,7 +70,7 @@ def preset(name: str, group_size: int | None = None, targets: str = "Linear") ->
 
 
 def packed_int4(out: int, inputs: int, group: int, asymmetric: bool) -> int:
-    """Bits: int32 words of 8 codes, a bf16 scale a group, the shape as two int64, packed zero points."""
+    """Return the bits of a matrix: int32 words of 8 codes, a bf16 scale per group, two int64 of shape, zero points."""
     words, groups = out * ceil(inputs / 8), out * (inputs // group)
     return 32 * words + 16 * groups + 2 * 64 + (32 * ceil(out / 8) * (inputs // group) if asymmetric else 0)
 
@@ -94,7 +94,7 @@ CASES: list[tuple[str, int | None, str, str, Bits]] = [
 
 
 @pytest.mark.parametrize(("name", "group", "family", "scheme", "bits"), CASES, ids=[case[0] for case in CASES])
-def test_every_preset_by_hand(
+def test_preset_matches_figures_by_hand(
     tmp_path: Path, name: str, group: int | None, family: str, scheme: str, bits: Bits
 ) -> None:
     info = inspect(save(tmp_path, {"group_0": preset(name, group)}))
@@ -108,15 +108,15 @@ def test_every_preset_by_hand(
     assert 8 * info.weight_bytes == info.layer_bits + 2 * 16 * VOCAB * HIDDEN + 16 * norms
 
 
-def test_input_width_that_does_not_fill_the_last_word(tmp_path: Path) -> None:
-    """3-bit codes: 10 in an int32, so 96 inputs take 10 words; only weight_shape knows that it is 96 and not 100."""
+def test_partly_filled_last_word_counts_logical_width(tmp_path: Path) -> None:
+    """3-bit codes: 10 per int32, so 96 inputs take 10 words; only weight_shape gives the width of 96, not 100."""
     info = inspect(save(tmp_path, {"group_0": preset("channel3")}))
     assert info.layer_elements == ELEMENTS
     assert info.layer_bits == LAYERS * sum(32 * out * ceil(i / 10) + 16 * out + 128 for out, i in SHAPES)
     assert info.scheme == "w3a16"
 
 
-def test_groups_of_different_formats(tmp_path: Path) -> None:
+def test_mixed_config_groups_are_summed(tmp_path: Path) -> None:
     groups = {
         "group_0": preset("NVFP4", targets=r"re:.*mlp\..*_proj$"),
         "group_1": preset("FP8_DYNAMIC", targets=r"re:.*self_attn\.(q|k)_proj$"),
@@ -130,13 +130,13 @@ def test_groups_of_different_formats(tmp_path: Path) -> None:
     assert (info.family, info.scheme) == ("NVFP4", "fp8-dynamic+nvfp4")
 
 
-def test_a_quantized_head_is_the_heads_figure(tmp_path: Path) -> None:
+def test_quantized_head_gives_head_bpw(tmp_path: Path) -> None:
     info = inspect(save(tmp_path, {"group_0": preset("NVFP4A16")}, ignore=()))
     assert info.head_bits == VOCAB * HIDDEN * 4 + VOCAB * HIDDEN // 16 * 8 + 32
     assert info.head_elements == VOCAB * HIDDEN
 
 
-def test_scales_that_do_not_fit_give_null_and_the_reason(tmp_path: Path) -> None:
+def test_mismatched_scales_give_null_and_the_reason(tmp_path: Path) -> None:
     base = "model.layers.0.mlp.up_proj"
     spec = {
         f"{base}.weight_packed": ("U8", (32, 32)),
@@ -150,8 +150,8 @@ def test_scales_that_do_not_fit_give_null_and_the_reason(tmp_path: Path) -> None
     assert any(base in note and "[32, 4]" in note for note in info.notes)
 
 
-def test_weight_shape_that_the_words_cannot_hold_gives_null(tmp_path: Path) -> None:
-    """The sparse file's weight_shape reads 0 x 0."""
+def test_impossible_weight_shape_gives_null(tmp_path: Path) -> None:
+    """The weight_shape of the sparse file is 0 x 0."""
     base = "model.layers.0.mlp.up_proj"
     spec = {
         f"{base}.weight_packed": ("I32", (32, 8)),
@@ -164,8 +164,8 @@ def test_weight_shape_that_the_words_cannot_hold_gives_null(tmp_path: Path) -> N
     assert any("weight_shape says 0 x 0" in note for note in info.notes)
 
 
-def test_the_saved_config_is_the_librarys(tmp_path: Path) -> None:
-    """Guards the tests above: the checkpoint really is in the packed format."""
+def test_saved_config_is_in_the_packed_format(tmp_path: Path) -> None:
+    """Guards the tests above against checkpoints that are not packed."""
     save(tmp_path, {"group_0": preset("NVFP4A16")})
     config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert (config["quant_method"], config["format"]) == ("compressed-tensors", "nvfp4-pack-quantized")

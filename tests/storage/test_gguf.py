@@ -23,7 +23,7 @@ DIRECT = {
 
 
 def add(writer: gguf.GGUFWriter, name: str, kind: GGMLQuantizationType, rows: int, columns: int) -> None:
-    """A matrix of zeros in any type; quantized ones are handed over as their bytes."""
+    """Add a matrix of zeros in any type; quantized ones are given as bytes."""
     if kind in DIRECT:
         writer.add_tensor(name, np.zeros((rows, columns), DIRECT[kind]))
         return
@@ -71,13 +71,13 @@ def model(
 
 
 def by_the_reader(path: Path, pattern: str) -> tuple[int, int]:
-    """Bits and elements of the tensors whose names match, as gguf's own reader has them."""
+    """Return bits and elements of the tensors whose names match, from gguf's own reader."""
     tensors = [tensor for tensor in gguf.GGUFReader(path).tensors if re.search(pattern, tensor.name)]
     return 8 * sum(int(tensor.n_bytes) for tensor in tensors), sum(int(tensor.n_elements) for tensor in tensors)
 
 
 @pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)
-def test_every_type_equals_ggufs_own_sizes(tmp_path: Path, kind: GGMLQuantizationType) -> None:
+def test_every_type_matches_ggufs_own_sizes(tmp_path: Path, kind: GGMLQuantizationType) -> None:
     path = model(tmp_path / "model.gguf", kind)
     info = inspect(path)
     assert (info.layer_bits, info.layer_elements) == by_the_reader(path, r"attn_qkv|ffn_down")
@@ -88,7 +88,7 @@ def test_every_type_equals_ggufs_own_sizes(tmp_path: Path, kind: GGMLQuantizatio
     assert (info.family, info.scheme, info.tied) == ("GGUF", "Q4_K_M", False)
 
 
-def test_q4_k_by_hand(tmp_path: Path) -> None:
+def test_q4_k_matches_figures_by_hand(tmp_path: Path) -> None:
     """Q4_K stores 256 weights in 144 bytes, Q6_K in 210: ggml-common.h, block_q4_K and block_q6_K."""
     info = inspect(model(tmp_path / "model.gguf"))
     assert info.layer_bpw == (48 * 144 + 32 * 210) * 8 / (80 * 256)
@@ -101,14 +101,14 @@ def test_q4_k_by_hand(tmp_path: Path) -> None:
     }
 
 
-def test_tied_embeddings(tmp_path: Path) -> None:
+def test_tied_embedding_is_the_head(tmp_path: Path) -> None:
     info = inspect(model(tmp_path / "model.gguf", head=False))
     assert info.head_bpw == 8.5
     assert info.tied is True
     assert any("tied" in note for note in info.notes)
 
 
-def test_biases_of_experts_are_matrices_but_no_weights(tmp_path: Path) -> None:
+def test_expert_biases_are_not_weights(tmp_path: Path) -> None:
     def expert_bias(writer: gguf.GGUFWriter) -> None:
         writer.add_tensor("blk.0.ffn_up_exps.bias", np.zeros((8, 256), np.float32))
 
@@ -116,7 +116,7 @@ def test_biases_of_experts_are_matrices_but_no_weights(tmp_path: Path) -> None:
     assert inspect(model(tmp_path / "model.gguf", extra=expert_bias)).layer_bits == plain.layer_bits
 
 
-def test_fused_experts_count_with_all_their_dimensions(tmp_path: Path) -> None:
+def test_fused_experts_count_all_dimensions(tmp_path: Path) -> None:
     def experts(writer: gguf.GGUFWriter) -> None:
         writer.add_tensor(
             "blk.0.ffn_up_exps.weight", np.zeros((8, 16, 144), np.uint8), raw_dtype=GGMLQuantizationType.Q4_K
@@ -129,7 +129,7 @@ def test_fused_experts_count_with_all_their_dimensions(tmp_path: Path) -> None:
     assert info.layer_bits == plain.layer_bits + 8 * 16 * 144 * 8
 
 
-def test_draft_blocks_stand_apart(tmp_path: Path) -> None:
+def test_draft_blocks_are_excluded(tmp_path: Path) -> None:
     """nextn_predict_layers = 1 of block_count = 2: blk.1 is the draft."""
     info = inspect(model(tmp_path / "model.gguf", drafts=1))
     assert info.layer_elements == 80 * 256
@@ -137,7 +137,7 @@ def test_draft_blocks_stand_apart(tmp_path: Path) -> None:
     assert [part.elements for part in drafts] == [(80 + 8 + 1) * 256]
 
 
-def test_a_projector_file_has_no_language_model(tmp_path: Path) -> None:
+def test_projector_file_has_no_layer_figure(tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(tmp_path / "mmproj.gguf", "clip")
     add(writer, "v.blk.0.attn_q.weight", GGMLQuantizationType.F16, 4, 32)
     finish(writer)
@@ -158,7 +158,7 @@ def test_scheme_is_the_file_type_or_null(tmp_path: Path, file_type: int | None, 
 
 @pytest.mark.parametrize("alignment", [32, 4096])
 @pytest.mark.parametrize("endian", [gguf.GGUFEndian.LITTLE, gguf.GGUFEndian.BIG])
-def test_alignment_and_byte_order(tmp_path: Path, alignment: int, endian: gguf.GGUFEndian) -> None:
+def test_alignment_and_byte_order_are_respected(tmp_path: Path, alignment: int, endian: gguf.GGUFEndian) -> None:
     def align(writer: gguf.GGUFWriter) -> None:
         writer.add_custom_alignment(alignment)
 
@@ -181,21 +181,21 @@ def test_every_kind_of_metadata_is_skipped(tmp_path: Path) -> None:
 
 
 def split(folder: Path) -> list[Path]:
-    """The model in parts of two tensors, written by gguf's own splitter."""
+    """Write the model in parts of at most four tensors with gguf's own splitter."""
     model(folder / "model.gguf", split_max_tensors=4)
     return sorted(folder.glob("*.gguf"))
 
 
-def test_any_part_of_a_split_file_stands_for_the_whole(tmp_path: Path) -> None:
-    (tmp_path / "whole").mkdir()
-    whole = inspect(model(tmp_path / "whole" / "model.gguf"))
+def test_any_part_of_a_split_file_reads_all_parts(tmp_path: Path) -> None:
+    (tmp_path / "single").mkdir()
+    single = inspect(model(tmp_path / "single" / "model.gguf"))
     (tmp_path / "parts").mkdir()
     parts = split(tmp_path / "parts")
     assert len(parts) == 3
     for path in [*parts, tmp_path / "parts"]:
         info = inspect(path)
-        assert (info.layer_bpw, info.head_bpw, info.file_bpw) == (whole.layer_bpw, whole.head_bpw, whole.file_bpw)
-        assert (info.weight_bytes, info.scheme) == (whole.weight_bytes, "Q4_K_M")
+        assert (info.layer_bpw, info.head_bpw, info.file_bpw) == (single.layer_bpw, single.head_bpw, single.file_bpw)
+        assert (info.weight_bytes, info.scheme) == (single.weight_bytes, "Q4_K_M")
 
 
 def test_missing_part_is_named(tmp_path: Path) -> None:
@@ -205,13 +205,13 @@ def test_missing_part_is_named(tmp_path: Path) -> None:
         inspect(parts[2])
 
 
-def test_renamed_part_says_how_to_name_it(tmp_path: Path) -> None:
+def test_renamed_part_error_gives_the_expected_name(tmp_path: Path) -> None:
     parts = split(tmp_path)
     with pytest.raises(StorageError, match="00001-of-00003"):
         inspect(parts[1].rename(tmp_path / "part.gguf"))
 
 
-def test_swapped_parts_are_found_out(tmp_path: Path) -> None:
+def test_swapped_parts_raise(tmp_path: Path) -> None:
     parts = split(tmp_path)
     parts[1].rename(tmp_path / "x")
     parts[2].rename(parts[1])
@@ -220,14 +220,15 @@ def test_swapped_parts_are_found_out(tmp_path: Path) -> None:
         inspect(parts[0])
 
 
-def test_two_models_in_a_folder_must_be_named(tmp_path: Path) -> None:
+def test_two_models_in_a_folder_raise_and_are_named(tmp_path: Path) -> None:
     model(tmp_path / "a.gguf")
     model(tmp_path / "b.gguf")
     with pytest.raises(StorageError, match=r"a\.gguf, b\.gguf"):
         inspect(tmp_path)
 
 
-def little(version: int = 3, tensors: int = 0, keys: int = 0, rest: bytes = b"") -> bytes:
+def header(version: int = 3, tensors: int = 0, keys: int = 0, rest: bytes = b"") -> bytes:
+    """Return a little-endian GGUF header with any counts, followed by `rest`."""
     return b"GGUF" + struct.pack("<IQQ", version, tensors, keys) + rest
 
 
@@ -242,35 +243,35 @@ def tensor(name: bytes, sizes: list[int], kind: int = 0, offset: int = 0) -> byt
 HOSTILE = {
     "empty": (b"", "magic"),
     "magic": (b"GGUX" + bytes(60), "magic"),
-    "version": (little(version=9), "version 9"),
+    "version": (header(version=9), "version 9"),
     "cut": (b"GGUF\x03\x00\x00\x00\x01", "truncated"),
-    "tensors": (little(tensors=2**60), "tensors"),
-    "keys": (little(keys=2**60), "metadata keys"),
-    "key length": (little(keys=1, rest=struct.pack("<Q", 2**63)), "string"),
-    "key not UTF-8": (little(keys=1, rest=text(b"\xff\xfe") + bytes(16)), "UTF-8"),
-    "unknown kind": (little(keys=1, rest=text(b"a") + struct.pack("<I", 99)), "type 99"),
-    "array length": (little(keys=1, rest=text(b"a") + struct.pack("<IIQ", 9, 4, 2**62)), "truncated"),
-    "strings": (little(keys=1, rest=text(b"a") + struct.pack("<IIQ", 9, 8, 2**40)), "strings in an array"),
-    "string in array": (little(keys=1, rest=text(b"a") + struct.pack("<IIQQ", 9, 8, 1, 2**64 - 8)), "truncated"),
-    "array of arrays": (little(keys=1, rest=text(b"a") + struct.pack("<IIQ", 9, 9, 1)), "array of arrays"),
-    "same key": (little(keys=2, rest=2 * (text(b"a") + struct.pack("<IB", 0, 1))), "twice"),
+    "tensors": (header(tensors=2**60), "tensors"),
+    "keys": (header(keys=2**60), "metadata keys"),
+    "key length": (header(keys=1, rest=struct.pack("<Q", 2**63)), "string"),
+    "key not UTF-8": (header(keys=1, rest=text(b"\xff\xfe") + bytes(16)), "UTF-8"),
+    "unknown kind": (header(keys=1, rest=text(b"a") + struct.pack("<I", 99)), "type 99"),
+    "array length": (header(keys=1, rest=text(b"a") + struct.pack("<IIQ", 9, 4, 2**62)), "truncated"),
+    "strings": (header(keys=1, rest=text(b"a") + struct.pack("<IIQ", 9, 8, 2**40)), "strings in an array"),
+    "string in array": (header(keys=1, rest=text(b"a") + struct.pack("<IIQQ", 9, 8, 1, 2**64 - 8)), "truncated"),
+    "array of arrays": (header(keys=1, rest=text(b"a") + struct.pack("<IIQ", 9, 9, 1)), "array of arrays"),
+    "same key": (header(keys=2, rest=2 * (text(b"a") + struct.pack("<IB", 0, 1))), "twice"),
     "alignment": (
-        little(tensors=1, keys=1, rest=text(b"general.alignment") + struct.pack("<II", 4, 3) + tensor(b"a", [1])),
+        header(tensors=1, keys=1, rest=text(b"general.alignment") + struct.pack("<II", 4, 3) + tensor(b"a", [1])),
         "power of two",
     ),
-    "no tensors": (little(), "no tensors"),
-    "dimensions": (little(tensors=1, rest=text(b"a") + struct.pack("<I", 2**31)), "dimensions"),
-    "tensor type": (little(tensors=1, rest=tensor(b"a", [4], kind=250)), "Update gguf"),
-    "part of a block": (little(tensors=1, rest=tensor(b"a", [33], kind=8) + bytes(64)), "whole blocks of 32"),
-    "data": (little(tensors=1, rest=tensor(b"a", [2**60, 2**60])), "truncated"),
-    "offset": (little(tensors=1, rest=tensor(b"a", [4], offset=2**62) + bytes(64)), "truncated"),
-    "overlap": (little(tensors=2, rest=tensor(b"a", [4]) + tensor(b"b", [4], offset=8) + bytes(99)), "overlap"),
-    "same name": (little(tensors=2, rest=tensor(b"a", [4]) + tensor(b"a", [4], offset=32) + bytes(99)), "same name"),
+    "no tensors": (header(), "no tensors"),
+    "dimensions": (header(tensors=1, rest=text(b"a") + struct.pack("<I", 2**31)), "dimensions"),
+    "tensor type": (header(tensors=1, rest=tensor(b"a", [4], kind=250)), "Update gguf"),
+    "part of a block": (header(tensors=1, rest=tensor(b"a", [33], kind=8) + bytes(64)), "whole blocks of 32"),
+    "data": (header(tensors=1, rest=tensor(b"a", [2**60, 2**60])), "truncated"),
+    "offset": (header(tensors=1, rest=tensor(b"a", [4], offset=2**62) + bytes(64)), "truncated"),
+    "overlap": (header(tensors=2, rest=tensor(b"a", [4]) + tensor(b"b", [4], offset=8) + bytes(99)), "overlap"),
+    "same name": (header(tensors=2, rest=tensor(b"a", [4]) + tensor(b"a", [4], offset=32) + bytes(99)), "same name"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_hostile_files_give_one_clear_error(tmp_path: Path, case: str) -> None:
+def test_hostile_file_raises_one_clear_error(tmp_path: Path, case: str) -> None:
     raw, message = HOSTILE[case]
     path = tmp_path / "model.gguf"
     path.write_bytes(raw)
@@ -279,7 +280,7 @@ def test_hostile_files_give_one_clear_error(tmp_path: Path, case: str) -> None:
     assert str(path) in str(caught.value)
 
 
-def test_every_truncation_is_an_error(tmp_path: Path) -> None:
+def test_truncated_file_raises(tmp_path: Path) -> None:
     raw = model(tmp_path / "model.gguf").read_bytes()
     path = tmp_path / "cut.gguf"
     for length in [*range(0, 1200, 37), len(raw) - 4000]:

@@ -1,19 +1,20 @@
-"""bitsandbytes, ModelOpt, AWQ, GPTQ: headers that the libraries wrote, against arithmetic by hand.
+"""bitsandbytes, ModelOpt, AWQ, GPTQ: headers that the libraries wrote, against figures by hand.
 
-fixtures/make_headers.py made the headers.
+fixtures/make_headers.py recorded the headers.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lmeval_ext.storage import inspect
-from tests.storage.storage_builders import FIXTURES, LLAMA, write_checkpoint, write_raw
+from tests.storage.builders import FIXTURES, LLAMA, write_checkpoint, write_raw
 
 RECORDS: dict[str, Any] = json.loads((FIXTURES / "library_headers.json").read_text())
 # (out, in) of q, k, v, o, gate, up, down: hidden 128, inner 256, two of four heads for keys and values.
@@ -41,7 +42,7 @@ def rebuild(folder: Path, name: str, drop: tuple[str, ...] = ()) -> Path:
 
 
 def gptq(bits: int) -> Callable[[int, int], int]:
-    """Codes, packed zero points and f16 scales a group, one int32 group index an input."""
+    """Return the bits: codes, packed zero points and f16 scales per group, one int32 group index per input."""
     return lambda out, i: out * i * bits + i // GROUP * out * (bits + 16) + 32 * i
 
 
@@ -49,7 +50,7 @@ def gptq(bits: int) -> Callable[[int, int], int]:
 CASES: list[tuple[str, str, str, Callable[[int, int], int]]] = [
     ("bnb-nf4", "bitsandbytes", "nf4", lambda o, i: o * i * 4 + o * i // 64 * 32 + 16 * 32),
     ("bnb-nf4-dq", "bitsandbytes", "nf4-dq",
-     lambda o, i: o * i * 4 + o * i // 64 * 8 + -(-o * i // 64 // 256) * 32 + (16 + 256) * 32),
+     lambda o, i: o * i * 4 + o * i // 64 * 8 + ceil(o * i / 64 / 256) * 32 + (16 + 256) * 32),
     ("bnb-fp4-bf16", "bitsandbytes", "fp4", lambda o, i: o * i * 4 + o * i // 64 * 32 + 16 * 32),
     ("bnb-int8", "bitsandbytes", "int8", lambda o, i: o * i * 8 + o * 32 + 8),
     ("modelopt-nvfp4", "NVFP4", "nvfp4", lambda o, i: o * i * 4 + o * i // 16 * 8 + 2 * 32),
@@ -63,12 +64,12 @@ CASES: list[tuple[str, str, str, Callable[[int, int], int]]] = [
 ]  # fmt: skip
 
 
-# AWQ's activation scales of o_proj and down_proj, bf16, one an input; the others are folded into norms and weights.
+# AWQ's activation scales of o_proj and down_proj, bf16, one per input; the others are folded into norms and weights.
 PRE_QUANT_SCALES = {"modelopt-int4-awq": 16 * (128 + 256), "modelopt-w4a8-awq": 16 * (128 + 256)}
 
 
 @pytest.mark.parametrize(("name", "family", "scheme", "bits"), CASES, ids=[case[0] for case in CASES])
-def test_what_the_library_wrote(
+def test_library_header_matches_figures_by_hand(
     tmp_path: Path, name: str, family: str, scheme: str, bits: Callable[[int, int], int]
 ) -> None:
     header = RECORDS[name]["header"]
@@ -83,11 +84,11 @@ def test_what_the_library_wrote(
     assert info.elements == ELEMENTS + 2 * 256 * 128 + 3 * 128
 
 
-def test_cases_are_all_of_the_fixtures() -> None:
+def test_every_fixture_has_a_case() -> None:
     assert {case[0] for case in CASES} == set(RECORDS)
 
 
-def test_modelopt_known_by_its_own_file_alone(tmp_path: Path) -> None:
+def test_modelopt_scheme_from_hf_quant_config(tmp_path: Path) -> None:
     """Older exports have no quantization_config in config.json, only hf_quant_config.json."""
     folder = rebuild(tmp_path, "modelopt-nvfp4")
     config = json.loads((folder / "config.json").read_text())
@@ -96,7 +97,7 @@ def test_modelopt_known_by_its_own_file_alone(tmp_path: Path) -> None:
     assert inspect(folder).scheme == "nvfp4"
 
 
-def test_gptq_known_by_quantize_config_alone(tmp_path: Path) -> None:
+def test_gptq_scheme_from_quantize_config(tmp_path: Path) -> None:
     folder = rebuild(tmp_path, "gptq-4")
     config = json.loads((folder / "config.json").read_text())
     (folder / "quantize_config.json").write_text(json.dumps({"bits": 4, "group_size": GROUP}))
@@ -105,7 +106,7 @@ def test_gptq_known_by_quantize_config_alone(tmp_path: Path) -> None:
     assert inspect(folder).scheme == "gptq-w4-g32"
 
 
-def test_the_tensors_alone_give_the_figures_but_not_the_scheme(tmp_path: Path) -> None:
+def test_tensors_without_config_give_figures_but_no_scheme(tmp_path: Path) -> None:
     known = inspect(rebuild(tmp_path / "known", "awq"))
     info = inspect(rebuild(tmp_path / "bare", "awq", drop=("config.json",)))
     assert (info.layer_bpw, info.head_bpw, info.family) == (known.layer_bpw, known.head_bpw, "AWQ")
@@ -128,7 +129,7 @@ GPTQ = {".qweight": ("I32", (8, 32)), ".qzeros": ("I32", (2, 4)), ".scales": ("F
         (GPTQ, ".scales", (3, 32)),
     ],
 )
-def test_parts_that_contradict_each_other_give_null(
+def test_contradicting_parts_give_null(
     tmp_path: Path, layout: dict[str, Any], suffix: str, shape: tuple[int, ...]
 ) -> None:
     parts = {**layout, suffix: (layout[suffix][0], shape)}
@@ -140,14 +141,14 @@ def test_parts_that_contradict_each_other_give_null(
 
 
 @pytest.mark.parametrize("layout", [AWQ, GPTQ])
-def test_the_same_parts_unharmed_are_read(tmp_path: Path, layout: dict[str, Any]) -> None:
+def test_consistent_parts_are_read(tmp_path: Path, layout: dict[str, Any]) -> None:
     spec = {f"model.layers.0.mlp.up_proj{key}": value for key, value in layout.items()}
     info = inspect(write_checkpoint(tmp_path, {**spec, "lm_head.weight": ("F16", (8, 64))}, LLAMA))
     assert info.layer_elements == 64 * 32
 
 
-def test_gpt_oss_experts(tmp_path: Path) -> None:
-    """transformers' integrations/mxfp4.py: 3-D experts, 32 codes in 16 bytes and one exponent byte."""
+def test_gpt_oss_experts_match_figures_by_hand(tmp_path: Path) -> None:
+    """transformers' integrations/mxfp4.py: 3-D experts, 32 codes in 16 bytes and one exponent byte per block."""
     base = "model.layers.0.mlp.experts.gate_up_proj"
     spec = {
         f"{base}_blocks": ("U8", (4, 64, 3, 16)),
@@ -163,8 +164,8 @@ def test_gpt_oss_experts(tmp_path: Path) -> None:
     assert [part.kind for part in info.excluded] == ["other", "router"]
 
 
-def test_fine_grained_fp8(tmp_path: Path) -> None:
-    """transformers' integrations/finegrained_fp8.py: one f32 scale a 128 x 128 block; experts fused in 5.x."""
+def test_fine_grained_fp8_matches_figures_by_hand(tmp_path: Path) -> None:
+    """transformers' integrations/finegrained_fp8.py: one f32 scale per 128 x 128 block; experts fused in 5.x."""
     spec = {
         "model.layers.0.mlp.up_proj.weight": ("F8_E4M3", (256, 384)),
         "model.layers.0.mlp.up_proj.weight_scale_inv": ("F32", (2, 3)),
@@ -182,7 +183,7 @@ def test_fine_grained_fp8(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "family"), [("vptq", "VPTQ"), ("aqlm", "AQLM"), ("hqq", "HQQ"), ("from-the-future", "from-the-future")]
 )
-def test_formats_without_a_row_give_null_and_say_so(tmp_path: Path, method: str, family: str) -> None:
+def test_unsupported_method_gives_null_and_a_note(tmp_path: Path, method: str, family: str) -> None:
     spec = {"model.layers.0.mlp.up_proj.codes": ("I16", (8, 8)), "lm_head.weight": ("F16", (8, 64))}
     info = inspect(write_checkpoint(tmp_path, spec, {**LLAMA, "quantization_config": {"quant_method": method}}))
     assert (info.layer_bpw, info.head_bpw, info.vram_gb, info.file_bpw, info.scheme) == (None,) * 5
@@ -203,15 +204,15 @@ def test_formats_without_a_row_give_null_and_say_so(tmp_path: Path, method: str,
         {".qweight": ("U8", (8, 8))},
     ],
 )
-def test_packed_tensors_that_no_row_explains_give_null(tmp_path: Path, tensors: dict[str, Any]) -> None:
+def test_unknown_packing_gives_null(tmp_path: Path, tensors: dict[str, Any]) -> None:
     spec = {f"model.layers.0.mlp.up_proj{key}": value for key, value in tensors.items()}
     info = inspect(write_checkpoint(tmp_path, {**spec, "lm_head.weight": ("F16", (8, 64))}, LLAMA))
     assert (info.layer_bpw, info.vram_gb, info.head_bpw) == (None, None, 16)
     assert any("up_proj" in note for note in info.notes)
 
 
-def test_bitsandbytes_installed_here_still_writes_that_layout(tmp_path: Path) -> None:
-    """The fixtures again, live; needs bitsandbytes, which is not a dependency of this project."""
+def test_installed_bitsandbytes_writes_the_recorded_layout(tmp_path: Path) -> None:
+    """Compares the recorded header with a new one; needs bitsandbytes, which is not a dependency of this project."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: only its recorded headers were checked")
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")

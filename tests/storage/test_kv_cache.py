@@ -1,4 +1,4 @@
-"""Bytes a token in the KV cache: worked by hand for known models, and measured on a real cache."""
+"""Bytes per token in the KV cache: by hand for known models, and measured on a real cache."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def folder_with(path: Path, **config: object) -> Path:
     ("changes", "expected"),
     [
         ({}, 131_072),  # 32 layers × 8 heads × 128 × (K and V) × 2 bytes: 128 KiB, 1 GiB at 8,192 tokens
-        ({"num_key_value_heads": None}, 524_288),  # one a head, as Llama 2 7B
+        ({"num_key_value_heads": None}, 524_288),  # one per attention head, as in Llama 2 7B
         ({"head_dim": 64}, 65_536),
         ({"torch_dtype": "float32"}, 262_144),
         ({"torch_dtype": None, "dtype": "float16"}, 131_072),
@@ -37,7 +37,7 @@ def folder_with(path: Path, **config: object) -> Path:
         ({"model_type": "mistral", "sliding_window": None}, 131_072),
     ],
 )  # fmt: skip
-def test_worked_by_hand(tmp_path, changes, expected):
+def test_known_model_matches_figure_by_hand(tmp_path, changes, expected):
     cache = kv_cache(folder_with(tmp_path / "m", **LLAMA_31_8B | changes))
     assert cache.bytes_per_token == expected
     assert cache.note is None
@@ -62,14 +62,14 @@ def test_worked_by_hand(tmp_path, changes, expected):
          "quantized KV cache"),
     ],
 )  # fmt: skip
-def test_unknown_is_null_with_its_reason(tmp_path, changes, reason):
+def test_unknown_cache_gives_null_and_the_reason(tmp_path, changes, reason):
     cache = kv_cache(folder_with(tmp_path / "m", **LLAMA_31_8B | changes))
     assert cache.bytes_per_token is None
     assert cache.dtype is None
     assert reason in cache.note
 
 
-def test_what_the_engine_was_told_counts(tmp_path):
+def test_given_cache_types_override_the_checkpoints(tmp_path):
     folder = folder_with(tmp_path / "m", **LLAMA_31_8B, quantization_config={"kv_cache_scheme": {"num_bits": 8}})
     assert kv_cache(folder, "fp8", "fp8").bytes_per_token == 65_536
     # ggml's q8_0 is 34 bytes for 32 elements: 32 × 8 × 128 × (34/32 + 2)
@@ -107,26 +107,26 @@ def write_gguf(path: Path, arch: str = "llama", **keys: object) -> Path:
         ({"arch": "gemma3"}, None),
     ],
 )
-def test_gguf(tmp_path, changes, expected):
+def test_gguf_matches_figure_by_hand(tmp_path, changes, expected):
     cache = kv_cache(write_gguf(tmp_path / "m.gguf", **changes))
     assert cache.bytes_per_token == expected
     assert (cache.note is None) == (expected is not None)
 
 
-def test_gguf_cache_types(tmp_path):
+def test_gguf_cache_types_by_name_and_number(tmp_path):
     path = write_gguf(tmp_path / "m.gguf")
     assert kv_cache(path).dtype == "F16"
     assert kv_cache(path, 8, 8).bytes_per_token == 12_240  # q8_0 by its number: 23,040 / 2 × 34/32
     assert kv_cache(path, 10_000, 8).bytes_per_token is None
 
 
-def test_no_config_is_no_figure(tmp_path):
+def test_missing_config_gives_the_reason(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert "no config.json" in kv_cache(tmp_path).note
 
 
-def test_a_real_cache_is_as_large(tiny_llama):
-    """The keys and values that transformers really keeps after 17 tokens."""
+def test_figure_matches_a_real_cache(tiny_llama):
+    """The keys and values that transformers keeps after 17 tokens."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -136,7 +136,7 @@ def test_a_real_cache_is_as_large(tiny_llama):
     assert kv_cache(tiny_llama).bytes_per_token * 17 == sum(t.numel() * t.element_size() for t in tensors)
 
 
-def test_adapters_record_it(tiny_llama):
+def test_quantization_record_has_the_figure(tiny_llama):
     """Two layers of width 64: queries and outputs 64 × 64, keys and values 64 × 32 (two heads), MLP 3 × 64 × 128."""
     from lmeval_ext.models.record import from_storage
 
@@ -144,8 +144,8 @@ def test_adapters_record_it(tiny_llama):
     assert facts.layer_parameters == 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
     assert (facts.kv_bytes_per_token, facts.kv_cache_dtype) == (2 * 2 * 16 * 2 * 4, "float32")
     assert not [note for note in facts.notes if "kv_bytes" in note]
-    told = from_storage(str(tiny_llama), ("fp8", "fp8"), label="m", engine="e", engine_version="1")
-    assert told.kv_bytes_per_token == 2 * 2 * 16 * 2
+    fp8 = from_storage(str(tiny_llama), ("fp8", "fp8"), label="m", engine="e", engine_version="1")
+    assert fp8.kv_bytes_per_token == 2 * 2 * 16 * 2
     unknown = from_storage(str(tiny_llama), ("float7", "float7"), label="m", engine="e", engine_version="1")
     assert unknown.kv_bytes_per_token is None
     assert [note for note in unknown.notes if "kv_bytes_per_token unknown" in note]

@@ -1,4 +1,4 @@
-"""Files from strangers: whatever stands in them, the answer is a StorageInfo or a StorageError that names the file."""
+"""Untrusted files: whatever they contain, the result is a StorageInfo or a StorageError that names the file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lmeval_ext.errors import UserError
 from lmeval_ext.storage import StorageError, StorageInfo, inspect
 from lmeval_ext.storage.__main__ import main
 from lmeval_ext.storage.safetensors_header import read_header
-from tests.storage.storage_builders import FIXTURES, LLAMA, dense, header_of, write_checkpoint, write_index, write_raw
+from tests.storage.builders import FIXTURES, LLAMA, dense, header_of, write_checkpoint, write_index, write_raw
 
 FAST = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -72,7 +72,7 @@ HEADERS: dict[str, tuple[Any, int, str]] = {
 
 
 @pytest.mark.parametrize("case", HEADERS)
-def test_bad_headers(tmp_path: Path, case: str) -> None:
+def test_damaged_header_raises(tmp_path: Path, case: str) -> None:
     header, data, message = HEADERS[case]
     path = write_raw(tmp_path / "model.safetensors", header, data)
     with pytest.raises(StorageError, match=message) as caught:
@@ -91,14 +91,14 @@ def test_bad_headers(tmp_path: Path, case: str) -> None:
         ((3).to_bytes(8, "little") + b"{}", "announces a header of 3"),
     ],
 )
-def test_bad_lengths(tmp_path: Path, raw: bytes, message: str) -> None:
+def test_wrong_header_length_raises(tmp_path: Path, raw: bytes, message: str) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(raw)
     with pytest.raises(StorageError, match=message):
         inspect(path)
 
 
-def test_a_header_longer_than_the_format_allows_is_not_read(tmp_path: Path) -> None:
+def test_header_beyond_the_format_limit_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     with path.open("wb") as stream:
         stream.write((200_000_000).to_bytes(8, "little"))
@@ -120,7 +120,7 @@ def test_a_header_longer_than_the_format_allows_is_not_read(tmp_path: Path) -> N
         "a\x00.safetensors",
     ],
 )
-def test_index_names_that_leave_the_folder(tmp_path: Path, name: str) -> None:
+def test_index_name_outside_the_folder_raises(tmp_path: Path, name: str) -> None:
     write_raw(tmp_path / "model.safetensors", *header_of(dense()))
     folder = tmp_path / "checkpoint"
     write_index(folder, {"lm_head.weight": name})
@@ -129,26 +129,26 @@ def test_index_names_that_leave_the_folder(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("weight_map", [None, [], {"a": 1}, {"a": None}, {"a": ["b"]}])
-def test_broken_weight_maps(tmp_path: Path, weight_map: Any) -> None:
+def test_broken_weight_map_raises(tmp_path: Path, weight_map: Any) -> None:
     write_index(tmp_path, weight_map)
     with pytest.raises(StorageError, match="no weight_map"):
         inspect(tmp_path)
 
 
-def test_an_index_of_pickles(tmp_path: Path) -> None:
+def test_index_of_pickles_raises(tmp_path: Path) -> None:
     write_index(tmp_path, {"a": "pytorch_model.bin"})
     with pytest.raises(StorageError, match="not a safetensors file"):
         inspect(tmp_path)
 
 
-def test_an_empty_index(tmp_path: Path) -> None:
+def test_empty_index_raises(tmp_path: Path) -> None:
     write_index(tmp_path, {})
     with pytest.raises(StorageError, match="no tensors"):
         inspect(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
-def test_links_out_of_the_checkpoint(tmp_path: Path, name: str) -> None:
+def test_link_out_of_the_checkpoint_raises(tmp_path: Path, name: str) -> None:
     folder = write_checkpoint(tmp_path / "checkpoint", dense(), LLAMA)
     (folder / name).rename(tmp_path / name)
     (folder / name).symlink_to(tmp_path / name)
@@ -167,19 +167,19 @@ def test_links_of_the_hub_cache_are_followed(tmp_path: Path) -> None:
     assert inspect(snapshot).layer_bpw == 16
 
 
-def test_a_link_to_the_whole_folder_is_fine(tmp_path: Path) -> None:
+def test_link_to_the_folder_is_followed(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "real", dense(), LLAMA)
     (tmp_path / "link").symlink_to(tmp_path / "real")
     assert inspect(tmp_path / "link").layer_bpw == 16
 
 
-def test_links_in_circles(tmp_path: Path) -> None:
+def test_circular_link_raises(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").symlink_to(tmp_path / "model.safetensors")
     with pytest.raises(StorageError):
         inspect(tmp_path)
 
 
-def test_a_fifo_is_not_waited_for(tmp_path: Path) -> None:
+def test_fifo_raises_without_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "model.safetensors")
     for path in (tmp_path, tmp_path / "model.safetensors"):
         with pytest.raises(StorageError, match="not a regular file"):
@@ -189,7 +189,7 @@ def test_a_fifo_is_not_waited_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("raw", "message"), [(b"{", "JSON"), (b"\xff", "UTF-8"), (b"[1]", "an object"), (b"[" * 99_999, "deep")]
 )
-def test_broken_configs(tmp_path: Path, raw: bytes, message: str) -> None:
+def test_broken_config_raises(tmp_path: Path, raw: bytes, message: str) -> None:
     write_checkpoint(tmp_path, dense())
     (tmp_path / "config.json").write_bytes(raw)
     with pytest.raises(StorageError, match=message) as caught:
@@ -197,7 +197,7 @@ def test_broken_configs(tmp_path: Path, raw: bytes, message: str) -> None:
     assert str(tmp_path / "config.json") in str(caught.value)
 
 
-def test_a_quantization_config_that_is_no_object(tmp_path: Path) -> None:
+def test_quantization_config_that_is_not_an_object_raises(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, dense(), {**LLAMA, "quantization_config": [1]})
     with pytest.raises(StorageError, match="quantization_config is not an object"):
         inspect(tmp_path)
@@ -205,7 +205,7 @@ def test_a_quantization_config_that_is_no_object(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.ckpt"])
 def test_pickles_are_never_opened(tmp_path: Path, name: str) -> None:
-    """The file would raise if it were unpickled; it is not even read."""
+    """The file would end the process if it were unpickled, and it is not readable."""
     (tmp_path / name).write_bytes(b"cbuiltins\nexit\n(tR.")
     (tmp_path / name).chmod(0)
     with pytest.raises(StorageError, match=r"pickle.*safetensors"):
@@ -214,7 +214,7 @@ def test_pickles_are_never_opened(tmp_path: Path, name: str) -> None:
         inspect(tmp_path / name)
 
 
-def test_an_empty_folder_and_no_folder(tmp_path: Path) -> None:
+def test_empty_folder_and_missing_folder_raise(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"no \.safetensors file and no \.gguf"):
         inspect(tmp_path)
     with pytest.raises(StorageError, match="does not exist"):
@@ -225,12 +225,12 @@ def test_storage_errors_are_user_errors() -> None:
     assert issubclass(StorageError, UserError)
 
 
-def test_a_layer_number_of_thousands_of_digits(tmp_path: Path) -> None:
+def test_layer_number_of_thousands_of_digits_is_read(tmp_path: Path) -> None:
     spec = {**dense(), f"model.layers.{'9' * 5000}.x.weight": ("F16", (2, 2))}
     assert inspect(write_checkpoint(tmp_path, spec, LLAMA)).layer_bpw == 16
 
 
-def test_a_weight_shape_below_zero(tmp_path: Path) -> None:
+def test_negative_weight_shape_gives_null(tmp_path: Path) -> None:
     base = "model.layers.0.mlp.up_proj"
     spec = {
         f"{base}.weight_shape": ("I64", (2,)),
@@ -258,7 +258,7 @@ specs = st.dictionaries(
 
 @FAST
 @given(spec=specs)
-def test_headers_of_the_library_are_read_as_written(tmp_path: Path, spec: dict[str, tuple[str, list[int]]]) -> None:
+def test_library_headers_are_read_as_written(tmp_path: Path, spec: dict[str, tuple[str, list[int]]]) -> None:
     path = tmp_path / "model.safetensors"
     save_file({name: np.zeros(shape, NUMPY[dtype]) for name, (dtype, shape) in spec.items()}, path)
     tensors = {tensor.name: tensor for tensor in read_header(path)}
@@ -268,8 +268,8 @@ def test_headers_of_the_library_are_read_as_written(tmp_path: Path, spec: dict[s
 
 @FAST
 @given(data=st.data())
-def test_what_is_accepted_here_the_library_accepts_too(tmp_path: Path, data: st.DataObject) -> None:
-    """Any byte of a real header changed: no other exception, and never more lenient than safetensors."""
+def test_accepted_headers_are_accepted_by_the_library(tmp_path: Path, data: st.DataObject) -> None:
+    """With any bytes of a real header changed: no other exception, and never more lenient than safetensors."""
     path = write_raw(tmp_path / "model.safetensors", *header_of(dense(layers=1)))
     raw = bytearray(path.read_bytes())
     length = int.from_bytes(raw[:8], "little")
@@ -331,7 +331,7 @@ configs = st.fixed_dictionaries(
 
 @FAST
 @given(spec=tensors, config=configs)
-def test_any_mixture_of_tensors_and_config_adds_up(tmp_path: Path, spec: Any, config: Any) -> None:
+def test_bits_of_any_tensors_and_config_add_up(tmp_path: Path, spec: Any, config: Any) -> None:
     try:
         info = inspect(write_checkpoint(tmp_path, spec, config))
     except StorageError:
@@ -347,7 +347,7 @@ def test_any_mixture_of_tensors_and_config_adds_up(tmp_path: Path, spec: Any, co
 
 @FAST
 @given(data=st.data())
-def test_changed_bytes_of_a_gguf_header(tmp_path: Path, data: st.DataObject) -> None:
+def test_changed_gguf_header_gives_figures_or_names_the_file(tmp_path: Path, data: st.DataObject) -> None:
     gguf = pytest.importorskip("gguf")
     path = tmp_path / "model.gguf"
     if not path.exists():

@@ -1,4 +1,4 @@
-"""Builders of checkpoints for the storage tests: sparse files whose headers are real and whose weights are holes."""
+"""Builders of checkpoints for the storage tests: sparse files with real headers and without weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LLAMA = {
 
 
 def write_raw(path: Path, header: Any, data_bytes: int) -> Path:
-    """A safetensors file with any header (bytes, or an object to dump) and `data_bytes` of hole after it."""
+    """Write a safetensors file with any header (bytes, or an object to dump), followed by `data_bytes` of hole."""
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as stream:
@@ -33,7 +33,7 @@ def write_raw(path: Path, header: Any, data_bytes: int) -> Path:
 
 
 def header_of(spec: Spec) -> tuple[dict[str, Any], int]:
-    """The header of tensors {name: (dtype, shape)} laid out one after the other, and the bytes of their data."""
+    """Return the header of contiguous tensors {name: (dtype, shape)}, and the bytes of their data."""
     header: dict[str, Any] = {}
     position = 0
     for name, (dtype, shape) in spec.items():
@@ -44,7 +44,7 @@ def header_of(spec: Spec) -> tuple[dict[str, Any], int]:
 
 
 def write_checkpoint(folder: Path, spec: Spec, config: Mapping[str, Any] | None = None) -> Path:
-    """A checkpoint folder of one safetensors file, with a config.json unless `config` is None."""
+    """Write a checkpoint folder of one safetensors file, with a config.json unless `config` is None."""
     write_raw(folder / "model.safetensors", *header_of(spec))
     if config is not None:
         (folder / "config.json").write_text(json.dumps(config))
@@ -52,7 +52,7 @@ def write_checkpoint(folder: Path, spec: Spec, config: Mapping[str, Any] | None 
 
 
 def write_sharded(folder: Path, shards: Mapping[str, Spec], config: Mapping[str, Any] | None = None) -> Path:
-    """A checkpoint of several shards {file name: tensors} with an index."""
+    """Write a checkpoint of several shards {file name: tensors} with an index."""
     weight_map = {tensor: name for name, spec in shards.items() for tensor in spec}
     for name, spec in shards.items():
         write_raw(folder / name, *header_of(spec))
@@ -63,12 +63,13 @@ def write_sharded(folder: Path, shards: Mapping[str, Spec], config: Mapping[str,
 
 
 def write_index(folder: Path, weight_map: Any) -> None:
+    """Write a shard index with any weight_map."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def real_header(name: str, folder: Path, config: Mapping[str, Any]) -> Path:
-    """A checkpoint with the header of a real one (fixtures/*.json) and no weights in it."""
+    """Write a checkpoint with the header of a real one (fixtures/*.json) and without weights."""
     header = json.loads((FIXTURES / f"{name}.json").read_text())["header"]
     size = max(entry["data_offsets"][1] for entry in header.values() if "data_offsets" in entry)
     write_raw(folder / "model.safetensors", header, size)
@@ -79,7 +80,7 @@ def real_header(name: str, folder: Path, config: Mapping[str, Any]) -> Path:
 def dense(
     layers: int = 2, hidden: int = 64, inner: int = 96, vocab: int = 128, dtype: str = "BF16"
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """The tensors of a small Llama: embedding, head, and four matrices and two norms a layer."""
+    """Return the tensors of a small Llama: embedding, head, and per layer three matrices, a bias and a norm."""
     spec: dict[str, tuple[str, tuple[int, ...]]] = {
         "model.embed_tokens.weight": (dtype, (vocab, hidden)),
         "lm_head.weight": (dtype, (vocab, hidden)),
