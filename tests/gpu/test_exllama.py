@@ -63,11 +63,11 @@ def windows(n: int = 5, length: int = 2048) -> list[WindowRequest]:
 
 
 def of_windows(model: Any, requests: list[WindowRequest], batch_size: int | None = None) -> np.ndarray:
-    kept, model.batching.asked = model.batching.asked, batch_size
+    kept, model.batching.fixed_rows = model.batching.fixed_rows, batch_size
     try:
         return np.array([scores.logprobs for scores in model._loglikelihood_tokens(requests)], dtype=np.float64)
     finally:
-        model.batching.asked = kept
+        model.batching.fixed_rows = kept
 
 
 def instances(kind: str, *arguments: tuple[Any, ...]) -> list[Instance]:
@@ -122,11 +122,11 @@ def test_shared_contexts_change_nothing_but_rounding(case: Any) -> None:
     asked += [("The capital of Iceland is", " Reykjavik"), ("", "Iceland is an island")]
     requests = instances("loglikelihood", *asked)
     shared = model.loglikelihood(requests, disable_tqdm=True)
-    shares, model.engine.shares, model.batching.asked = model.engine.shares, False, 1
+    shares, model.engine.shares, model.batching.fixed_rows = model.engine.shares, False, 1
     try:
         alone = model.loglikelihood(requests, disable_tqdm=True)
     finally:
-        model.engine.shares, model.batching.asked = shares, None
+        model.engine.shares, model.batching.fixed_rows = shares, None
     assert shares
     for (a, _), (b, _), (_, continuation) in zip(shared, alone, asked, strict=True):
         tokens = len(model.tok_encode(continuation, add_special_tokens=False))
@@ -154,8 +154,8 @@ def test_greedy_generation_is_that_of_the_engines_own_generator(case: Any) -> No
 
 def own_generation(model: Any, prompt: str) -> str:
     """The engine's documented way, its own tokenizer included."""
-    stop = list(model._prompt(0, prompt, {"until": [], "max_gen_toks": 32})[0].stop_tokens)
-    own = model.generator()._generator
+    stop = list(model.generation_job(0, prompt, {"until": [], "max_gen_toks": 32})[0].stop_tokens)
+    own = model.generator().wrapped
     if model.engine_name == "exllamav3":
         from exllamav3.generator.sampler import ArgmaxSampler
 
@@ -233,7 +233,7 @@ def test_arguments(case: Any) -> None:
     for arguments, words in (
         ({"cache_bits": 5 if model.engine_name == "exllamav2" else 9}, "cache_bits="),
         ({"device": "cpu"}, "runs on GPUs only"),
-        ({"nonsense": 1}, "nonsense=1 is no argument"),
+        ({"nonsense": 1}, "nonsense=1 is not an argument"),
     ):
         with pytest.raises(UserError, match=words):
             adapter(pretrained=str(model.folder), **arguments)
