@@ -70,10 +70,10 @@ def _head(model: Any) -> Any:
 
 
 class DynamicGenerator:
-    """Both engines' dynamic generators: greedy, one job after the other."""
+    """Both engines' dynamic generators: greedy, one job after the other. Overwrites the cache, but does not read it."""
 
     def __init__(self, model: Any, cache: Any, tokenizer: Any, **arguments: Any) -> None:
-        self.model, self.arguments = model, arguments
+        self.model, self.cache, self.arguments = model, cache, arguments
         self.pending_jobs: list[Any] = []
         self.active_jobs: list[Any] = []
 
@@ -82,6 +82,8 @@ class DynamicGenerator:
 
     def iterate(self) -> list[dict[str, Any]]:
         job = self.pending_jobs.pop(0)
+        for tensor in self.cache.all_tensors():
+            tensor.fill_(1e3)
         return greedy_results(
             self.model.llama, job.input_ids[0].tolist(), job.max_new_tokens, job.stop_conditions, job.identifier
         )
@@ -285,6 +287,9 @@ class V3Cache(PagedCache):
         super().__init__(model.llama.config, max_num_tokens // PAGE, PAGE)
         for layer in self.layers.values():
             layer.__class__ = type(layer_type.__name__, (type(layer),), {}) if bits else layer_type
+
+    def all_tensors(self) -> list[torch.Tensor]:
+        return [tensor for layer in self.layers.values() for tensor in layer.get_tensors()]
 
 
 def install_exllamav3(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,21 +87,17 @@ def test_row_caches_do_not_multiply_the_rows_and_lengths_of_different_questions(
     def branch(rows: int, length: int) -> list[tuple[int, int]]:
         """The caches that a question made; its context and padded tails have `length` tokens."""
         engine.caches.clear()
-        engine.branch([TOKENS[: length - 32]], [[[t] for t in range(rows)]])
+        engine.branch([(TOKENS * 2)[: length - 32]], [[[t] for t in range(rows)]])
         return list(engine.caches)
 
     assert branch(2, 200) == [(1, 256), (4, 256)]
+    assert branch(2, 332) == [(1, 512), (4, 512)]
+    assert engine.prefilled[-1][1] == 0  # a new trunk is empty
     assert branch(40, 100) == [(40, 256)]
     assert branch(30, 150) == []  # fits into 40 rows
-    long = TOKENS * 2
-    engine.caches.clear()
-    engine.branch([long[:300]], [[[5], [6]]])
-    assert engine.caches == [(1, 512), (4, 512)]
-    assert engine.prefilled[-1] == (long[:300], 0)  # a new trunk is empty
     prefilled = len(engine.prefilled)
-    engine.branch([long[:300]], [[[t] for t in range(8)]])
-    assert engine.caches[2:] == [(8, 512)]
-    assert len(engine.prefilled) == prefilled  # new leaves leave the trunk alone
+    assert branch(4, 300) == [(4, 512)]
+    assert engine.prefilled[prefilled:] == [((TOKENS * 2)[118:268], 118)]  # new leaves leave the trunk as it is
 
 
 @pytest.mark.parametrize(

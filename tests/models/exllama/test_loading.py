@@ -32,16 +32,15 @@ def adapter(request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 def test_adapters_score_and_generate_as_hf(adapter: Any, tiny_llama: Path) -> None:
     stock = get_model("hf")(pretrained=str(tiny_llama), dtype="float32", device="cpu")
-    model = adapter(str(tiny_llama), cache_tokens=1024)
+    model = adapter(str(tiny_llama), cache_tokens=8192)
     logprobs, _ = answers(model, windows())
     np.testing.assert_allclose(logprobs, by_hand(tiny_llama, windows())[0], rtol=1e-5, atol=1e-6)
     requests = pairs(*((f"{QUESTION}{n}", c) for n in ("", " still") for c in CHOICES))
     prompts = [generation("Iceland is", max_gen_toks=12), generation("A volcano", max_gen_toks=5)]
     expected = stock.loglikelihood(requests), stock.generate_until(prompts)
-    assert_like(model.loglikelihood(requests), expected[0])
-    assert model.generate_until(prompts) == expected[1]
-    assert_like(model.loglikelihood(requests), expected[0])  # the generator may have used the cache's pages
-    assert model.generate_until(prompts) == expected[1]
+    for _ in range(3):  # scoring and generation may use the same pages of the cache
+        assert_like(model.loglikelihood(requests), expected[0])
+        assert model.generate_until(prompts) == expected[1]
 
 
 def test_record_names_kernel_cache_and_attention(adapter: Any, tiny_llama: Path) -> None:
