@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 MAX_TOKENS = 32768
 MAX_ROWS = 64  # of one forward with batch_size=auto
 MAX_LOGIT_BYTES = 2 << 30  # logits in memory at a time
-CPU_LOGIT_BYTES = 64 << 20  # the same where memory is not measured; on a GPU the least that is started with
+CPU_LOGIT_BYTES = 64 << 20  # the same on a CPU, where memory is not measured; the lowest start on a GPU
 MIN_LOGIT_BYTES = 16 << 20  # chunks of logits are not halved below this
 _IN_FLIGHT = 2  # batches whose results are still being copied while the next one is launched
 

@@ -80,18 +80,18 @@ def find_checkpoint(pretrained: str, revision: str | None = None) -> Path:
 
     Raises UserError if there is none.
     """
-    found = local_checkpoint(pretrained, revision)
-    if found is None:
+    path = local_checkpoint(pretrained, revision)
+    if path is None:
         try:
             from huggingface_hub import snapshot_download
 
-            found = str(snapshot_download(pretrained, revision=revision, ignore_patterns=_NOT_READ))
+            path = str(snapshot_download(pretrained, revision=revision, ignore_patterns=_NOT_READ))
         except Exception as error:
             raise UserError(
                 f"pretrained={pretrained!r}: no such folder, and no model of the hub that can be reached "
                 f"({first_line(error)})"
             ) from error
-    folder = Path(found)
+    folder = Path(path)
     if not folder.is_dir() or not (folder / "config.json").is_file():
         raise UserError(f"pretrained={pretrained!r}: no config.json there; give a folder with safetensors weights")
     return folder

@@ -32,14 +32,14 @@ def find_gguf(pretrained: str) -> str:
     path = Path(pretrained).expanduser()
     if not path.exists():
         raise UserError(f"pretrained={pretrained!r}: no such file; give a .gguf file, or its folder")
-    found = gguf_file(path)
-    if found is None:
+    file = gguf_file(path)
+    if file is None:
         kind = "holds safetensors too, or no GGUF file" if path.is_dir() else "is not a GGUF file"
         raise UserError(f"pretrained={pretrained!r} {kind}; name a .gguf file (llama.cpp's converter makes them)")
-    with found.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise UserError(f"pretrained={str(found)!r} is not a GGUF file; convert it with llama.cpp's converter")
-    return str(found)
+    with file.open("rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise UserError(f"pretrained={str(file)!r} is not a GGUF file; convert it with llama.cpp's converter")
+    return str(file)
 
 
 _LOG_ERROR = 4  # GGML_LOG_LEVEL_ERROR in ggml.h

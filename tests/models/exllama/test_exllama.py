@@ -241,8 +241,8 @@ def test_results_go_to_the_request_cache_at_once(tiny_llama: Path) -> None:
     model = TinyExLlama(str(tiny_llama))
     kept: dict[Any, Any] = {}
     model.cache_hook = types.SimpleNamespace(add_partial=lambda kind, key, value: kept.update({(kind, *key): value}))
-    (answer,) = model.loglikelihood(pairs((QUESTION, CHOICES[0])))
-    assert kept == {("loglikelihood", QUESTION, CHOICES[0]): answer}
+    (score,) = model.loglikelihood(pairs((QUESTION, CHOICES[0])))
+    assert kept == {("loglikelihood", QUESTION, CHOICES[0]): score}
 
 
 # ---------------------------------------------------------------------- groups
@@ -445,12 +445,12 @@ def test_default_cache_is_a_tenth_of_the_gpu_within_limits() -> None:
         (ModuleNotFoundError("No module named 'marisa_trie'", name="marisa_trie"), r"lmeval-ext\[exl3\]"),
     ],
 )
-def test_a_failed_import_says_what_helps(error: Exception, words: str) -> None:
-    found = import_error(error, V3)
-    assert isinstance(found, MissingEngineError)
-    assert "\n" not in str(found)
+def test_failed_import_names_the_next_step(error: Exception, words: str) -> None:
+    explained = import_error(error, V3)
+    assert isinstance(explained, MissingEngineError)
+    assert "\n" not in str(explained)
     with pytest.raises(MissingEngineError, match=words):
-        raise found
+        raise explained
 
 
 def test_missing_engine_is_an_error() -> None:
@@ -484,12 +484,12 @@ def test_an_old_gpu_is_refused(monkeypatch: Any) -> None:
         (AssertionError("quantized cache must be from 2 to 8 bits"), "cache_bits is 2 to 8"),
     ],
 )
-def test_a_failed_load_is_one_line(tiny_llama: Path, error: Exception, words: str) -> None:
+def test_failed_load_is_one_line_with_the_next_step(tiny_llama: Path, error: Exception, words: str) -> None:
     config = json.loads((tiny_llama / "config.json").read_text())
-    found = load_error(error, V3, tiny_llama, config)
-    assert "\n" not in str(found)
+    explained = load_error(error, V3, tiny_llama, config)
+    assert "\n" not in str(explained)
     with pytest.raises(UserError, match=words):
-        raise found
+        raise explained
 
 
 def test_device_and_split_choose_the_gpu(monkeypatch: Any) -> None:

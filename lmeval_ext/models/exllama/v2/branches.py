@@ -74,7 +74,7 @@ class RowBranches:
     def _make_room(self, rows: int, length: int) -> None:
         """Makes caches for `rows` rows of `length` tokens, unless the present ones are large enough.
 
-        The leaves are not made for the most rows and the longest sequence of different questions at once.
+        The rows of one question are never combined with the length of another, which would take far more memory.
         """
         length = round_up(length, PAGE)
         if self._trunk is None or self._trunk.max_seq_len < length:

@@ -14,7 +14,7 @@ from lmeval_ext.models.sampling import Sampling
 class ExLlamaV2Generator:
     """ExLlamaV2's dynamic generator; `wrapped` is the engine's own object.
 
-    paged: whether flash-attn is there. Without it there is no paged cache, and prompts run one after the other.
+    paged: whether flash-attn is installed. Without it the cache is not paged, and prompts run one after the other.
     """
 
     def __init__(self, model: Any, cache: Any, tokenizer: Any, max_jobs: int, paged: bool) -> None:
