@@ -202,7 +202,7 @@ class ExLlama(Engine):
 
     def most_prompts(self, wanted: int) -> int:
         """Fewer where the generator takes one prompt after the other (ExLlamaV2 without flash-attn)."""
-        paged = getattr(self.model.generator()._generator, "paged", True)
+        paged = getattr(self.model.generator().wrapped, "paged", True)
         return wanted if paged else min(wanted, 4)
 
     def _checked(self, generate: Callable[[Any], list[str]], texts: list[str]) -> int | None:
@@ -229,7 +229,7 @@ class ExLlama(Engine):
     def _jobs(self, prompts: list[list[int]], new: int) -> None:
         import torch
 
-        generator = self.model.generator()._generator
+        generator = self.model.generator().wrapped
         for index, ids in enumerate(prompts):
             generator.enqueue(self.job(torch.tensor([ids]), new, index))
         made = 0

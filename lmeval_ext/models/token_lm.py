@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jinja2
@@ -13,6 +13,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from lmeval_ext.models.adapter import Adapter
+from lmeval_ext.requests import WindowRequest
 from lmeval_ext.tokens import wants_special_tokens
 
 logger = logging.getLogger(__name__)
@@ -84,6 +85,30 @@ class TokenLM(Adapter):
     @property
     def tokenizer_name(self) -> str:
         return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    # ------------------------------------------------------------------ log-likelihoods
+
+    def score_choices(self, requests: Sequence[Any]) -> Iterator[tuple[int, tuple[float, bool]]]:
+        """Scores the harness' own requests; yields (index of the request, (log-likelihood, whether it is greedy)).
+
+        requests: triples as `complete_requests` returns them; of context and continuation together, the last
+        max_length + 1 tokens count. Results may come in any order. An engine without it overrides
+        `_loglikelihood_tokens`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not implement score_choices")
+
+    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **kwargs: Any) -> Any:
+        if requests and isinstance(requests[0], WindowRequest):
+            return super()._loglikelihood_tokens(requests)
+        requests = self.complete_requests(requests)
+        results: list[tuple[float, bool] | None] = [None] * len(requests)
+        with tqdm(total=len(requests), disable=disable_tqdm, desc="Running loglikelihood requests") as bar:
+            for index, result in self.score_choices(requests):
+                results[index] = result
+                if requests[index][0] is not None:
+                    self.cache_hook.add_partial("loglikelihood", requests[index][0], result)
+                bar.update()
+        return results
 
     # ------------------------------------------------------------------ rolling log-likelihoods
 

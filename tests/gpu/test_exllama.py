@@ -1,7 +1,7 @@
-"""ExLlamaV3 and V2 on a GPU: needs one, so it is deselected elsewhere. Run by hand: pytest -m gpu tests/gpu
+"""ExLlamaV3 and V2 on a GPU; deselected elsewhere. Run by hand: pytest -m gpu tests/gpu
 
-LMEVAL_EXT_GPU_MODELS names a folder with SmolLM2-135M-w768 (bfloat16, Transformers), and of it
-SmolLM2-135M-w768-exl3-4.0bpw, -exl3-3.0bpw and -exl2-4.0bpw; WIKITEXT2_DIR the data set's test split.
+LMEVAL_EXT_GPU_MODELS names a folder with SmolLM2-135M-w768 (bfloat16, Transformers) and its quantizations
+SmolLM2-135M-w768-exl3-4.0bpw, -exl3-3.0bpw and -exl2-4.0bpw; WIKITEXT2_DIR names the folder of the test split.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.gpu
 
 WIDE = "SmolLM2-135M-w768"
 # engine, checkpoint, perplexity over 20 windows of 2048 tokens, one every 512 (measured on an H100 with the engines'
-# own tools; None: no such figure), bits per weight of layers and head
+# own tools; None: not measured), bits per weight of layers and head
 CASES = [
     ("exllamav3", WIDE, 25.0538, 16.0, 16.0),
     ("exllamav3", f"{WIDE}-exl3-4.0bpw", 25.8657, 4.037704, 6.021160),
@@ -57,17 +57,17 @@ def case(request: Any) -> Iterator[Any]:
 
 
 def windows(n: int = 5, length: int = 2048) -> list[WindowRequest]:
-    """Every 512 tokens of random ids: what they are is nothing to rounding."""
+    """Windows every 512 tokens of random ids: rounding does not depend on which they are."""
     ids = np.random.default_rng(0).integers(5, 49_000, size=512 * n + length).tolist()
     return [window_request(str(i), ids[i * 512 : i * 512 + length], 1, {}, (None, None, None)) for i in range(n)]
 
 
-def of_windows(model: Any, requests: list[WindowRequest], batch_size: int | None = None) -> np.ndarray:
-    kept, model.batching.asked = model.batching.asked, batch_size
+def logprobs_of(model: Any, requests: list[WindowRequest], batch_size: int | None = None) -> np.ndarray:
+    original, model.batching.fixed_rows = model.batching.fixed_rows, batch_size
     try:
         return np.array([scores.logprobs for scores in model._loglikelihood_tokens(requests)], dtype=np.float64)
     finally:
-        model.batching.asked = kept
+        model.batching.fixed_rows = original
 
 
 def instances(kind: str, *arguments: tuple[Any, ...]) -> list[Instance]:
@@ -86,7 +86,7 @@ def test_perplexity_is_that_of_the_engines_own_tools(case: Any) -> None:
 
 
 def test_log_probabilities_are_those_of_the_engines_own_forward(case: Any) -> None:
-    """One window, log-softmax in float32 over logits that the engine's public forward returns."""
+    """One window; log-softmax in float32 over the logits of the engine's public forward."""
     import torch
 
     model = case[0]
@@ -101,7 +101,7 @@ def test_log_probabilities_are_those_of_the_engines_own_forward(case: Any) -> No
         )
         table = torch.log_softmax(logits[0, :-1, : model.vocabulary].float(), dim=-1)
         expected = table.gather(1, ids[0, 1:, None].to(table.device))[:, 0].cpu().numpy()
-    measured = of_windows(model, [window])[0]
+    measured = logprobs_of(model, [window])[0]
     # The same products in float16; float16 logits of size 16 to 32 have steps of 1/64
     np.testing.assert_allclose(measured, expected, atol=0.05)
     assert np.exp(-measured.mean()) == pytest.approx(np.exp(-expected.mean()), rel=1e-4)
@@ -109,7 +109,7 @@ def test_log_probabilities_are_those_of_the_engines_own_forward(case: Any) -> No
 
 def test_batches_change_nothing_but_rounding(case: Any) -> None:
     model, requests = case[0], windows()
-    one, four = (of_windows(model, requests, n) for n in (1, 4))
+    one, four = (logprobs_of(model, requests, n) for n in (1, 4))
     assert np.exp(-one.mean()) == pytest.approx(np.exp(-four.mean()), rel=1e-3)
     assert np.abs(one - four).max() < 0.5
     assert np.abs(one - four).mean() < 0.02
@@ -118,17 +118,19 @@ def test_batches_change_nothing_but_rounding(case: Any) -> None:
 def test_shared_contexts_change_nothing_but_rounding(case: Any) -> None:
     model = case[0]
     capitals = {"Iceland": " Reykjavik", "Norway": " Oslo, a town in the south of the country", "Spain": " Madrid"}
-    asked = [(f"{SHOTS}Question: What is the capital of {c}?\nAnswer:", a) for c in capitals for a in capitals.values()]
-    asked += [("The capital of Iceland is", " Reykjavik"), ("", "Iceland is an island")]
-    requests = instances("loglikelihood", *asked)
+    questions = [
+        (f"{SHOTS}Question: What is the capital of {c}?\nAnswer:", a) for c in capitals for a in capitals.values()
+    ]
+    questions += [("The capital of Iceland is", " Reykjavik"), ("", "Iceland is an island")]
+    requests = instances("loglikelihood", *questions)
     shared = model.loglikelihood(requests, disable_tqdm=True)
-    shares, model.engine.shares, model.batching.asked = model.engine.shares, False, 1
+    shares, model.engine.shares, model.batching.fixed_rows = model.engine.shares, False, 1
     try:
         alone = model.loglikelihood(requests, disable_tqdm=True)
     finally:
-        model.engine.shares, model.batching.asked = shares, None
+        model.engine.shares, model.batching.fixed_rows = shares, None
     assert shares
-    for (a, _), (b, _), (_, continuation) in zip(shared, alone, asked, strict=True):
+    for (a, _), (b, _), (_, continuation) in zip(shared, alone, questions, strict=True):
         tokens = len(model.tok_encode(continuation, add_special_tokens=False))
         # float16 at other shapes: a logit moves by up to 0.1
         assert a == pytest.approx(b, abs=0.15 * tokens, rel=2e-3)
@@ -142,20 +144,20 @@ def test_greedy_generation_is_that_of_the_engines_own_generator(case: Any) -> No
         SHOTS + "Question: What is the capital of Spain?\nAnswer:",
     ]
     arguments = {"until": [], "max_gen_toks": 32, "do_sample": False}
-    # One at a time: in other company float16 rounds otherwise, and a close choice falls the other way
+    # One at a time: float16 rounding depends on batch composition, and may decide between two close tokens
     for prompt in prompts:
-        asked = instances("generate_until", (prompt, arguments))
-        (ours,) = model.generate_until(asked, disable_tqdm=True)
+        requests = instances("generate_until", (prompt, arguments))
+        (ours,) = model.generate_until(requests, disable_tqdm=True)
         assert ours == own_generation(model, prompt)
-        # Scoring uses the cache's pages in between
+        # Scoring in between uses the cache's pages
         model.loglikelihood(instances("loglikelihood", (prompt, " Paris, of"), (prompt, " London is")))
-        assert model.generate_until(asked, disable_tqdm=True) == [ours]
+        assert model.generate_until(requests, disable_tqdm=True) == [ours]
 
 
 def own_generation(model: Any, prompt: str) -> str:
-    """The engine's documented way, its own tokenizer included."""
-    stop = list(model._prompt(0, prompt, {"until": [], "max_gen_toks": 32})[0].stop_tokens)
-    own = model.generator()._generator
+    """Generates in the engine's documented way, with its own tokenizer."""
+    stop = list(model.generation_job(0, prompt, {"until": [], "max_gen_toks": 32})[0].stop_tokens)
+    own = model.generator().wrapped
     if model.engine_name == "exllamav3":
         from exllamav3.generator.sampler import ArgmaxSampler
 
@@ -173,12 +175,12 @@ def own_generation(model: Any, prompt: str) -> str:
 def test_stop_sequences_and_sampling(case: Any) -> None:
     model = case[0]
     greedy = {"until": [], "max_gen_toks": 32, "do_sample": False}
-    (whole,) = model.generate_until(instances("generate_until", ("Once upon a time", greedy)), disable_tqdm=True)
-    stop = whole[10:13]
+    (text,) = model.generate_until(instances("generate_until", ("Once upon a time", greedy)), disable_tqdm=True)
+    stop = text[10:13]
     (cut,) = model.generate_until(
         instances("generate_until", ("Once upon a time", greedy | {"until": [stop]})), disable_tqdm=True
     )
-    assert cut == whole.split(stop)[0]
+    assert cut == text.split(stop)[0]
     sampled = {"until": ["."], "max_gen_toks": 24, "do_sample": True, "temperature": 1.2, "top_p": 0.95, "top_k": 100}
     texts = model.generate_until(
         instances("generate_until", *((f"Story {i}:", sampled) for i in range(12))), disable_tqdm=True
@@ -187,11 +189,11 @@ def test_stop_sequences_and_sampling(case: Any) -> None:
     assert not any("." in text for text in texts)
 
 
-def test_memory_that_runs_out_is_survived(case: Any, monkeypatch: Any) -> None:
+def test_batches_shrink_when_memory_runs_out(case: Any, monkeypatch: Any) -> None:
     import torch
 
     model, requests = case[0], windows(6)
-    expected = of_windows(model, requests, 1)
+    expected = logprobs_of(model, requests, 1)
     forward = model.engine.hidden
 
     def short(ids: Any, keep: int) -> Any:
@@ -202,7 +204,7 @@ def test_memory_that_runs_out_is_survived(case: Any, monkeypatch: Any) -> None:
     tokens, logit_bytes = model.batching.tokens, model.batching.logit_bytes
     monkeypatch.setattr(model.engine, "hidden", short)
     try:
-        assert np.abs(of_windows(model, requests) - expected).mean() < 0.02
+        assert np.abs(logprobs_of(model, requests) - expected).mean() < 0.02
         assert model.batching.tokens < tokens
     finally:
         model.batching.tokens, model.batching.logit_bytes = tokens, logit_bytes
@@ -210,7 +212,7 @@ def test_memory_that_runs_out_is_survived(case: Any, monkeypatch: Any) -> None:
 
 def test_storage_and_memory_are_reported(case: Any) -> None:
     model, _, layer_bpw, head_bpw = case
-    of_windows(model, windows(2))
+    logprobs_of(model, windows(2))
     facts = model.get_model_info()["quantization"]
     if layer_bpw is not None:  # EXL2's widths follow a measurement, which differs from run to run
         assert (facts["layer_bpw"], facts["head_bpw"]) == pytest.approx((layer_bpw, head_bpw), rel=1e-6)
@@ -224,8 +226,8 @@ def test_storage_and_memory_are_reported(case: Any) -> None:
     assert facts["kv_pool_gb"] > 0
 
 
-def test_arguments(case: Any) -> None:
-    """A quantized cache, and what is refused; on one checkpoint of each engine."""
+def test_quantized_cache_and_bad_arguments(case: Any) -> None:
+    """A quantized cache works; bad arguments are errors."""
     from lm_eval.api.registry import get_model
 
     model = case[0]
@@ -233,7 +235,7 @@ def test_arguments(case: Any) -> None:
     for arguments, words in (
         ({"cache_bits": 5 if model.engine_name == "exllamav2" else 9}, "cache_bits="),
         ({"device": "cpu"}, "runs on GPUs only"),
-        ({"nonsense": 1}, "nonsense=1 is no argument"),
+        ({"nonsense": 1}, "nonsense=1 is not an argument"),
     ):
         with pytest.raises(UserError, match=words):
             adapter(pretrained=str(model.folder), **arguments)

@@ -168,11 +168,11 @@ def test_broken_checkpoints_are_one_line(
 
 
 def test_unknown_arguments_are_named(tiny_llama: Path, tiny_gguf: Path) -> None:
-    with pytest.raises(UserError, match="n_thread=1 is no argument of llamacpp; did you mean n_threads"):
+    with pytest.raises(UserError, match="n_thread=1 is not an argument of llamacpp; did you mean n_threads"):
         get_model("llamacpp")(pretrained=str(tiny_gguf), n_thread=1)
     with pytest.raises(UserError, match="bfloat61"):
         get_model("hf_quant")(pretrained=str(tiny_llama), dtype="bfloat61")
-    with pytest.raises(UserError, match="two names of one thing"):
+    with pytest.raises(UserError, match="two names of one argument"):
         get_model("llamacpp")(pretrained=str(tiny_gguf), n_ctx=64, max_length=128)
 
 

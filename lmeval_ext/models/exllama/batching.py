@@ -1,4 +1,4 @@
-"""What a scoring engine must offer, how much it is given at a time, and what happens when memory runs out."""
+"""How many rows a forward takes, how results leave the GPU, and what happens when memory runs out."""
 
 from __future__ import annotations
 
@@ -15,49 +15,52 @@ from lmeval_ext.models.exllama.memory import free_bytes, is_out_of_memory, relea
 
 logger = logging.getLogger(__name__)
 
-# Tokens a forward, where memory allows: far beyond what fills a GPU, so that launching kernels costs nothing.
-TOKENS = 32768
-_LOGIT_BYTES = 2 << 30  # logits that stand in memory at once
-_LEAST_LOGIT_BYTES = 16 << 20
+# Tokens per forward, if memory allows: far more than fill a GPU, so that the time to launch kernels does not count.
+MAX_TOKENS = 32768
+MAX_ROWS = 64  # of one forward with batch_size=auto
+MAX_LOGIT_BYTES = 2 << 30  # logits in memory at a time
+CPU_LOGIT_BYTES = 64 << 20  # the same on a CPU, where memory is not measured; the lowest start on a GPU
+MIN_LOGIT_BYTES = 16 << 20  # chunks of logits are not halved below this
+_IN_FLIGHT = 2  # batches whose results are still being copied while the next one is launched
 
 
 class Batching:
-    """How many rows a forward takes: as asked, or from free memory; halved when memory runs out, for good.
+    """Rows per forward: as given, or chosen from free memory; halved for good when memory runs out.
 
     batch_size: rows, or "auto". max_batch_size: the most rows that "auto" takes.
     """
 
     def __init__(self, engine: Engine, batch_size: int | str = "auto", max_batch_size: int | None = None) -> None:
         self.engine = engine
-        self.asked = None if str(batch_size).startswith("auto") else int(batch_size)
-        self.most = int(max_batch_size or 64)
+        self.fixed_rows = None if str(batch_size).startswith("auto") else int(batch_size)
+        self.max_rows = int(max_batch_size or MAX_ROWS)
         free = free_bytes(engine.device)
-        self.tokens = TOKENS
-        self.logit_bytes = _LOGIT_BYTES if free is not None else 64 << 20
+        self.tokens = MAX_TOKENS
+        self.logit_bytes = MAX_LOGIT_BYTES if free is not None else CPU_LOGIT_BYTES
         if free is not None:
-            self.tokens = max(1, min(TOKENS, free // 2 // max(1, engine.bytes_per_token)))
-            self.logit_bytes = max(64 << 20, min(_LOGIT_BYTES, free // 4))
+            self.tokens = max(1, min(MAX_TOKENS, free // 2 // max(1, engine.bytes_per_token)))
+            self.logit_bytes = max(CPU_LOGIT_BYTES, min(MAX_LOGIT_BYTES, free // 4))
         if engine.token_limit is not None:
             self.tokens = min(self.tokens, engine.token_limit)
 
     def rows(self, length: int) -> int:
-        """Rows of `length` tokens for one forward."""
-        if self.asked is None:
-            return max(1, min(self.most, self.tokens // length))
+        """Returns how many rows of `length` tokens one forward takes."""
+        if self.fixed_rows is None:
+            return max(1, min(self.max_rows, self.tokens // length))
         limit = self.engine.token_limit
-        return max(1, self.asked if limit is None else min(self.asked, limit // length))
+        return max(1, self.fixed_rows if limit is None else min(self.fixed_rows, limit // length))
 
     def logit_rows(self) -> int:
-        """Positions whose logits are computed at once."""
+        """Returns at how many positions logits are computed at a time."""
         return max(1, self.logit_bytes // (2 * self.engine.columns))
 
     def shrink(self, rows: int, length: int) -> None:
-        """`rows` rows of `length` tokens were too many; for one row, its logits were.
+        """Lowers the limits after `rows` rows of `length` tokens, or the logits of a single row, ran out of memory.
 
         Raises UserError if one row does not fit with few logits at a time.
         """
-        if rows <= 1 and self.logit_bytes > _LEAST_LOGIT_BYTES:
-            self.logit_bytes = max(_LEAST_LOGIT_BYTES, self.logit_bytes // 2)
+        if rows <= 1 and self.logit_bytes > MIN_LOGIT_BYTES:
+            self.logit_bytes = max(MIN_LOGIT_BYTES, self.logit_bytes // 2)
             logger.warning(
                 "out of GPU memory with one sequence of %d tokens; its logits now in chunks of %d MiB",
                 length,
@@ -71,29 +74,28 @@ class Batching:
             )
         half = rows // 2
         logger.warning("out of GPU memory with %d × %d tokens; going on with %d at a time", rows, length, half)
-        self.logit_bytes = max(_LEAST_LOGIT_BYTES, self.logit_bytes // 2)
+        self.logit_bytes = max(MIN_LOGIT_BYTES, self.logit_bytes // 2)
         self.tokens = min(self.tokens, half * length)
-        if self.asked is not None:
-            self.asked = min(self.asked, half)
+        if self.fixed_rows is not None:
+            self.fixed_rows = min(self.fixed_rows, half)
 
     def run(
         self,
         count: int,
         length: int,
         forward: Callable[[int, int], Sequence[torch.Tensor]],
-        landed: Callable[[int, int, list[np.ndarray]], None],
+        receive: Callable[[int, int, list[np.ndarray]], None],
     ) -> None:
-        """`forward(start, stop)` over `count` rows of one length, batch by batch, and what it returns to `landed`.
+        """Calls `forward(start, stop)` over `count` rows of one length, batch by batch, and `receive` with the results.
 
-        landed: given start, stop and the tensors as arrays, two batches late, while the GPU goes on. Nothing waits for
-        the GPU but to stay two batches behind it.
+        receive: takes start, stop and the tensors as arrays, two batches late, so that the GPU is never idle.
         """
-        flying: collections.deque[tuple[int, int, Fetched]] = collections.deque()
+        in_flight: collections.deque[tuple[int, int, HostCopy]] = collections.deque()
         start = 0
         while start < count:
             stop = min(start + self.rows(length), count)
             try:
-                flying.append((start, stop, Fetched(forward(start, stop))))
+                in_flight.append((start, stop, HostCopy(forward(start, stop))))
                 failed = False
             except Exception as error:
                 if not is_out_of_memory(error):
@@ -104,15 +106,15 @@ class Batching:
                 self.shrink(stop - start, length)
                 continue
             start = stop
-            if len(flying) > 2:
-                first, last, fetched = flying.popleft()
-                landed(first, last, fetched.arrays())
-        for first, last, fetched in flying:
-            landed(first, last, fetched.arrays())
+            if len(in_flight) > _IN_FLIGHT:
+                first, last, copy = in_flight.popleft()
+                receive(first, last, copy.arrays())
+        for first, last, copy in in_flight:
+            receive(first, last, copy.arrays())
 
 
-class Fetched:
-    """Tensors on their way from the GPU, right behind the work that makes them."""
+class HostCopy:
+    """A copy of tensors to main memory, queued behind the GPU work that computes them."""
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self._event = None
@@ -125,7 +127,7 @@ class Fetched:
             self._event.record(torch.cuda.current_stream(tensors[0].device))
 
     def arrays(self) -> list[np.ndarray]:
-        """Waits for them."""
+        """Waits for the copy; returns it as arrays."""
         if self._event is not None:
             self._event.synchronize()
         return [t.numpy() for t in self._tensors]

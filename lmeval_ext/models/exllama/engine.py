@@ -1,4 +1,4 @@
-"""`Engine`: what scoring needs of a loaded ExLlama model."""
+"""`Engine`: the interface of a loaded ExLlama model that scoring works against."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from typing import Protocol
 
 import torch
 
+Tokens = Sequence[int]
+
 
 class Engine(Protocol):
-    """A loaded model, in the terms in which it is scored. All tensors that it returns are on `device`.
+    """A loaded model, whose forward has two parts: body and output matrix. All returned tensors are on `device`.
 
-    vocabulary: what the softmax runs over. columns: logits a position, ≥ vocabulary. token_limit: the most tokens
-    (rows × length) of one forward, None for no limit of its own. bytes_per_token: what a forward needs a token,
-    roughly. shares: whether `branch` is to be had.
+    vocabulary: size of the softmax. columns: logits per position, ≥ vocabulary. token_limit: the most tokens (rows ×
+    length) of one forward; None: the engine has no limit. bytes_per_token: memory that a forward needs per token,
+    roughly. shares: whether `branch` can be called.
     """
 
     device: torch.device
@@ -24,12 +26,12 @@ class Engine(Protocol):
     shares: bool
 
     def enter(self) -> None:
-        """Make the engine's CUDA stream the current one of this thread."""
+        """Makes the engine's CUDA stream the current one of this thread."""
 
     def hidden(self, ids: torch.Tensor, keep: int) -> torch.Tensor:
-        """What goes into `logits`, of the last `keep` positions of each row.
+        """Returns the input of `logits` at the last `keep` positions of each row: [rows, keep, width].
 
-        ids: int64 [rows, length] on the CPU. Returns [rows, keep, width].
+        ids: int64 [rows, length] on the CPU.
         """
         ...
 
@@ -37,12 +39,12 @@ class Engine(Protocol):
         """[n, width] → [n, columns], of any float type."""
         ...
 
-    def fits(self, contexts: Sequence[Sequence[int]], tails: Sequence[Sequence[Sequence[int]]]) -> bool:
+    def fits(self, contexts: Sequence[Tokens], tails: Sequence[Sequence[Tokens]]) -> bool:
         """Whether `branch` can take these at once."""
         ...
 
-    def branch(self, contexts: Sequence[Sequence[int]], tails: Sequence[Sequence[Sequence[int]]]) -> torch.Tensor:
-        """Each context computed once, and each of its tails on top of it.
+    def branch(self, contexts: Sequence[Tokens], tails: Sequence[Sequence[Tokens]]) -> torch.Tensor:
+        """Computes each context once, and each of its tails on top of it.
 
         contexts: token ids, possibly none. tails: for each context, one or more lists of at least one token id.
         Returns the hidden states of the tails' positions, in order: [sum of the tails' lengths, width].

@@ -1,7 +1,7 @@
-"""`generate_until` on the engines' own dynamic generators: prompts become jobs, token ids come back.
+"""Generation on the engines' dynamic generators: prompts become jobs, token ids come back.
 
-Both generators take token ids and give token ids; texts are encoded and decoded with the checkpoint's Transformers
-tokenizer, so that they are those of the harness' `hf`. The engine's own tokenizer only looks out for stop strings.
+Both generators take token ids and return token ids; texts are encoded and decoded with the checkpoint's Transformers
+tokenizer, so that they are those of the harness' `hf`. The engine's own tokenizer only watches for stop strings.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from lmeval_ext.errors import UserError
+from lmeval_ext.models.exllama.memory import PAGE, round_up
 from lmeval_ext.models.sampling import Sampling
 
 
 @dataclass
 class GenerationJob:
-    """One text to go on from. ids: its tokens. max_new: the most tokens to add. stop_tokens, stop_strings: its end."""
+    """One prompt. ids: its tokens. max_new: the most tokens to add. stop_tokens, stop_strings: what ends the text."""
 
     index: int
     ids: list[int]
@@ -28,45 +29,48 @@ class GenerationJob:
     sampling: Sampling = field(default_factory=Sampling)
     seed: int = field(default_factory=lambda: random.getrandbits(32))  # the harness' --seed seeds `random`
 
+    @property
+    def stop_conditions(self) -> list[int | str]:
+        """Both kinds in one list, as both engines take them."""
+        return [*self.stop_tokens, *self.stop_strings]
 
-class Generator(Protocol):
-    """An engine's dynamic generator. cache_tokens: what its cache holds, over all jobs."""
+
+class JobGenerator(Protocol):
+    """An engine's dynamic generator. cache_tokens: tokens that its cache holds, over all jobs."""
 
     cache_tokens: int
 
-    def submit(self, prompt: GenerationJob) -> None:
-        """Queue a job; `identifier` in its results is the prompt's index."""
+    def submit(self, job: GenerationJob) -> None:
+        """Queues a job; `identifier` in its results is the job's index."""
 
     def step(self) -> list[dict[str, Any]]:
-        """One iteration; results as the engines give them (stage, identifier, eos, token_ids, held, error)."""
+        """Runs one iteration; returns the engine's own results (stage, identifier, eos, token_ids, held, error)."""
         ...
 
     def clear(self) -> None:
-        """Drop all jobs."""
+        """Drops all jobs."""
 
 
-def check_cache(prompts: Sequence[GenerationJob], cache_tokens: int) -> None:
-    """Raises UserError where a prompt and its answer do not fit into the cache. The engines need two tokens more."""
-    longest = max((len(p.ids) + p.max_new + 2 for p in prompts), default=0)
+def check_cache(jobs: Sequence[GenerationJob], cache_tokens: int) -> None:
+    """Raises UserError if a prompt and its new tokens do not fit into the cache. The engines need two tokens more."""
+    longest = max((len(job.ids) + job.max_new + 2 for job in jobs), default=0)
     if longest > cache_tokens:
-        needed = -(-longest // 256) * 256
         raise UserError(
             f"a prompt and its answer take {longest} tokens, the KV cache holds {cache_tokens}; set "
-            f"cache_tokens={needed} or more, or lower max_gen_toks or max_length"
+            f"cache_tokens={round_up(longest, PAGE)} or more, or lower max_gen_toks or max_length"
         )
 
 
-def generate(generator: Generator, prompts: Sequence[GenerationJob]) -> Iterator[tuple[int, list[int]]]:
-    """(index, new token ids, the stopping one included) of each prompt, as they finish."""
-    check_cache(prompts, generator.cache_tokens)
+def generate(generator: JobGenerator, jobs: Sequence[GenerationJob]) -> Iterator[tuple[int, list[int]]]:
+    """Yields (index, new token ids, including the one that stopped it) of each job, as they finish."""
+    check_cache(jobs, generator.cache_tokens)
     tokens: dict[int, list[int]] = collections.defaultdict(list)
-    waiting = {prompt.index for prompt in prompts}
+    waiting = {job.index for job in jobs}
     try:
-        for prompt in prompts:
-            generator.submit(prompt)
+        for job in jobs:
+            generator.submit(job)
         while waiting:
-            results = generator.step()
-            for result in results:
+            for result in generator.step():
                 index = result.get("identifier")
                 if result.get("stage") == "error":
                     raise result["error"]
@@ -79,5 +83,5 @@ def generate(generator: Generator, prompts: Sequence[GenerationJob]) -> Iterator
                     waiting.discard(index)
                     yield index, tokens.pop(index, [])
     finally:
-        if waiting:  # an error, or nobody wants the rest
+        if waiting:  # an error, or the caller stopped early
             generator.clear()

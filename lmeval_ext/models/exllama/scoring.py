@@ -1,4 +1,4 @@
-"""Log-probabilities of windows and of choices on an `Engine`: batches, shared contexts, nothing fetched in between."""
+"""Log-probabilities of windows and of choices on an `Engine`: in batches, with shared contexts, without waiting."""
 
 from __future__ import annotations
 
@@ -10,19 +10,17 @@ import torch
 
 from lmeval_ext.divergence.measure import TokenDivergence
 from lmeval_ext.divergence.observer import Observer, WindowSpan, spans_between
-from lmeval_ext.models.exllama.batching import Batching, Fetched
+from lmeval_ext.models.exllama.batching import Batching, HostCopy
 from lmeval_ext.models.exllama.engine import Engine
-from lmeval_ext.models.exllama.memory import is_out_of_memory, release_memory
+from lmeval_ext.models.exllama.memory import BLOCK, is_out_of_memory, release_memory, round_up
 from lmeval_ext.models.shared_contexts import Group, shared_batches, split_groups
 from lmeval_ext.models.target_logprobs import target_logprobs
 from lmeval_ext.requests import WindowRequest, WindowScores, key_of, same_shape
 
-# Plain batches are padded to whole blocks of tokens: kernels are then compiled and tuned for a few lengths only.
-PAD = 32
-Answer = tuple[float, bool]
+ChoiceScore = tuple[float, bool]  # sum of log-probabilities, whether every target is the most likely token
 
 
-class Scorer:
+class EngineScorer:
     """Scores token ids on an engine. Tensors stay on the engine's device until a group of batches is done."""
 
     def __init__(self, engine: Engine, batching: Batching) -> None:
@@ -34,46 +32,48 @@ class Scorer:
     def windows(
         self, windows: Sequence[WindowRequest], done: Callable[[int], Any], observer: Observer | None = None
     ) -> list[WindowScores]:
-        """Scores of each window, in order. Windows of one shape share batches, without padding. done: told how many.
+        """Returns the scores of each window, in order. Windows of one shape share batches, without padding.
 
-        observer: looks at the logits of every scored token, and at the states that they come of.
+        done: receives how many more windows are done. observer: receives the logits of every scored token, and the
+        hidden states that they come from.
         """
         self.engine.enter()
         results: list[WindowScores | None] = [None] * len(windows)
         for indices in same_shape(windows):
             ids = _pinned(torch.tensor([windows[i].ids for i in indices], dtype=torch.int64), self.engine.device)
-            kept = len(windows[indices[0]].target_ids)
-            targets = ids[:, -kept:].to(self.engine.device, non_blocking=True)
-
-            watch = None if observer is None else _Watch(observer, [_span(windows[i]) for i in indices], kept)
+            count = len(windows[indices[0]].target_ids)
+            targets = ids[:, -count:].to(self.engine.device, non_blocking=True)
+            rows = None if observer is None else _ObservedRows(observer, [_span(windows[i]) for i in indices])
 
             def forward(
-                start: int, stop: int, ids: Any = ids, targets: Any = targets, kept: int = kept, watch: Any = watch
+                start: int, stop: int, ids: Any = ids, targets: Any = targets, count: int = count, rows: Any = rows
             ) -> Any:
-                # The whole window is fed: its last token costs little, and whole blocks are what kernels like
-                hidden = self.engine.hidden(ids[start:stop], kept + 1)[:, :-1]
-                look = None if watch is None else watch.of_rows(start, stop)
-                return self._score(hidden.reshape(-1, hidden.shape[-1]), targets[start:stop].reshape(-1), look)
+                # The last token is fed, too: it costs little, and kernels are fastest on whole blocks
+                hidden = self.engine.hidden(ids[start:stop], count + 1)[:, :-1]
+                observed = None if rows is None else rows.part(start, stop)
+                return self._score(hidden.reshape(-1, hidden.shape[-1]), targets[start:stop].reshape(-1), observed)
 
-            def landed(
-                start: int, stop: int, arrays: list[np.ndarray], indices: Any = indices, kept: int = kept
+            def receive(
+                start: int, stop: int, arrays: list[np.ndarray], indices: Any = indices, count: int = count
             ) -> None:
                 # While the GPU computes: a third of a small model's time goes into the figures of the result file
-                logprobs, greedy, *more = (a.reshape(stop - start, kept) for a in arrays)
+                logprobs, greedy, *figures = (a.reshape(stop - start, count) for a in arrays)
                 for row, i in enumerate(indices[start:stop]):
-                    found = (
-                        {name: a[row] for name, a in zip(TokenDivergence._fields, more, strict=True)} if more else None
+                    divergence = (
+                        {name: a[row] for name, a in zip(TokenDivergence._fields, figures, strict=True)}
+                        if figures
+                        else None
                     )
-                    results[i] = WindowScores.of(logprobs[row], greedy[row], found)
+                    results[i] = WindowScores.of(logprobs[row], greedy[row], divergence)
                 done(stop - start)
 
-            self.batching.run(len(indices), ids.shape[1], forward, landed)
+            self.batching.run(len(indices), ids.shape[1], forward, receive)
         return [r for r in results if r is not None]
 
-    def _score(self, hidden: torch.Tensor, targets: torch.Tensor, watch: _Watch | None = None) -> Any:
-        """(log-probability float32, whether it is the first choice) of one target a row of hidden states.
+    def _score(self, hidden: torch.Tensor, targets: torch.Tensor, observed: _ObservedRows | None = None) -> Any:
+        """Scores one target per row of hidden states: (log-probability float32, whether it is the most likely token).
 
-        And the fields of `TokenDivergence`, if somebody watches.
+        With `observed`, the fields of `TokenDivergence` follow.
         """
         step = self.batching.logit_rows()
         parts = []
@@ -81,26 +81,26 @@ class Scorer:
             rows = slice(start, start + step)
             logits = self.engine.logits(hidden[rows])
             scores = target_logprobs(logits, targets[rows], self.engine.vocabulary)
-            more = () if watch is None else watch.observe(rows, hidden[rows], logits, targets[rows])
-            parts.append((*scores, *more))
+            figures = () if observed is None else observed.observe(rows, hidden[rows], logits, targets[rows])
+            parts.append((*scores, *figures))
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
     # ------------------------------------------------------------------ choices
 
     @torch.inference_mode()
-    def choices(self, groups: Sequence[Group]) -> Iterator[tuple[int, Answer]]:
-        """(request, (sum of log-probabilities, all targets are first choices)) as batches finish, in any order."""
+    def choices(self, groups: Sequence[Group]) -> Iterator[tuple[int, ChoiceScore]]:
+        """Yields (request, its score) as batches finish, in any order."""
         self.engine.enter()
         shared, plain = split_groups(groups) if self.engine.shares else ([], list(groups))
-        pending: _Launched | None = None
-        for launched in self._launch(shared, plain):
+        pending: _PendingScores | None = None
+        for scores in self._launch(shared, plain):
             if pending is not None:
-                yield from pending.answers()
-            pending = launched
+                yield from pending.scores()
+            pending = scores
         if pending is not None:
-            yield from pending.answers()
+            yield from pending.scores()
 
-    def _launch(self, shared: list[Group], plain: list[Group]) -> Iterator[_Launched]:
+    def _launch(self, shared: list[Group], plain: list[Group]) -> Iterator[_PendingScores]:
         budget = self.batching.tokens
         for batch in shared_batches(shared, budget, self.engine.fits):
             if batch.fits:
@@ -109,17 +109,20 @@ class Scorer:
                 plain += batch.groups
         yield from self._plain(plain)
 
-    def _shared(self, groups: list[Group], plain: list[Group]) -> Iterator[_Launched]:
-        """One batch of groups on top of their contexts; smaller, and at last without sharing, if memory runs out."""
+    def _shared(self, groups: list[Group], plain: list[Group]) -> Iterator[_PendingScores]:
+        """Scores groups on top of their contexts; if memory runs out, half of them at a time.
+
+        A single group that does not fit is added to `plain`, whose contexts are not shared.
+        """
         try:
-            # The states have no name here, which would keep them while a smaller batch looks for room
-            launched = self._pick(self.engine.branch([g.context for g in groups], [g.tails for g in groups]), groups)
+            # Hidden states get no name here: it would keep them in memory while a smaller batch is tried
+            pending = self._pick(self.engine.branch([g.context for g in groups], [g.tails for g in groups]), groups)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            launched = None
-        if launched is not None:
-            yield launched
+            pending = None
+        if pending is not None:
+            yield pending
             return
         release_memory()
         half = len(groups) // 2
@@ -129,8 +132,8 @@ class Scorer:
         yield from self._shared(groups[:half], plain)
         yield from self._shared(groups[half:], plain)
 
-    def _pick(self, hidden: torch.Tensor, groups: Sequence[Group]) -> _Launched:
-        """Scores from the hidden states of all tails of `groups`, one after the other."""
+    def _pick(self, hidden: torch.Tensor, groups: Sequence[Group]) -> _PendingScores:
+        """Scores targets from the hidden states of all tails of `groups`, which follow each other in `hidden`."""
         rows: list[int] = []
         targets: list[int] = []
         spans: list[tuple[int, int]] = []  # request, number of targets
@@ -145,10 +148,10 @@ class Scorer:
         device = self.engine.device
         picked = hidden.index_select(0, torch.tensor(rows).to(hidden.device))
         logprobs, greedy = self._score(picked, torch.tensor(targets).to(device))
-        return _Launched(logprobs, greedy, spans)
+        return _PendingScores(logprobs, greedy, spans)
 
-    def _plain(self, groups: Sequence[Group]) -> Iterator[_Launched]:
-        """Every sequence from its first token on, in padded batches, the longest first."""
+    def _plain(self, groups: Sequence[Group]) -> Iterator[_PendingScores]:
+        """Scores every sequence from its first token on, in padded batches, the longest first."""
         rows = [
             Group((), [(*group.context, *tail)], [wanted])
             for group in groups
@@ -158,25 +161,25 @@ class Scorer:
         start = 0
         while start < len(rows):
             length = len(rows[start].tails[0])
-            padded = -(-length // PAD) * PAD
+            padded = round_up(length, BLOCK)
             limit = self.engine.token_limit
             if limit is not None and padded > limit:
                 padded = length
             stop = min(start + self.batching.rows(padded), len(rows))
             try:
-                launched = self._padded(rows[start:stop], padded)
+                pending = self._padded(rows[start:stop], padded)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                launched = None
-            if launched is None:
+                pending = None
+            if pending is None:
                 release_memory()
                 self.batching.shrink(stop - start, padded)
                 continue
-            yield launched
+            yield pending
             start = stop
 
-    def _padded(self, rows: Sequence[Group], length: int) -> _Launched:
+    def _padded(self, rows: Sequence[Group], length: int) -> _PendingScores:
         ids = torch.zeros((len(rows), length), dtype=torch.int64)
         tails = [row.tails[0] for row in rows]
         needed = [max(len(tokens) for _, tokens in row.wanted[0]) for row in rows]
@@ -196,18 +199,20 @@ class Scorer:
         return self._pick(flat, shortened)
 
 
-class _Watch:
-    """An observer, and the windows that it sees: rows of one shape, `kept` scored tokens each."""
+class _ObservedRows:
+    """An observer, and the windows that rows of hidden states belong to; windows have the same number of targets."""
 
-    def __init__(self, observer: Observer, spans: Sequence[WindowSpan], kept: int) -> None:
-        self._observer, self._spans, self._kept = observer, list(spans), kept
+    def __init__(self, observer: Observer, spans: Sequence[WindowSpan]) -> None:
+        self._observer, self._spans = observer, list(spans)
 
-    def of_rows(self, start: int, stop: int) -> _Watch:
-        return _Watch(self._observer, self._spans[start:stop], self._kept)
+    def part(self, start: int, stop: int) -> _ObservedRows:
+        """The windows [start, stop)."""
+        return _ObservedRows(self._observer, self._spans[start:stop])
 
     def observe(
         self, rows: slice, hidden: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor
     ) -> TokenDivergence:
+        """Shows rows to the observer. rows: their place among all rows of these windows."""
         spans = spans_between(self._spans, rows.start, rows.start + len(targets))
         return self._observer.observe(spans, hidden, logits, targets)
 
@@ -216,20 +221,20 @@ def _span(window: WindowRequest) -> WindowSpan:
     return WindowSpan(key_of(window), 0, len(window.target_ids))
 
 
-class _Launched:
-    """Scores that the GPU is still computing."""
+class _PendingScores:
+    """Scores of choices that the GPU may still be computing. spans: (request, its number of targets), in order."""
 
     def __init__(self, logprobs: torch.Tensor, greedy: torch.Tensor, spans: list[tuple[int, int]]) -> None:
-        self._fetched, self._spans = Fetched((logprobs, greedy)), spans
+        self._copy, self._spans = HostCopy((logprobs, greedy)), spans
 
-    def answers(self) -> Iterator[tuple[int, Answer]]:
-        """Waits for them."""
-        logprobs, greedy = self._fetched.arrays()
-        at = 0
+    def scores(self) -> Iterator[tuple[int, ChoiceScore]]:
+        """Waits for the scores; yields (request, its score)."""
+        logprobs, greedy = self._copy.arrays()
+        position = 0
         for request, count in self._spans:
-            part = slice(at, at + count)
+            part = slice(position, position + count)
             yield request, (float(logprobs[part].sum(dtype=np.float64)), bool(greedy[part].all()))
-            at += count
+            position += count
 
 
 def _pinned(ids: torch.Tensor, device: torch.device) -> torch.Tensor:

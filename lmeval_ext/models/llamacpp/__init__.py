@@ -1,1 +1,1 @@
-"""llama.cpp, in process."""
+"""The adapter for llama.cpp, which runs in process."""

@@ -1,52 +1,36 @@
 """`llamacpp`: GGUF files in process, through llama-cpp-python.
 
-Loading, generation and the vocabulary go through its `Llama`; scoring through llama.cpp's own batch calls, which
-compute logits at the scored positions only. Tried with llama-cpp-python 0.3.36.
+Loading, generation and the vocabulary use its `Llama`; scoring uses llama.cpp's own batch calls, which compute logits
+at the scored positions only. Tried with llama-cpp-python 0.3.36.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 from lm_eval.api.instance import Instance
-from lm_eval.models.utils import (
-    Collator,
-    handle_stop_sequences,
-    maybe_truncate,
-    normalize_gen_kwargs,
-    postprocess_generated_text,
-)
+from lm_eval.models.utils import handle_stop_sequences, maybe_truncate, normalize_gen_kwargs, postprocess_generated_text
 from tqdm import tqdm
 
-from lmeval_ext.errors import UserError
-from lmeval_ext.models.llamacpp.generation import generate, sampling
+from lmeval_ext.models.llamacpp.generation import generate, sampling_arguments
 from lmeval_ext.models.llamacpp.loading import (
     ENGINE_VERSION,
+    cache_types,
     check_arguments,
+    context_size,
     find_gguf,
-    ggml_type,
-    llama_cpp,
     load_llama,
-    trained_context,
+    set_layers_on_gpu,
 )
-from lmeval_ext.models.llamacpp.scoring import LogitObserver, Scorer
+from lmeval_ext.models.llamacpp.scoring import ContextScorer, LogitObserver
 from lmeval_ext.models.llamacpp.vocabulary import GGUFTokenizer
 from lmeval_ext.models.observed import Observed
 from lmeval_ext.models.record import Quantization, from_storage
 from lmeval_ext.models.token_lm import TokenLM
 from lmeval_ext.requests import WindowRequest, WindowScores
 from lmeval_ext.tokens import HFTokenizer, ending_tokens
-
-if TYPE_CHECKING:
-    pass
-
-logger = logging.getLogger(__name__)
-
-_DEFAULT_CONTEXT = 8192  # a model's full context may need more memory for its cache than for its weights
 
 
 class LlamaCpp(Observed, TokenLM):
@@ -56,7 +40,7 @@ class LlamaCpp(Observed, TokenLM):
     to tokenize with, for comparisons across families; without it the GGUF's own vocabulary. label: the name in
     tables and plots. max_length is llama.cpp's n_ctx (default: the model's context, 8192 at most). reference=
     and save_reference= measure divergence (docs/metrics.md). Everything else goes to llama_cpp.Llama under llama.cpp's
-    names: n_gpu_layers (default: all where the build has a GPU), n_threads, n_batch, n_ubatch, flash_attn, type_k and
+    names: n_gpu_layers (default: all if the build supports a GPU), n_threads, n_batch, n_ubatch, flash_attn, type_k and
     type_v (names of ggml types, such as q8_0), rope_freq_base, …
     """
 
@@ -86,27 +70,16 @@ class LlamaCpp(Observed, TokenLM):
         self.path = find_gguf(pretrained)
         self.label = label or Path(self.path).stem
         check_arguments(arguments)
-        gpu = bool(llama_cpp.llama_supports_gpu_offload()) and device != "cpu"
-        arguments.setdefault("n_gpu_layers", -1 if gpu else 0)
-        if device == "cpu" and int(arguments["n_gpu_layers"]):
-            raise UserError(f"device=cpu and n_gpu_layers={arguments['n_gpu_layers']} contradict each other; drop one")
-        if max_length and n_ctx and int(max_length) != int(n_ctx):
-            raise UserError(f"max_length={max_length} and n_ctx={n_ctx} are two names of one thing; give one")
-        self._offloaded = gpu and int(arguments["n_gpu_layers"]) != 0
-        for name in ("type_k", "type_v"):
-            if isinstance(arguments.get(name), str):
-                arguments[name] = ggml_type(name, arguments[name])
-        self._cache_types = (arguments.get("type_k"), arguments.get("type_v"))
-        if not (max_length or n_ctx):
-            n_ctx = min(trained_context(self.path) or _DEFAULT_CONTEXT, _DEFAULT_CONTEXT)
-        self._max_length = int(max_length or n_ctx or 0)
+        self._offloaded = set_layers_on_gpu(arguments, device)
+        self._cache_types = cache_types(arguments)
+        self._max_length = context_size(self.path, max_length, n_ctx)
         self.llama = load_llama(self.path, verbose=verbose, n_ctx=self._max_length, **arguments)
         self._gguf = GGUFTokenizer(self.path, self.llama)
         if tokenizer:
             self.tokenizer = HFTokenizer(tokenizer, None, trust_remote_code, add_bos_token).transformers
         self.add_bos_token, self.custom_prefix_token_id = add_bos_token, prefix_token_id
         self._max_gen_toks = max_gen_toks
-        self.scorer = Scorer(self.llama, self._max_length, self.vocabulary)
+        self.scorer = ContextScorer(self.llama, self._max_length, self.vocabulary)
 
     # ------------------------------------------------------------------ scoring
 
@@ -118,6 +91,10 @@ class LlamaCpp(Observed, TokenLM):
     def max_length(self) -> int:
         return self._max_length
 
+    @property
+    def max_gen_toks(self) -> int:
+        return self._max_gen_toks
+
     def score_windows(self, windows: Sequence[WindowRequest]) -> list[WindowScores]:
         scores = []
         with self.progress(len(windows)) as done:
@@ -128,60 +105,40 @@ class LlamaCpp(Observed, TokenLM):
                 done(1)
         return scores
 
-    def checkpoint(self) -> str | None:
-        return self.path
+    def score_choices(self, requests: Sequence[Any]) -> Iterator[tuple[int, tuple[float, bool]]]:
+        return self.scorer.choices(requests)
 
     @property
     def tokenizer_may_differ(self) -> bool:
-        return self.tokenizer is None  # where a window's ids are the same, so is what is scored
-
-    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **kwargs: Any) -> Any:
-        if requests and isinstance(requests[0], WindowRequest):
-            return super()._loglikelihood_tokens(requests)
-        requests = self.complete_requests(requests)
-        # Sorted by their tokens, so that choices of one question follow each other and share its cached context
-        order = Collator(requests, sort_fn=lambda r: tuple(r[1] + r[2]))
-        answers = []
-        progress = tqdm(total=len(requests), disable=disable_tqdm, desc="Running loglikelihood requests")
-        for chunk in order.get_batched(n=1):
-            for key, context, continuation in chunk:
-                whole = (context + continuation)[-(self.max_length + 1) :]
-                n = len(continuation)
-                logprobs, greedy = self.scorer.score(whole[:-n], whole[-n:], reuse=True)
-                answer = (float(logprobs.sum(dtype=np.float64)), bool(greedy.all()))
-                answers.append(answer)
-                if key is not None:
-                    self.cache_hook.add_partial("loglikelihood", key, answer)
-                progress.update()
-        progress.close()
-        return order.get_original(answers)
+        return self.tokenizer is None  # windows with the same ids are scored alike, whatever their text
 
     # ------------------------------------------------------------------ generation
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        results = []
-        eos = self._gguf.piece(self.eot_token_id)
+        texts = []
         self.scorer.forget()
         self.llama.reset()
         for context, gen_kwargs in tqdm([r.args for r in requests], disable=disable_tqdm, desc="Generating"):
-            kwargs: dict[str, Any] = {**normalize_gen_kwargs(gen_kwargs, default_max_gen_toks=self.max_gen_toks)}
-            until = handle_stop_sequences(kwargs.pop("until", None), eos=eos)
-            tokens, n = maybe_truncate(
-                self.tok_encode(context) or [self.prefix_token_id],
-                max_gen_toks=self.check_new_tokens(int(kwargs.pop("max_gen_toks"))),
-                max_model_len=self.max_length,
-                side="left",
-            )
-            # A special token is no text; it ends an answer where a stop sequence is in its name
-            ends = ending_tokens(self._gguf.special, until)
-            stops = [u for u in until if u]
-            ends |= self._gguf.ends
-            text = generate(self.llama, tokens, n, ends, stops, sampling(kwargs), self.tok_decode)
-            text = postprocess_generated_text(text, until, None)
-            results.append(text)
+            text = self._generate(context, gen_kwargs)
+            texts.append(text)
             self.cache_hook.add_partial("generate_until", (context, gen_kwargs), text)
         self.llama.reset()
-        return results
+        return texts
+
+    def _generate(self, context: str, gen_kwargs: dict[str, Any]) -> str:
+        kwargs: dict[str, Any] = {**normalize_gen_kwargs(gen_kwargs, default_max_gen_toks=self.max_gen_toks)}
+        until = handle_stop_sequences(kwargs.pop("until", None), eos=self._gguf.piece(self.eot_token_id))
+        prompt, max_new = maybe_truncate(
+            self.tok_encode(context) or [self.prefix_token_id],
+            max_gen_toks=self.check_new_tokens(int(kwargs.pop("max_gen_toks"))),
+            max_model_len=self.max_length,
+            side="left",
+        )
+        # A special token is not text; it ends the generation if its name contains a stop sequence
+        ends = ending_tokens(self._gguf.special, until) | self._gguf.ends
+        stops = [u for u in until if u]
+        text = generate(self.llama, prompt, max_new, ends, stops, sampling_arguments(kwargs), self.tok_decode)
+        return str(postprocess_generated_text(text, until, None))
 
     # ------------------------------------------------------------------ tokens
 
@@ -210,33 +167,23 @@ class LlamaCpp(Observed, TokenLM):
         return self._gguf.bos_id
 
     @property
-    def max_gen_toks(self) -> int:
-        return self._max_gen_toks
-
-    @property
     def tokenizer_name(self) -> str:
         return Path(self.path).name if self.tokenizer is None else super().tokenizer_name
 
+    # ------------------------------------------------------------------ chat
+
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        return self.llama.metadata.get("tokenizer.chat_template") if chat_template else None
+        return self._gguf.chat_template if chat_template else None
 
     def render_chat(self, chat_history: list[dict[str, str]], add_generation_prompt: bool) -> str:
         if self.tokenizer is not None and self.tokenizer.chat_template:
             return super().render_chat(chat_history, add_generation_prompt)
-        template = self.llama.metadata.get("tokenizer.chat_template")
-        if not template:
-            raise UserError(f"{self.path!r} has no chat template; give tokenizer= a model that has one")
-        from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-
-        formatter = Jinja2ChatFormatter(
-            template=template,
-            eos_token=self._gguf.piece(self.eot_token_id),
-            bos_token=self._gguf.piece(self._gguf.bos_id) if self._gguf.bos_id is not None else "",
-            add_generation_prompt=add_generation_prompt,
-        )
-        return str(formatter(messages=chat_history).prompt)
+        return self._gguf.render_chat(chat_history, add_generation_prompt)
 
     # ------------------------------------------------------------------ the record
+
+    def checkpoint(self) -> str | None:
+        return self.path
 
     def describe(self) -> Quantization:
         facts = from_storage(

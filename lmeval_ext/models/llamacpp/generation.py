@@ -1,7 +1,7 @@
-"""Text after a prompt, token by token, from `llama_cpp.Llama.generate`: what `generate_until` of `llamacpp` rests on.
+"""Generation after a prompt, token by token, from `llama_cpp.Llama.generate`.
 
-`Llama.create_completion` would cut stop sequences as well, but it stops at no special token by its text, drops bytes
-that are no UTF-8, samples unless told otherwise, and reads the whole answer again after every token.
+`Llama.create_completion` handles stop sequences, too, but it does not stop at a special token by its text, drops bytes
+that are not UTF-8, samples by default, and decodes the whole answer again after every token.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from lmeval_ext.models.sampling import known_arguments
 
-# The harness' and Transformers' names: llama.cpp's name, and the value that leaves the probabilities as they are.
+# Argument of the harness and Transformers -> (llama.cpp's name, the value that leaves probabilities unchanged)
 _SAMPLING: dict[str, tuple[str, Any]] = {
     "temperature": ("temp", 0.0),
     "top_k": ("top_k", 0),
@@ -25,48 +25,51 @@ _SAMPLING: dict[str, tuple[str, Any]] = {
 }
 
 
-def sampling(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `Llama.generate` from the harness' normalized ones. UserError for one that llama.cpp lacks."""
+def sampling_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Translates the harness' normalized generation arguments into those of `Llama.generate`.
+
+    Raises UserError for one that llama.cpp does not have.
+    """
     known = _SAMPLING | {own: (own, default) for own, default in _SAMPLING.values()}
     given = known_arguments(kwargs, known, "llamacpp", _SAMPLING)
-    found = dict(_SAMPLING.values())
+    arguments = dict(_SAMPLING.values())
     if kwargs.get("do_sample"):
-        found["temp"] = 1.0  # as in `hf`, where sampling is asked for and no temperature given
+        arguments["temp"] = 1.0  # as in `hf`, if do_sample is given without a temperature
     for name, value in given.items():
         own, default = known[name]
-        found[own] = default if value is None else type(default)(value)
-    return found
+        arguments[own] = default if value is None else type(default)(value)
+    return arguments
 
 
 def generate(
     llama: Any,
     prompt: Sequence[int],
-    most: int,
+    max_new: int,
     ends: Collection[int],
     stops: Sequence[str],
     arguments: dict[str, Any],
     decode: Callable[[list[int]], str],
 ) -> str:
-    """Text after `prompt`: `most` tokens, or up to a token of `ends`, or until one of `stops` is in it (it stays in).
+    """Generates text after `prompt`: max_new tokens, or up to a token of `ends`, or until it contains one of `stops`.
 
-    arguments: as `sampling` gives them. decode: text of token ids. Samples follow Python's `random`, which the harness'
-    --seed seeds.
+    The stop sequence stays in the text, the ending token does not. arguments: from `sampling_arguments`. decode: gives
+    the text of token ids. Samples follow Python's `random`, which the harness' --seed seeds.
     """
     llama.set_seed(random.getrandbits(31))
     longest = max(map(len, stops), default=0)
     ids: list[int] = []
-    # Text of ids[:fresh], which no later token changes; ids[anchor:fresh] are decoded again with what follows, for
-    # SentencePiece strips the space before the first of the tokens that it is given
-    settled, anchor, fresh = "", 0, 0
+    # settled: text of ids[:end], which no later token changes. ids[start:end] are decoded again together with what
+    # follows, because SentencePiece strips the space before the first token that it decodes.
+    settled, start, end = "", 0, 0
     for token in llama.generate(list(prompt), **arguments):
         if token in ends:
             break
         ids.append(int(token))
-        tail = decode(ids[anchor:])[len(decode(ids[anchor:fresh])) :]
+        tail = decode(ids[start:])[len(decode(ids[start:end])) :]
         if any(stop in settled[-longest:] + tail for stop in stops):
             break
-        if not tail.endswith("\ufffd"):  # no character is waiting for its last bytes
-            settled, anchor, fresh = settled + tail, fresh if tail else anchor, len(ids)
-        if len(ids) >= most:
+        if not tail.endswith("\ufffd"):  # all bytes of the last character are there
+            settled, start, end = settled + tail, end if tail else start, len(ids)
+        if len(ids) >= max_new:
             break
     return decode(ids)

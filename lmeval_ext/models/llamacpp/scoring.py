@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,14 +16,14 @@ if TYPE_CHECKING:
 
 
 class LogitObserver:
-    """Shows an observer the logits of one window, part by part."""
+    """Shows the logits of one window to an observer, part by part."""
 
     def __init__(self, observer: Observer, window: WindowRequest) -> None:
         self._observer, self._key = observer, key_of(window)
         self._done, self._parts = 0, list[dict[str, np.ndarray]]()
 
     def observe(self, logits: np.ndarray, targets: list[int]) -> None:
-        """logits: float32 [tokens, vocabulary], of the next scored tokens; read at once, not kept."""
+        """Takes the logits of the next scored tokens, float32 [tokens, vocabulary]; they are not kept."""
         import torch
 
         from lmeval_ext.divergence.measure import fetched
@@ -34,12 +35,12 @@ class LogitObserver:
         self._done += len(targets)
 
     def divergence(self) -> dict[str, np.ndarray]:
-        """Of all tokens observed: `TokenDivergence` as arrays [tokens]."""
+        """The `TokenDivergence` of all observed tokens, as arrays [tokens]."""
         return {name: np.concatenate([part[name] for part in self._parts]) for name in self._parts[0]}
 
 
-class Scorer:
-    """Scores token ids in one llama.cpp context.
+class ContextScorer:
+    """Scores token ids in one llama.cpp context, and reuses the keys and values that it holds.
 
     llama: `llama_cpp.Llama`. max_length: tokens of its context. vocabulary: columns of its logits.
     """
@@ -49,19 +50,32 @@ class Scorer:
         self._cached: list[int] = []  # tokens whose keys and values are in the cache, from position 0
 
     def forget(self) -> None:
-        """The cache holds other tokens now, or none."""
+        """Drops the cached tokens; to be called after the context was used for something else."""
         self._cached = []
+
+    def choices(self, requests: Sequence[Any]) -> Iterator[tuple[int, tuple[float, bool]]]:
+        """Scores triples (key, context ids, continuation ids); see `TokenLM.score_choices`.
+
+        They are scored in the order of their tokens, so that choices of one question follow each other and share its
+        cached context.
+        """
+        for index in sorted(range(len(requests)), key=lambda i: requests[i][1] + requests[i][2]):
+            _, context, continuation = requests[index]
+            ids = (context + continuation)[-(self._max_length + 1) :]
+            n = len(continuation)
+            logprobs, greedy = self.score(ids[:-n], ids[-n:], reuse=True)
+            yield index, (float(logprobs.sum(dtype=np.float64)), bool(greedy.all()))
 
     def score(
         self, context: list[int], targets: list[int], reuse: bool, observer: LogitObserver | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(logprobs float32, greedy bool) of `targets` given `context`, each of shape [len(targets)].
+        """Returns (logprobs float32, greedy bool) of `targets` given `context`, each of shape [len(targets)].
 
-        reuse: keep the cached part that the last call's tokens share with these. Raises UserError if llama.cpp runs
-        out of memory or cache.
+        reuse: keep the cached tokens that the last call shares with this one. Raises UserError if llama.cpp runs out of
+        memory or cache.
         """
-        # The last token predicts nothing. Of a window it is fed all the same, as llama-perplexity does: kernels round
-        # the last rows of a batch by how many there are, and K-quants' last scores would differ from its own
+        # The last token predicts nothing. It is still fed in a window, as llama-perplexity does: rounding depends on
+        # the number of rows in a batch, and with K-quants the last scores would differ from llama-perplexity's.
         fed = context + targets
         if reuse or len(fed) > self._max_length:
             del fed[-1]
@@ -97,12 +111,12 @@ class Scorer:
         return logprobs, greedy
 
     def _rewind(self, fed: list[int], first: int) -> int:
-        """Drops cached tokens that differ from `fed`, or whose logits are read; returns how many stay."""
+        """Drops cached tokens that differ from `fed`, or from position `first` on; returns how many stay."""
         keep = 0
         while keep < min(len(self._cached), len(fed), first) and self._cached[keep] == fed[keep]:
             keep += 1
         memory = llama_cpp.llama_get_memory(self._llama.ctx)
-        # recurrent models cannot drop a part: they refuse, and start afresh
+        # Recurrent models refuse to drop a part, so their cache is cleared
         if keep == 0 or not llama_cpp.llama_memory_seq_rm(memory, 0, keep, -1):
             llama_cpp.llama_memory_clear(memory, True)
             keep = 0
@@ -111,7 +125,10 @@ class Scorer:
     def _read_logits(
         self, rows: int, targets: list[int], observer: LogitObserver | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Log-softmax in float32 of the last decode's logits at `targets`; and whether each is the first choice."""
+        """Returns the log-softmax in float32 of the last decode's logits at `targets`, and whether each is the argmax.
+
+        rows: positions with logits. observer: receives the logits.
+        """
         pointer = llama_cpp.llama_get_logits(self._llama.ctx)
         logits = np.ctypeslib.as_array(pointer, shape=(rows, self._vocabulary))
         top = logits.max(axis=1, keepdims=True)

@@ -1,4 +1,4 @@
-"""llama.cpp's answers: decoders that strip a first space, tokens of many bytes, answers that leave no room."""
+"""Generation in llama.cpp: decoders that strip a first space, tokens of many bytes, sampling arguments."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from lmeval_ext.errors import UserError
-from lmeval_ext.models.llamacpp.generation import generate, sampling
+from lmeval_ext.models.llamacpp.generation import generate, sampling_arguments
 
 WORDS = ["▁The", "▁quick", "▁fo", "x", "▁STOP", "▁jumps"]
 
 
-class Spoken:
-    """Says the tokens that it was made of."""
+class FixedTokens:
+    """A `llama_cpp.Llama` that generates given tokens."""
 
     def __init__(self, ids: list[int]) -> None:
         self.ids = ids
@@ -28,35 +28,35 @@ class Spoken:
 
 
 def metaspace() -> Tokenizer:
-    """As Llama 2's: ▁ for a space, and a text's first space is none."""
+    """A vocabulary like Llama 2's: ▁ stands for a space, and a text's first space is stripped."""
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="x"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
     return tokenizer
 
 
-@pytest.mark.parametrize("said", [[0, 1, 2, 3], [0], [3, 3, 5], []])
-def test_spaces_between_tokens_stay(said: list[int]) -> None:
+@pytest.mark.parametrize("ids", [[0, 1, 2, 3], [0], [3, 3, 5], []])
+def test_spaces_between_tokens_stay(ids: list[int]) -> None:
     decode = metaspace().decode
-    assert generate(Spoken(said), [1], 10, set(), [], {}, decode) == decode(said)
+    assert generate(FixedTokens(ids), [1], 10, set(), [], {}, decode) == decode(ids)
     assert decode([0, 1, 2, 3]) == "The quick fox"
 
 
-def test_a_stop_sequence_over_a_stripped_space() -> None:
-    """The text goes on up to the token that completes it; the harness cuts there."""
-    text = generate(Spoken([0, 1, 4, 5]), [1], 10, set(), ["k ST"], {}, metaspace().decode)
+def test_stop_sequence_across_a_stripped_space_ends_the_text() -> None:
+    """The text goes up to the token that completes the sequence; the harness cuts it off."""
+    text = generate(FixedTokens([0, 1, 4, 5]), [1], 10, set(), ["k ST"], {}, metaspace().decode)
     assert text == "The quick STOP"
 
 
 def test_sampling_without_a_temperature_is_at_1() -> None:
-    assert sampling({"do_sample": True})["temp"] == 1.0
-    assert sampling({"do_sample": True, "temperature": 0.5})["temp"] == 0.5
-    assert sampling({})["temp"] == 0.0
+    assert sampling_arguments({"do_sample": True})["temp"] == 1.0
+    assert sampling_arguments({"do_sample": True, "temperature": 0.5})["temp"] == 0.5
+    assert sampling_arguments({})["temp"] == 0.0
 
 
 @pytest.mark.engine
 def test_tokens_of_more_than_32_bytes_have_their_bytes(bf16_gguf: Path, smollm2: Path) -> None:
-    """Runs of spaces, of which code is full. Transformers' own vocabulary says which bytes a token is."""
+    """Runs of spaces, which are common in code. Compared with the bytes in Transformers' vocabulary."""
     from transformers import AutoTokenizer
 
     from lmeval_ext.models.llamacpp.vocabulary import GGUFTokenizer
@@ -69,11 +69,11 @@ def test_tokens_of_more_than_32_bytes_have_their_bytes(bf16_gguf: Path, smollm2:
 
 
 @pytest.mark.engine
-def test_an_answer_that_leaves_no_room(bf16_gguf: Path) -> None:
+def test_max_gen_toks_that_leaves_no_room_for_a_prompt_is_an_error(bf16_gguf: Path) -> None:
     from lm_eval.api.instance import Instance
     from lm_eval.api.registry import get_model
 
     model = get_model("llamacpp")(pretrained=str(bf16_gguf), max_length=64)
-    asked = Instance("generate_until", {}, ("A prompt", {"until": ["."], "max_gen_toks": 64}), 0)
+    request = Instance("generate_until", {}, ("A prompt", {"until": ["."], "max_gen_toks": 64}), 0)
     with pytest.raises(UserError, match="max_gen_toks=64"):
-        model.generate_until([asked], disable_tqdm=True)
+        model.generate_until([request], disable_tqdm=True)

@@ -15,12 +15,12 @@ _original_attention = v2_attention.ExLlamaV2Attention._attn_torch
 def causal_attention(
     self: Any, batch_size: int, q_len: int, q: Any, k: Any, v: Any, params: Any, cfg: Any, causal: bool = True
 ) -> Any:
-    """In place of `ExLlamaV2Attention._attn_torch`, which in 0.3.2 passes no mask to PyTorch's attention.
+    """Replaces `ExLlamaV2Attention._attn_torch`, which in 0.3.2 passes no mask to PyTorch's attention.
 
-    (`if … or causal: attn_mask_lr = attn_params.get_block_diag_mask(…)` is None for text: every token sees all later
-    ones.) q: [batch, q_len, heads, dim]; k, v: [batch, k_len, KV heads, dim], their last q_len positions being the
-    queries' own. Cases that PyTorch's attention cannot do stay with the engine's own, masked, products.
-    Raises UserError where those are wrong, too: of a sliding window they keep the last keys, whichever the query.
+    (`if … or causal: attn_mask_lr = attn_params.get_block_diag_mask(…)` is None for text, so every token sees all later
+    ones.) q: [batch, q_len, heads, dim]; k, v: [batch, k_len, KV heads, dim], whose last q_len positions are the
+    queries' own. Cases that PyTorch's attention cannot compute stay with the engine's own products, which are masked.
+    Raises UserError where those are wrong, too: with a sliding window they keep the last keys for every query.
     """
     plain = causal and params.is_causal() and not cfg.attn_logit_softcapping and not cfg.no_sdpa
     window = int(self.sliding_window or 0)
@@ -45,9 +45,9 @@ def causal_attention(
 
 
 def repair_attention(config: Any = None) -> str:
-    """Put `causal_attention` in its place, for wherever the engine turns to PyTorch; returns what attends.
+    """Installs `causal_attention` for all cases in which the engine uses PyTorch; returns the name of what attends.
 
-    config: an ExLlamaV2Config after `arch_compat_overrides()`, which rules out what an architecture cannot be run with.
+    config: an ExLlamaV2Config after `arch_compat_overrides()`, which excludes what an architecture cannot be run with.
     None: before there is one, as for the engine's converter.
     """
     v2_attention.ExLlamaV2Attention._attn_torch = causal_attention

@@ -1,4 +1,4 @@
-"""Rotary embeddings of a config.json, as ExLlamaV2 takes them."""
+"""Translates the rotary embeddings of a config.json into fields of ExLlamaV2's configuration."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ class Rope:
 
 
 def read_rope(config: dict[str, Any]) -> Rope:
-    """From the fields of Transformers 5 (`rope_parameters`) or 4 (`rope_theta`, `rope_scaling`).
+    """Reads the fields of Transformers 5 (`rope_parameters`) or 4 (`rope_theta`, `rope_scaling`).
 
-    Raises UserError where layers differ in it.
+    Raises UserError if layers have different ones.
     """
     text = text_config(config)
     scaling = text.get("rope_parameters") or text.get("rope_scaling") or {}
     if not isinstance(scaling, dict):
         raise UserError(f"config.json: rope_parameters is {type(scaling).__name__}, expected an object")
     if any(isinstance(v, dict) for v in scaling.values()):
-        raise UserError("config.json: rope_parameters differ by layer type, which cannot be told to ExLlamaV2")
+        raise UserError("config.json: rope_parameters differ by layer type, which ExLlamaV2 does not support")
     theta = scaling.get("rope_theta", text.get("rope_theta"))
     partial = scaling.get("partial_rotary_factor", text.get("partial_rotary_factor"))
     kind = str(scaling.get("rope_type") or scaling.get("type") or "default")
@@ -39,9 +39,9 @@ def read_rope(config: dict[str, Any]) -> Rope:
     return Rope(None if theta is None else float(theta), kind, None if partial is None else float(partial), scaling)
 
 
-# What ExLlamaV2 computes for each kind of scaling: attribute of ExLlamaV2Config <- field of config.json, and the
-# method's name there (exllamav2/config.py, exllamav2/rope.py).
-_V2_SCALING: dict[str, tuple[str | None, dict[str, str]]] = {
+# For each kind of scaling that ExLlamaV2 computes: the method's name there, and which attribute of ExLlamaV2Config has
+# which field of config.json (exllamav2/config.py, exllamav2/rope.py).
+_SCALING: dict[str, tuple[str | None, dict[str, str]]] = {
     "default": (None, {}),
     "linear": (None, {"scale_pos_emb": "factor"}),
     "llama3": (
@@ -62,31 +62,30 @@ _V2_SCALING: dict[str, tuple[str | None, dict[str, str]]] = {
         },
     ),
 }
-_V2_SCALING["su"] = _V2_SCALING["longrope"]
+_SCALING["su"] = _SCALING["longrope"]
 
 
-def tell_v2_rope(v2: Any, config: dict[str, Any], where: str) -> None:
-    """Set rotary embeddings on an `ExLlamaV2Config` after `prepare()`, which reads only top-level fields.
+def set_rope(v2: Any, config: dict[str, Any], where: str) -> None:
+    """Sets rotary embeddings on an `ExLlamaV2Config` after `prepare()`, which reads only top-level fields.
 
-    Without this, a config.json of Transformers 5 silently means a base of 10000 (perplexity 1228 for 25). Raises
-    UserError for scalings that ExLlamaV2 does not have, or computes otherwise than Transformers (YaRN: it measures
-    from the whole context, not from the original one).
+    Without this, a config.json of Transformers 5 silently means a base of 10000 (perplexity 1228 instead of 25).
+    where: the checkpoint, for messages. Raises UserError for scalings that ExLlamaV2 does not have, or computes
+    differently from Transformers (YaRN: it starts from the whole context, not from the original one).
     """
     try:
         rope = read_rope(config)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    row = _V2_SCALING.get(rope.kind)
-    if row is None:
-        known = ", ".join(sorted(_V2_SCALING))
+    scaling = _SCALING.get(rope.kind)
+    if scaling is None:
         raise UserError(
-            f"{where}: config.json asks for rotary embeddings of the kind {rope.kind!r}, ExLlamaV2 does {known} as "
-            "Transformers does them; use the EXL3 version of this model"
+            f"{where}: config.json asks for rotary embeddings of the kind {rope.kind!r}, ExLlamaV2 computes "
+            f"{', '.join(sorted(_SCALING))} as Transformers does; use the EXL3 version of this model"
         )
-    method, fields = row
+    method, fields = scaling
     missing = [name for name in fields.values() if rope.parameters.get(name) is None]
     if missing:
-        raise UserError(f"{where}: config.json names no {missing[0]} for its {rope.kind} rotary embeddings")
+        raise UserError(f"{where}: config.json has no {missing[0]} for its {rope.kind} rotary embeddings")
     if rope.theta is not None:
         v2.rotary_embedding_base = rope.theta
     if rope.partial is not None:

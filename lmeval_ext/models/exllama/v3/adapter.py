@@ -1,63 +1,65 @@
 """`exllamav3`: EXL3 checkpoints, and unquantized ones in float16, on ExLlamaV3. Tried with exllamav3 1.6.5.
 
-Not public in the engine, and used here: `Model.fwd_modules` (what `Model.forward` walks through: without its last
-module, hidden states come out), `Cache.layers` (their pages are copied where a context has several continuations) and
-the embedding module's `embedding` and `device` (moved beside the first layer while windows are scored).
+Uses parts of the engine that are not public: `Model.fwd_modules` (the modules that `Model.forward` runs: without the
+last one, it returns hidden states), `Cache.layers` (their pages are copied if a context has several continuations) and
+the embedding module's `embedding` and `device` (moved to the first layer's device while windows are scored).
 """
 
 from __future__ import annotations
 
-import logging
-from pathlib import Path
 from typing import Any
 
-from lmeval_ext.errors import UserError
-from lmeval_ext.models.exllama.messages import (
-    check_gpu,
-    check_unknown,
-    import_error,
-    load_error,
-    require,
-    single_device,
-)
-from lmeval_ext.models.exllama.v3.engine import PAGE, ExLlamaV3Engine, ExLlamaV3Generator, version
-from lmeval_ext.models.record import Quantization
+from lmeval_ext.models.exllama.loading import require
+from lmeval_ext.models.exllama.messages import import_error
+from lmeval_ext.models.exllama.v3.loading import PACKAGE
 
-try:
-    require("exllamav3", "exl3")
-    from exllamav3 import Cache, CacheLayer_fp16, CacheLayer_quant, Config, Model, Tokenizer
+try:  # before all modules that import the engine
+    require(PACKAGE)
+    from exllamav3 import Model, Tokenizer
+
+    from lmeval_ext.models.exllama.v3.engine import ExLlamaV3Engine
+    from lmeval_ext.models.exllama.v3.generation import ExLlamaV3Generator
 except Exception as error:  # a failed compilation is a RuntimeError, a missing toolkit an OSError
-    raise import_error(error, "exllamav3", "exl3") from error
+    raise import_error(error, PACKAGE) from error
+
 import torch
 
 from lmeval_ext.models.exllama.adapter import ExLlamaLM
-from lmeval_ext.models.exllama.config import cache_bits as parse_bits
-from lmeval_ext.models.exllama.config import numbers, text_config
+from lmeval_ext.models.exllama.config import text_config
 from lmeval_ext.models.exllama.engine import Engine
-from lmeval_ext.models.exllama.generation import Generator
+from lmeval_ext.models.exllama.generation import JobGenerator
+from lmeval_ext.models.exllama.loading import (
+    check_gpu,
+    check_unknown,
+    numbers,
+    parse_cache_bits,
+    single_device,
+    try_forward,
+)
 from lmeval_ext.models.exllama.memory import (
     allocated_bytes,
-    default_cache_tokens,
-    measured_memory,
-    quantized_cache,
+    cache_size,
+    describe_cache,
+    describe_embedding,
+    describe_memory,
     reset_peak_memory,
 )
+from lmeval_ext.models.exllama.messages import load_error, no_cache
+from lmeval_ext.models.exllama.v3.loading import CACHE_BITS, cache_bytes, model_config, new_cache, version
 from lmeval_ext.models.exllama.v3.processes import end_at_exit
-from lmeval_ext.storage.kv_cache import kv_cache
-
-logger = logging.getLogger(__name__)
+from lmeval_ext.models.record import Quantization
 
 
 class ExLlamaV3(ExLlamaLM):
     """EXL3 checkpoints, and unquantized ones in float16.
 
-    Arguments of `ExLlamaLM`, and: device (cuda:1), gpu_split (GiB per GPU: 20/24; default: fill one after the other),
-    tensor_parallel, tp_backend (native or nccl), cache_tokens (KV cache over all generations; 0: none), cache_bits (2
-    to 8, keys/values apart: 8/4; default fp16), max_jobs (generations at a time), embedding_on_gpu (default: if they
-    are small), override_tensors (YAML files of ExLlamaV3's -or), swa_full.
+    Takes the arguments of `ExLlamaLM`, and: device (cuda:1), gpu_split (GiB per GPU: 20/24; default: fill one after the
+    other), tensor_parallel, tp_backend (native or nccl), cache_tokens (KV cache of all generations together; 0: none),
+    cache_bits (2 to 8, keys and values apart: 8/4; default fp16), max_jobs (generations at a time), embedding_on_gpu
+    (default: if they are small), override_tensors (YAML files as for ExLlamaV3's -or), swa_full.
     """
 
-    engine_name = "exllamav3"
+    engine_name = PACKAGE.name
     engine: ExLlamaV3Engine
 
     def load(
@@ -74,22 +76,22 @@ class ExLlamaV3(ExLlamaLM):
         swa_full: bool = False,
         **unknown: Any,
     ) -> Engine:
-        check_unknown(unknown, "exllamav3")
+        check_unknown(PACKAGE, unknown)
         self.engine_version = version()
         self._max_jobs = int(max_jobs)
         self._generator: ExLlamaV3Generator | None = None
-        self._bits = parse_bits(cache_bits, tuple(range(2, 9)))
+        self._bits = parse_cache_bits(cache_bits, CACHE_BITS)
         split = numbers("gpu_split", gpu_split)
-        place = single_device(device, split, bool(tensor_parallel))
-        check_gpu("exllamav3", (7, 5), [place] if place is not None else list(range(torch.cuda.device_count())))
+        index = single_device(device, split, bool(tensor_parallel))
+        check_gpu(PACKAGE, index)
         try:
-            config = Config.from_directory(str(self.folder))
-            override(config, override_tensors)
-            model = Model.from_config(config, swa_full=bool(swa_full)) if swa_full else Model.from_config(config)
-            cache = self._cache(model, cache_tokens)
+            config = model_config(self.folder, override_tensors)
+            model = Model.from_config(config, swa_full=True) if swa_full else Model.from_config(config)
+            tokens = cache_size(self.folder, cache_tokens, self.max_length, self.length_is_given)
+            cache = new_cache(model, tokens, self._bits)
             before = allocated_bytes()
-            if place is not None:
-                model.load(device=torch.device("cuda", place), progressbar=False)
+            if index is not None:
+                model.load(device=torch.device("cuda", index), progressbar=False)
             else:
                 if tensor_parallel:
                     end_at_exit(model)
@@ -101,76 +103,35 @@ class ExLlamaV3(ExLlamaLM):
                     progressbar=False,
                 )
             engine = ExLlamaV3Engine(model, cache, text_config(self.config), embedding_on_gpu)
-            with torch.inference_mode():  # what does not run is found now, and not at the first request
-                engine.logits(engine.hidden(torch.zeros((1, 32), dtype=torch.int64), 1)[0]).sum().item()
+            try_forward(engine)
         except Exception as error:
-            raise load_error(error, "exllamav3", self.folder, self.config, multiple=128) from error
-        self._kv_bytes = 0 if cache is None else sum(int(layer.storage_size()) for layer in cache.layers.values())
-        self._weights = None if tensor_parallel else allocated_bytes() - before - self._kv_bytes
+            raise load_error(error, PACKAGE, self.folder, self.config) from error
+        self._kv_bytes = cache_bytes(cache)
+        self._weights_bytes = None if tensor_parallel else allocated_bytes() - before - self._kv_bytes
         reset_peak_memory()
         return engine
 
-    def _cache(self, model: Any, tokens: int | None) -> Any:
-        """The KV cache. It must stand before the model is loaded, which allocates it layer by layer."""
-        if tokens is None:
-            total = torch.cuda.get_device_properties(0).total_memory
-            each = kv_cache(self.folder, "float16", "float16").bytes_per_token
-            tokens = default_cache_tokens(total, each, self.max_length, self.asked_length)
-        tokens = -(-int(tokens) // PAGE) * PAGE
-        if tokens == 0:
-            return None
-        if self._bits is None:
-            return Cache(model, max_num_tokens=tokens, layer_type=CacheLayer_fp16)
-        keys, values = self._bits
-        return Cache(model, max_num_tokens=tokens, layer_type=CacheLayer_quant, k_bits=keys, v_bits=values)
-
-    def generator(self) -> Generator:
-        if self.engine.cache is None:
-            raise UserError("cache_tokens=0 leaves no KV cache to generate with; set it to 8192 or more")
-        if self._generator is None or self.engine.cache_is_dirty:
-            # A new one forgets what it takes the pages to hold
+    def generator(self) -> JobGenerator:
+        engine = self.engine
+        if engine.cache is None:
+            raise no_cache()
+        if self._generator is None or engine.cache_is_dirty:
+            # Only a new generator forgets which prompts the pages held
             if self._generator is not None:
                 self._generator.close()
-            tokenizer = Tokenizer.from_config(self.engine.model.config)
-            self._generator = ExLlamaV3Generator(self.engine.model, self.engine.cache, tokenizer, self._max_jobs)
-            self.engine.cache_is_dirty = False
-            if self.engine.branches is not None:
-                self.engine.branches.forget()
+            tokenizer = Tokenizer.from_config(engine.model.config)
+            self._generator = ExLlamaV3Generator(engine.model, engine.cache, tokenizer, self._max_jobs)
+            engine.cache_is_dirty = False
+            if engine.branches is not None:
+                engine.branches.forget()
         return self._generator
 
-    def facts(self, facts: Quantization) -> Quantization:
+    def describe_engine(self, facts: Quantization) -> Quantization:
         kinds = sorted({str(m.quant_type) for m in self.engine.model if getattr(m, "quant_type", None)})
         facts.kernel = "+".join(kinds) or ("exl3" if facts.family == "EXL3" else None)
-        quantized_cache(facts, self._bits)
+        describe_cache(facts, self._bits)
         if self.engine.tensor_parallel:
             facts.notes.append("peak_vram_gb unknown: under tensor parallel the weights are in other processes")
             return facts
-        if self.engine.embedding_bytes:
-            facts.notes.append(
-                f"token embeddings ({self.engine.embedding_bytes / 1024**2:.0f} MiB) were copied to the GPU for scoring"
-            )
-        return measured_memory(facts, self._kv_bytes, self._weights)
-
-
-def override(config: Any, files: Any) -> None:
-    """Take tensors from other checkpoints, as ExLlamaV3's `-or FILE.yaml` does: sources (id, model_dir), overrides
-    (key, source)."""
-    if not files:
-        return
-    import yaml
-    from exllamav3.loader import SafetensorsCollection, VariantSafetensorsCollection
-
-    variants = VariantSafetensorsCollection(config.stc)
-    for file in files if isinstance(files, list | tuple) else [files]:
-        try:
-            wanted = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-            sources = {source["id"]: source["model_dir"] for source in wanted["sources"]}
-            rows = [(row["key"], sources[row["source"]]) for row in wanted["overrides"]]
-        except (OSError, TypeError, KeyError, yaml.YAMLError) as error:
-            raise UserError(
-                f"override_tensors={file!r} cannot be read ({type(error).__name__}: {error}); expected YAML with "
-                "sources (id, model_dir) and overrides (key, source)"
-            ) from error
-        for folder in dict.fromkeys(folder for _, folder in rows):
-            variants.add_stc([key for key, source in rows if source == folder], SafetensorsCollection(folder))
-    config.stc = variants
+        describe_embedding(facts, self.engine.embedding_bytes)
+        return describe_memory(facts, self._kv_bytes, self._weights_bytes)

@@ -1,4 +1,4 @@
-"""ExLlamaV3's processes in tensor parallel, and their end. Tried with 1.6.5."""
+"""Ends ExLlamaV3's tensor-parallel processes with the program. Tried with 1.6.5."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ logger = logging.getLogger(__name__)
 
 
 def end_at_exit(model: Any) -> None:
-    """End a model's processes before Python waits for them to end by themselves, which they never do.
+    """Ends a model's processes before Python waits for them at exit, for ever: they do not end by themselves.
 
-    ExLlamaV3 means to do so at exit (`Cleanupper` in its util/misc.py), but after multiprocessing has begun to wait.
-    Its `unload` knows of processes only where loading went well, hence `destroy_tp_context`, which `unload` calls too.
+    ExLlamaV3 tries to do so at exit (`Cleanupper` in its util/misc.py), but after multiprocessing has begun to wait.
+    Its `unload` knows of processes only if loading succeeded, hence `destroy_tp_context`, which `unload` calls, too.
     """
-    still_there = weakref.ref(model)
+    reference = weakref.ref(model)
 
     def end() -> None:
-        found = still_there()
-        if found is None:
+        model = reference()
+        if model is None:
             return
-        children = list(found.mp_children)
+        children = list(model.mp_children)
         try:
-            found.unload()
-            if found.mp_children:
-                found.destroy_tp_context()
+            model.unload()
+            if model.mp_children:
+                model.destroy_tp_context()
         except Exception:
             logger.exception("ExLlamaV3's processes did not end in order")
             for child in children:
                 if hasattr(child, "terminate"):  # one is a stand-in, for this process
                     child.terminate()
 
-    atexit.register(end)  # the last to be registered is the first to run: before multiprocessing's own
+    atexit.register(end)  # the last to be registered runs first: before multiprocessing's own
