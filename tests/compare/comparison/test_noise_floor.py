@@ -113,7 +113,7 @@ def test_full_precision_in_two_engines_is_the_floor(folder):
     assert comparison.noise_floor is not None
     assert comparison.noise_floor.low == 0
     assert comparison.noise_floor.high == max(by_label["BF16"], by_label["BF16 GGUF"])
-    assert comparison.noise_floor.words == "BF16 in vllm, rounding; BF16 GGUF in llama.cpp"
+    assert comparison.noise_floor.source_names == "BF16 in vllm, rounding; BF16 GGUF in llama.cpp"
     (notice,) = [line for line in comparison.notices if "noise floor" in line]
     assert "GGUF Q8_0" in notice
     assert "Q6_K" not in notice
@@ -141,7 +141,7 @@ def test_the_stored_rounding_is_the_floor_where_the_reference_itself_is_missing(
     add(folder, "q")
     comparison = built(folder)
     assert comparison.noise_floor.high == 2.1e-6
-    assert comparison.noise_floor.words == "BF16 in vllm, rounding"
+    assert comparison.noise_floor.source_names == "BF16 in vllm, rounding"
     assert built(folder, "kld_max").noise_floor.high == 3e-4
     assert built(folder, "kld_p99").noise_floor is None, "nothing tells it"
     add(folder, "BF16", "full precision", 16.0, 1e-6, role="reference")
@@ -159,7 +159,7 @@ def test_another_model_in_full_precision_is_no_noise(folder):
     for label, bpw in (("BF16", 16.0), ("q", 4.0), ("r", 5.0)):
         add(folder, label, "full precision" if label == "BF16" else "GGUF", bpw, rounding=False)
     add(folder, "small", "full precision", 16.0, 0.9, rounding=False, layer_parameters=1_000_000)
-    assert built(folder).noise_floor.words == "BF16 in vllm"
+    assert built(folder).noise_floor.source_names == "BF16 in vllm"
 
 
 def test_full_precision_alone_is_drawn_as_points(folder):

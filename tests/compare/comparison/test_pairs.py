@@ -34,7 +34,7 @@ def test_the_interval_of_a_mean_is_the_paired_t_interval(blocks):
     a, b = shared + rng.normal(0.3, 1, blocks), shared + rng.normal(0, 1, blocks)
     found, expected = bootstrap(rows(a), rows(b), MEAN), stats.ttest_rel(a, b)
     interval = expected.confidence_interval(0.95)
-    assert found.difference == pytest.approx((a - b).mean(), rel=1e-12)
+    assert found.value == pytest.approx((a - b).mean(), rel=1e-12)
     assert (found.low, found.high) == (pytest.approx(interval.low, abs=0.06), pytest.approx(interval.high, abs=0.06))
     assert found.p == pytest.approx(expected.pvalue, abs=0.03)
     assert found.high - found.low == pytest.approx(interval.high - interval.low, rel=0.05)
@@ -51,11 +51,11 @@ def test_the_difference_of_two_perplexities_by_the_delta_method():
     found = bootstrap(rows(a * counts, counts), rows(b * counts, counts), lambda t, c: np.exp(t / c))
     weights = counts / counts.sum()
     x, y = (a * weights).sum(), (b * weights).sum()
-    assert found.difference == pytest.approx(math.exp(x) - math.exp(y), rel=1e-12)
+    assert found.value == pytest.approx(math.exp(x) - math.exp(y), rel=1e-12)
     influence = weights * (math.exp(x) * (a - x) - math.exp(y) * (b - y))
     error = math.sqrt((influence**2).sum() * 40 / 39)
     half = stats.t.ppf(0.975, 39) * error
-    assert found.high - found.difference == pytest.approx(half, rel=0.04)
+    assert found.high - found.value == pytest.approx(half, rel=0.04)
 
 
 @pytest.mark.parametrize("blocks", [5, 6, 10])
@@ -78,15 +78,15 @@ def test_few_blocks_are_covered(blocks):
 def test_equal_models_are_not_told_apart():
     values = np.arange(6.0)
     found = bootstrap(rows(values), rows(values), MEAN)
-    assert (found.difference, found.low, found.high, found.p) == (0, 0, 0, 1)
+    assert (found.value, found.low, found.high, found.p) == (0, 0, 0, 1)
     shifted = bootstrap(rows(values + 1), rows(values), MEAN)
-    assert shifted.difference == 1
+    assert shifted.value == 1
     assert shifted.p < 1e-9
 
 
 def test_below_five_blocks_there_is_no_verdict():
     found = bootstrap(rows(np.arange(4.0)), rows(np.arange(4.0) + 1), MEAN)
-    assert (found.difference, found.low, found.high, found.p) == (-1, None, None, None)
+    assert (found.value, found.low, found.high, found.p) == (-1, None, None, None)
 
 
 def test_windows_that_fill_no_block_join_the_last():
@@ -100,19 +100,19 @@ def test_mcnemar_by_hand():
     a = [1.0] * 60 + [1.0] * 10 + [0.0] * 2 + [0.0] * 28
     b = [1.0] * 60 + [0.0] * 10 + [1.0] * 2 + [0.0] * 28
     found = mcnemar(a, b)
-    assert found.difference == pytest.approx(0.08)
+    assert found.value == pytest.approx(0.08)
     assert found.p == pytest.approx(2 * (1 + 12 + 66) / 2**12, rel=1e-12)
     # Bonett and Price: 11 and 3 of 102
     p12, p21 = 11 / 102, 3 / 102
     half = 1.959964 * math.sqrt((p12 + p21 - (p12 - p21) ** 2) / 102)
     assert (found.low, found.high) == (pytest.approx(8 / 102 - half, rel=1e-5), pytest.approx(8 / 102 + half, rel=1e-5))
     other = mcnemar(b, a)
-    assert (other.difference, other.p) == (-found.difference, found.p)
+    assert (other.value, other.p) == (-found.value, found.p)
 
 
 def test_mcnemar_without_a_discordant_pair():
     found = mcnemar([1.0, 0.0] * 50, [1.0, 0.0] * 50)
-    assert (found.difference, found.p) == (0, 1)
+    assert (found.value, found.p) == (0, 1)
     assert found.low < 0 < found.high
 
 
@@ -230,12 +230,12 @@ def test_samples_that_are_missing_are_named(folder, compare):
     assert json_of(out)["b"]["verdict"] == "worse"
     assert json_of(out)["c"]["difference"] is None
     (line,) = [line for line in out.err.splitlines() if "no pair: c" in line]
-    assert f"{bare.parent}/samples_{TASK}_{bare.stem.removeprefix('results_')}.jsonl is not there" in line
+    assert f"{bare.parent}/samples_{TASK}_{bare.stem.removeprefix('results_')}.jsonl does not exist" in line
     assert "--log_samples" in line
     nothing = compare("table", folder.path, "--metric", "kld", "--versus", "c")
     assert nothing.code == 2
     assert nothing.out == ""
-    assert nothing.err.splitlines()[-1].startswith("compare: --versus c: no pair can be made: ")
+    assert nothing.err.splitlines()[-1].startswith("compare: --versus c: no pair can be formed: ")
     assert "--log_samples" in nothing.err
 
 
@@ -276,11 +276,11 @@ def test_files_that_the_harness_itself_named(tmp_path, compare, path):
         (lambda lines: lines[3]["kld"].update(nonfinite=2), "window 3: 2 log-probabilities are not finite"),
         (lambda lines: lines[3]["kld"].update(total=None), "window 3: some log-probabilities are not finite"),
         (lambda lines: lines[3]["kld"].update(window="x"), "has no window"),
-        (lambda lines: lines[3].update(doc=7), "window 3 does not say where it lies"),
-        (lambda lines: lines.append(lines[3]), "line 21: document 3 stands there twice"),
+        (lambda lines: lines[3].update(doc=7), "window 3 lacks start, end or first_target"),
+        (lambda lines: lines.append(lines[3]), "line 21: document 3 appears twice"),
         (lambda lines: lines[3].update(kld=[1, 2, 3]), "line 4: kld is not a finite number"),
-        (lambda lines: lines[3]["kld"].update(total=9999.0), "they are of another run"),
-        (lambda lines: [line.pop("kld") for line in lines], "hold no kld; they hold kld, token_perplexity"),
+        (lambda lines: lines[3]["kld"].update(total=9999.0), "they belong to another run"),
+        (lambda lines: [line.pop("kld") for line in lines], "have no kld; they have kld, token_perplexity"),
     ],
 )
 def test_samples_that_do_not_fit(folder, compare, damage, reason):
@@ -331,7 +331,7 @@ def test_labels_that_are_none_or_several(folder, compare):
     fill(folder)
     several = compare("table", folder.path, "--metric", "kld", "--versus", "exl3")
     assert several.code == 1
-    assert "several models are called that: EXL3 3.0bpw, EXL3 4.0bpw" in several.err
+    assert "several models have such a label: EXL3 3.0bpw, EXL3 4.0bpw" in several.err
     nobody = compare("table", folder.path, "--metric", "kld", "--versus", "GGUF Q4_M")
     assert nobody.code == 1
     assert "did you mean GGUF Q4_K_M" in nobody.err
@@ -468,7 +468,7 @@ def test_a_figure_that_is_no_mean_of_documents_is_not_taken_for_one(folder, comp
         add_task(folder, label, "hellaswag", "acc", [1.0, 0.0] * 20, 0.9)
     out = compare("table", folder.path, "--metric", "hellaswag/acc", "--versus", "base")
     assert out.code == 2
-    assert "make 0.5, the result file says 0.9" in out.err
+    assert "give 0.5, but the result file has 0.9" in out.err
 
 
 def test_a_mean_of_tasks_has_no_pairs(folder, compare):

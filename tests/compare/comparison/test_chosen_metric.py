@@ -12,7 +12,7 @@ import pytest
 
 from compare.comparison.mean import mean
 from compare.results.reading import read_file, read_results
-from compare.results.records import Metric
+from compare.results.records import MetricValue
 from tests.compare.conftest import result
 from tests.compare.harness_files import SUBTASKS, fill, suite
 
@@ -202,7 +202,7 @@ def test_contradicting_directions_are_unknown_and_said(folder, compare):
         folder.write(content)
     out = compare("table", folder.path, *NORM, "--format", "json")
     assert [row["higher_is_better"] for row in out.json] == [None, None]
-    assert "some files say higher is better, others lower" in out.err
+    assert "some files say that higher is better, others lower" in out.err
 
 
 # ------------------------------------------------------------------ several metrics
@@ -320,11 +320,11 @@ def test_pages_of_several_metrics(folder, compare, tmp_path):
         (["--subtasks"], "name it: --metric GROUP/METRIC"),
         (["--metric", "gsm8k/exact_match", "--subtasks"], "expected GROUP/METRIC; groups: mmlu, mmlu_humanities"),
         (["--metric", "mmlu/f1", "--subtasks"], "no subtask of mmlu has f1"),
-        (["--metric", "mmlu/acc", "--mean"], "--mean is of several"),
+        (["--metric", "mmlu/acc", "--mean"], "--mean needs at least two metrics"),
         (["--metric", "mmlu/acc", "--metric", "word_perplexity", "--mean"], "different direction"),
         (["--metric", "bits_per_byte", "--metric", "word_perplexity", "--mean"], "different scales"),
-        (["--metric", "mmlu/acc", "--metric", "mmlu_stem/acc", "--mean"], "both hold mmlu_abstract_algebra"),
-        (["--metric", "hellaswag/acc", "--metric", "hellaswag/acc_norm", "--mean"], "both hold hellaswag"),
+        (["--metric", "mmlu/acc", "--metric", "mmlu_stem/acc", "--mean"], "both contain mmlu_abstract_algebra"),
+        (["--metric", "hellaswag/acc", "--metric", "hellaswag/acc_norm", "--mean"], "both contain hellaswag"),
     ],
 )
 def test_what_cannot_be_asked_for_is_one_clear_line(folder, compare, arguments, words):
@@ -339,11 +339,13 @@ def test_what_cannot_be_asked_for_is_one_clear_line(folder, compare, arguments, 
 
 
 def test_mean_worked_by_hand():
-    figure = mean([Metric(0.4, 0.03), Metric(0.6, 0.04), Metric(0.8, 0.12)])
+    figure = mean([MetricValue(0.4, 0.03), MetricValue(0.6, 0.04), MetricValue(0.8, 0.12)])
     assert figure.value == pytest.approx(0.6, rel=1e-15)
     assert figure.stderr == pytest.approx(0.13 / 3, rel=1e-15)  # √(9 + 16 + 144) = 13
-    assert mean([Metric(0.4, 0.03), Metric(0.6)]) == Metric(0.5, None), "an error that is missing is not zero"
-    assert mean([Metric(0.4, 0.03), Metric(None, 0.04)]) == Metric(None, None)
+    assert mean([MetricValue(0.4, 0.03), MetricValue(0.6)]) == MetricValue(0.5, None), (
+        "an error that is missing is not zero"
+    )
+    assert mean([MetricValue(0.4, 0.03), MetricValue(None, 0.04)]) == MetricValue(None, None)
 
 
 def test_mean_of_tasks_says_what_it_is_over(folder, compare, tmp_path):
