@@ -13,7 +13,7 @@ from compare.comparison.comparison import Comparison, Options
 from compare.comparison.load import load_comparisons
 from compare.console import say
 from compare.errors import NOTHING_USABLE, CompareError
-from compare.files import write_atomically
+from compare.files import write_output
 
 if TYPE_CHECKING:
     from compare.plot.series import Drawing
@@ -49,7 +49,7 @@ def write_plot(paths: Sequence[Path], options: Options, request: PlotRequest) ->
         content = plot_page(panels, settings, say)
     else:
         content = figure.render(picture_of(panels, settings), settings, kind, say)
-    write_atomically(request.output, content)
+    write_output(request.output, content)
     points, lines = sum(len(d.points) for _, d in panels), sum(len(d.references) for _, d in panels)
     several = f", {len(panels)} panels" if len(panels) > 1 else ""
     say(f"wrote {request.output} ({points} points, {lines} reference lines{several})")

@@ -1,4 +1,4 @@
-"""From the scores of windows to perplexity, accuracy and their errors. Sums and counts in, floats out."""
+"""Turns per-window sums into perplexity, bits per byte, means, and their standard errors."""
 
 from __future__ import annotations
 
@@ -9,16 +9,21 @@ from typing import Any, TypedDict
 import numpy as np
 import numpy.typing as npt
 
+Floats = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
+
 MIN_BLOCKS = 5
-RESAMPLES = 10_000
-_LARGEST = math.log(np.finfo(np.float64).max)
+_RESAMPLES = 10_000
+_SEED = 20240229
+_LARGEST_EXPONENT = math.log(np.finfo(np.float64).max)
 
 
 class WindowSum(TypedDict):
     """What one window adds to an aggregate: a float64 sum, and the count that divides it.
 
-    window: its index. total: summed value over the scored targets (natural-log NLL, or hits). count: scored
-    targets, or UTF-8 bytes. nonfinite: targets whose log-probability was NaN or infinite.
+    window: its index. total: value summed over the scored targets (negative log-likelihood in nats, hits,
+    divergences, …). count: scored targets, or UTF-8 bytes. nonfinite: targets whose log-probability was NaN or
+    infinite.
     """
 
     window: int
@@ -27,46 +32,41 @@ class WindowSum(TypedDict):
     nonfinite: int
 
 
-def ratio(sums: Sequence[WindowSum]) -> float:
-    """Σ total / Σ count, summed in float64."""
-    return math.fsum(s["total"] for s in sums) / sum(s["count"] for s in sums)
-
-
 def perplexity(sums: Sequence[WindowSum]) -> float | None:
-    """exp(Σ NLL / Σ targets); None where any log-probability was not finite, or exp overflows: no such number."""
-    mean = _finite_ratio(sums)
-    return math.exp(mean) if mean is not None and mean < _LARGEST else None
+    """exp(Σ NLL / Σ targets); None if any log-probability was not finite, or if exp overflows."""
+    mean = token_mean(sums)
+    return math.exp(mean) if mean is not None and mean < _LARGEST_EXPONENT else None
 
 
 def bits_per_byte(sums: Sequence[WindowSum]) -> float | None:
     """Σ NLL / ln 2 / Σ bytes, over tokens that are each scored once (Gao et al. 2020, The Pile, §3.1)."""
-    mean = _finite_ratio(sums)
+    mean = token_mean(sums)
     return None if mean is None else mean / math.log(2)
 
 
-def accuracy(sums: Sequence[WindowSum]) -> float | None:
-    """Σ hits / Σ targets; None where any log-probability was not finite, since its rank means nothing."""
-    return _finite_ratio(sums)
+def token_mean(sums: Sequence[WindowSum]) -> float | None:
+    """Σ total / Σ count, summed in float64: an accuracy from hits, a mean divergence from divergences.
+
+    None if any log-probability was not finite (its rank has no meaning), or if nothing was counted.
+    """
+    count = sum(s["count"] for s in sums)
+    if any(s["nonfinite"] for s in sums) or not count:
+        return None
+    return math.fsum(s["total"] for s in sums) / count
 
 
 def root_mean_square(sums: Sequence[WindowSum]) -> float | None:
-    """√(Σ squares / Σ targets); None where any log-probability was not finite."""
-    mean = _finite_ratio(sums)
+    """√(Σ squares / Σ targets); None if any log-probability was not finite."""
+    mean = token_mean(sums)
     return None if mean is None else math.sqrt(mean)
 
 
-# What a statistic makes of Σ total / Σ count, where it is not that itself
-_OF_MEAN: dict[Any, Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]]] = {
+# How a statistic follows from Σ total / Σ count, unless it is that mean itself
+_FROM_MEAN: dict[Any, Callable[[Floats], Floats]] = {
     perplexity: np.exp,
     bits_per_byte: lambda mean: mean / math.log(2),
     root_mean_square: np.sqrt,
 }
-
-
-def _finite_ratio(sums: Sequence[WindowSum]) -> float | None:
-    if any(s["nonfinite"] for s in sums) or not sum(s["count"] for s in sums):
-        return None
-    return ratio(sums)
 
 
 def standard_error(
@@ -74,45 +74,61 @@ def standard_error(
     statistic: Callable[[Sequence[WindowSum]], float | None],
     block_windows: int,
 ) -> float | None:
-    """Standard error of `statistic` by a block bootstrap over windows.
+    """Standard error of `statistic` by the block bootstrap of `bootstrap_error`, with 10,000 resamples.
 
-    Overlapping windows score the same tokens again, so single windows are not independent. What is
-    resampled, with replacement, is *blocks* of `block_windows` = ceil(eval_len / stride) consecutive windows
-    (Künsch 1989, non-overlapping blocks as in Carlstein 1986; windows that fill no block of their own join
-    the last one); windows a block apart share no token. The error is the standard deviation of the statistic
-    over 10,000 resamples with a fixed seed, times √(B / (B - 1)) for B blocks, without which it is too small by
-    that factor (Efron and Tibshirani 1993, §5.3). None below five blocks: so few say nothing about spread.
-
-    It is the error of this text as a sample of such texts. Between two models on the same windows most of it
-    cancels: compare those in pairs.
+    It is the error of this text as a sample of such texts. Most of it cancels between two models on the same windows:
+    compare those in pairs. None if the statistic is None, below five blocks, or if a resample counts nothing.
     """
     if statistic(sums) is None:
         return None
-    blocks = _blocks(sums, block_windows)
-    if len(blocks) < MIN_BLOCKS:
+    blocks = _block_sums(sums, block_windows)
+
+    def resampled(draws: Integers) -> Floats | None:
+        drawn = blocks[draws].sum(axis=1)  # [resamples, 2]
+        if not drawn[:, 1].all():
+            return None
+        mean: Floats = drawn[:, 0] / drawn[:, 1]
+        return _FROM_MEAN[statistic](mean) if statistic in _FROM_MEAN else mean
+
+    return bootstrap_error(len(blocks), _RESAMPLES, resampled)
+
+
+def bootstrap_error(blocks: int, resamples: int, statistic: Callable[[Integers], Floats | None]) -> float | None:
+    """Standard error by a block bootstrap over windows, with a fixed seed; None below five blocks.
+
+    Overlapping windows score the same tokens again, so single windows are not independent. Therefore *blocks* of
+    consecutive windows (`block_of_window`) are resampled with replacement (Künsch 1989, non-overlapping blocks as in
+    Carlstein 1986); windows a block apart share no token. The error is the standard deviation of the statistic over
+    the resamples times √(B / (B - 1)) for B blocks; without that factor it is too small (Efron and Tibshirani 1993,
+    §5.3). Fewer than five blocks say nothing about spread.
+
+    statistic: from the blocks drawn, int64 [resamples, blocks], to the statistic of each resample, float64
+    [resamples]; None if one of them has no value.
+    """
+    if blocks < MIN_BLOCKS:
         return None
-    rng = np.random.default_rng(20240229)
-    draws = rng.integers(len(blocks), size=(RESAMPLES, len(blocks)))
-    drawn = blocks[draws].sum(axis=1)  # [RESAMPLES, 2]
-    if not drawn[:, 1].all():  # a resample without any token of this kind
-        return None
-    values = drawn[:, 0] / drawn[:, 1]
-    if statistic in _OF_MEAN:
-        values = _OF_MEAN[statistic](values)
-    return float(values.std(ddof=1) * math.sqrt(len(blocks) / (len(blocks) - 1)))
+    values = statistic(np.random.default_rng(_SEED).integers(blocks, size=(resamples, blocks)))
+    return None if values is None else float(values.std(ddof=1) * math.sqrt(blocks / (blocks - 1)))
 
 
 def count_blocks(windows: int, block_windows: int) -> int:
-    """Blocks that `standard_error` makes of so many windows."""
+    """Number of blocks that the bootstrap makes of so many windows, in blocks of `block_windows`."""
     return windows // block_windows
 
 
-def _blocks(sums: Sequence[WindowSum], block_windows: int) -> npt.NDArray[np.float64]:
-    """[blocks, 2]: total and count of consecutive windows."""
+def block_of_window(windows: int, block_windows: int) -> Integers:
+    """The block of each window, int64 [windows], in blocks of `block_windows` = ceil(eval_len / stride) windows.
+
+    The last windows, if they do not fill a block, join the block before them.
+    """
+    last = max(count_blocks(windows, block_windows) - 1, 0)
+    return np.minimum(np.arange(windows) // block_windows, last)
+
+
+def _block_sums(sums: Sequence[WindowSum], block_windows: int) -> Floats:
+    """Total and count of each block, [blocks, 2]."""
     ordered = sorted(sums, key=lambda s: s["window"])
-    table = np.array([[s["total"], s["count"]] for s in ordered], dtype=np.float64)
-    blocks = count_blocks(len(ordered), block_windows)
-    which = np.minimum(np.arange(len(ordered)) // block_windows, max(blocks - 1, 0))
-    result = np.zeros((max(blocks, 1), 2))
-    np.add.at(result, which, table)
+    result = np.zeros((max(count_blocks(len(ordered), block_windows), 1), 2))
+    rows = np.array([[s["total"], s["count"]] for s in ordered], dtype=np.float64)
+    np.add.at(result, block_of_window(len(ordered), block_windows), rows)
     return result

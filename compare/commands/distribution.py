@@ -49,9 +49,9 @@ def run(arguments: argparse.Namespace, output: Path | None) -> int:
     if output is None:
         figure.show(picture, settings, say)
         return 0
-    from compare.files import write_atomically
+    from compare.files import write_output
 
-    write_atomically(output, figure.render(picture, settings, output.suffix[1:].lower(), say))
+    write_output(output, figure.render(picture, settings, output.suffix[1:].lower(), say))
     say(f"wrote {output} ({len(found.points)} models)")
     return 0
 

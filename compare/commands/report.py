@@ -46,11 +46,11 @@ def run(arguments: argparse.Namespace) -> int:
     by_axis = [build_comparisons(records, replace(options, axis=axis)) for axis in axes]
     comparisons = list(zip(*by_axis, strict=True))  # a metric each, on every axis
     divergences = _divergences(replace(options, axis=axes[-1] if arguments.x else "bpw"), records, note)
-    from compare.files import write_atomically
+    from compare.files import write_output
     from compare.report.build import build
 
     content = build(comparisons, divergences, arguments.title, arguments.log_y, notices, note)
-    write_atomically(output, content)
+    write_output(output, content)
     say(f"wrote {output} ({max(len(on[0].points) for on in comparisons)} models)")
     return 0
 

@@ -54,10 +54,10 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             sys.stdout.write(renderers[table_format](comparisons, arguments.title))
         return 0
-    from compare.files import write_atomically
+    from compare.files import write_output
 
     text = renderers[table_format](comparisons, arguments.title)
-    write_atomically(arguments.output, text.encode("utf-8", "backslashreplace"))
+    write_output(arguments.output, text.encode("utf-8", "backslashreplace"))
     models = max(len(comparison.points) for comparison in comparisons)
     say(f"wrote {arguments.output} ({models} models)")
     return 0

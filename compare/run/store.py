@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from compare.errors import CompareError
+from compare.files import write_atomically
 from compare.results.label_index import INDEX, Presentation, format_index, parse_index
 from compare.results.reading import read_file
 
@@ -99,12 +100,7 @@ class Store:
             changed = format_index(index | shown)
             if path.exists() and path.read_bytes() == changed:
                 return  # a full disk must not keep a finished run from being read
-            temporary = path.with_name(f".{INDEX}.{os.getpid()}")
-            try:
-                temporary.write_bytes(changed)
-                temporary.replace(path)
-            finally:
-                temporary.unlink(missing_ok=True)
+            write_atomically(path, changed)
 
     def _sweep(self) -> None:
         """Remove what killed runs of this machine left behind."""

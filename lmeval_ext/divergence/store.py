@@ -34,10 +34,10 @@ from lmeval_ext.divergence.store_files import (
     tensors_sha256,
     unwritable_store,
     verify_checksum,
-    write_atomically,
     write_tensors,
 )
 from lmeval_ext.errors import UserError
+from lmeval_ext.files import write_atomically
 
 _MANIFEST, _HEAD, _WINDOWS = "reference.json", "head.safetensors", "windows"
 SCORES = ("logprobs", "greedy", *TokenDivergence._fields)

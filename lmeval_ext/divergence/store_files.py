@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from safetensors.torch import save
 
 from lmeval_ext.errors import UserError
+from lmeval_ext.files import write_atomically
 from lmeval_ext.storage.info import StorageError
 from lmeval_ext.storage.safetensors_header import header_tensors
 
@@ -76,27 +76,6 @@ def _sha256_of(parts: Mapping[str, _Part]) -> str:
 
 def _sha256(data: memoryview) -> bytes:
     return hashlib.sha256(data).digest()
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """The whole file, or what was there before: under another name first, then renamed."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
-        scratch = Path(file.name)
-        try:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            scratch.chmod(0o666 & ~_umask())
-            scratch.replace(path)
-        except BaseException:
-            scratch.unlink(missing_ok=True)
-            raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], about: dict[str, str]) -> None:

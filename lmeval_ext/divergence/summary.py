@@ -1,39 +1,36 @@
-"""From the divergences of tokens to the figures of a result: means, quantiles, buckets, errors. numpy only."""
+"""Turns divergences per token into the figures of a result: means, quantiles, buckets, errors. Needs numpy only."""
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from lmeval_ext import metrics
-from lmeval_ext.metrics import WindowSum
-
-Floats = npt.NDArray[np.float64]
+from lmeval_ext.metrics import Floats, Integers, WindowSum
 
 # Quantiles in the result's metadata, in percent, and those that are metrics of their own
 QUANTILES = (1.0, 5.0, 10.0, 25.0, 50.0, 75.0, 90.0, 95.0, 99.0, 99.9)
 QUANTILE_METRICS = {"kld_median": 50.0, "kld_p90": 90.0, "kld_p99": 99.0, "kld_p999": 99.9, "kld_max": 100.0}
-# Beyond it too few tokens decide for a bootstrap to say anything
-LAST_WITH_ERROR = 99.0
-CONFIDENCE = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
-HISTOGRAM = np.linspace(-10, 2, 49)  # log10 of nats, in quarters
+_LAST_WITH_ERROR = 99.0  # beyond this percentile a few tokens decide, and a bootstrap says nothing
 _QUANTILE_RESAMPLES = 1000
-_NOT_OF_THE_REFERENCE = ("role", "vocabulary", "rounding", "model_weights_sha256")
+_CONFIDENCE_EDGES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
+_HISTOGRAM_EDGES = np.linspace(-10, 2, 49)  # log10 of nats, in quarters
+_NOT_ABOUT_THE_REFERENCE = ("role", "vocabulary", "rounding", "model_weights_sha256")
 
 
 @dataclass(frozen=True, eq=False)
-class TokenValues:
-    """One window's scored tokens: what the figures are made of.
+class WindowDivergence:
+    """One window's divergence and log-probabilities, one value per scored token; all figures are made from these.
 
-    kld, reference_logprobs, logprobs (the model's), confidence: float64 [tokens], over the tokens that both have.
-    agree: bool. reference: what the divergences are from (`session._About`).
+    kld, reference_logprobs, logprobs (the model's), confidence: float64 [tokens], over the tokens of the vocabulary
+    that both models have. agree: bool [tokens]. reference: identity of the reference (`session.DivergenceSource`).
     """
 
     window: int
@@ -45,18 +42,19 @@ class TokenValues:
     reference: dict[str, Any]
 
     @classmethod
-    def of(cls, window: int, said: dict[str, Any]) -> TokenValues:
-        """From `WindowScores.divergence`."""
-        arrays = {name: np.asarray(said[name], np.float64) for name in ("kld", "reference_logprobs", "confidence")}
+    def of(cls, window: int, divergence: dict[str, Any]) -> WindowDivergence:
+        """Read `WindowScores.divergence` of the window with this index."""
+        names = ("kld", "reference_logprobs", "confidence")
+        arrays = {name: np.asarray(divergence[name], np.float64) for name in names}
         return cls(
             window=window,
-            agree=np.asarray(said["agree"], bool),
-            logprobs=np.asarray(said["model_logprobs"], np.float64),
-            reference=said["reference"],
+            agree=np.asarray(divergence["agree"], bool),
+            logprobs=np.asarray(divergence["model_logprobs"], np.float64),
+            reference=divergence["reference"],
             **arrays,
         )
 
-    def __str__(self) -> str:  # what --log_samples writes of it: its values stand in the model's answer
+    def __str__(self) -> str:  # for --log_samples, which already writes the values with the model's response
         return f"{len(self.kld)} tokens"
 
     @property
@@ -66,9 +64,9 @@ class TokenValues:
         return change
 
     def sums(self) -> dict[str, WindowSum]:
-        """What this window adds to each mean.
+        """What this window adds to each metric of `MEANS`.
 
-        kld: Σ D_KL. top1_agreement: tokens with the same first choice. mean_delta_p: Σ Δp. rms_delta_p: Σ Δp².
+        kld: Σ D_KL in nats. top1_agreement: tokens with the same first choice. mean_delta_p: Σ Δp. rms_delta_p: Σ Δp².
         ppl_ratio: Σ (ln p_reference − ln p_model) of the true tokens.
         """
         values = {
@@ -78,126 +76,137 @@ class TokenValues:
             "rms_delta_p": self.delta_p**2,
             "ppl_ratio": self.reference_logprobs - self.logprobs,
         }
-        bad = int((~np.isfinite(self.kld) | ~np.isfinite(values["ppl_ratio"])).sum())
+        nonfinite = int((~np.isfinite(self.kld) | ~np.isfinite(values["ppl_ratio"])).sum())
         return {
-            name: {"window": self.window, "total": float(v.sum()), "count": len(v), "nonfinite": bad}
+            name: {"window": self.window, "total": float(v.sum()), "count": len(v), "nonfinite": nonfinite}
             for name, v in values.items()
         }
 
 
-# metric: (aggregate of window sums, higher is better; None: neither). PPL(model) / PPL(reference) is exp of the mean of
-# ln p_reference − ln p_model of the true tokens; its error is of paired differences, in which most of the text's own
-# variation cancels.
+# metric: (aggregate of window sums, whether higher is better; None: neither). PPL(model) / PPL(reference) is exp of the
+# mean of ln p_reference − ln p_model of the true tokens; its error is that of paired differences, in which most of the
+# text's own variation cancels.
 MEANS: dict[str, tuple[Callable[[Sequence[WindowSum]], float | None], bool | None]] = {
-    "kld": (metrics.accuracy, False),
-    "top1_agreement": (metrics.accuracy, True),
-    "mean_delta_p": (metrics.accuracy, None),
+    "kld": (metrics.token_mean, False),
+    "top1_agreement": (metrics.token_mean, True),
+    "mean_delta_p": (metrics.token_mean, None),
     "rms_delta_p": (metrics.root_mean_square, False),
     "ppl_ratio": (metrics.perplexity, False),
 }
 
 
-def quantile(values: Sequence[TokenValues], percent: float) -> float | None:
-    """Of the divergences of all tokens, with linear interpolation (Hyndman and Fan 1996, type 7; llama.cpp's too)."""
-    found = _all_kld(values)
-    return None if found is None else float(np.percentile(found, percent))
+def quantile(windows: Sequence[WindowDivergence], percent: float) -> float | None:
+    """Quantile of the divergences of all tokens, in nats; None if one of them is not finite.
 
-
-def quantile_error(values: Sequence[TokenValues], percent: float, block_windows: int) -> float | None:
-    """Standard error of a quantile up to the 99th, by the block bootstrap of `metrics.standard_error`.
-
-    Resampled, with replacement, are blocks of `block_windows` consecutive windows with all their tokens, 1,000 times
-    with a fixed seed; the quantile is taken of the tokens of each resample. None below five blocks, and beyond the 99th
-    percentile, which a few tokens decide.
+    With linear interpolation (Hyndman and Fan 1996, type 7), as in llama.cpp.
     """
-    kld = _all_kld(values)
-    blocks = metrics.count_blocks(len(values), block_windows)
-    if kld is None or blocks < metrics.MIN_BLOCKS or percent > LAST_WITH_ERROR:
+    kld = _kld_in_order(windows)
+    return None if kld is None else float(np.percentile(kld, percent))
+
+
+def quantile_error(windows: Sequence[WindowDivergence], percent: float, block_windows: int) -> float | None:
+    """Standard error of a quantile by `metrics.bootstrap_error`, with 1,000 resamples.
+
+    Blocks of `block_windows` consecutive windows are drawn with all their tokens, and the quantile is taken over the
+    tokens of each resample. None below five blocks, and beyond the 99th percentile, which a few tokens decide.
+    """
+    kld = _kld_in_order(windows)
+    if kld is None or percent > _LAST_WITH_ERROR:
         return None
-    ordered = sorted(values, key=lambda v: v.window)
-    block = np.concatenate([np.full(len(v.kld), min(i // block_windows, blocks - 1)) for i, v in enumerate(ordered)])
+    lengths = [len(w.kld) for w in sorted(windows, key=lambda w: w.window)]
+    block = np.repeat(metrics.block_of_window(len(windows), block_windows), lengths)  # of each token
     order = np.argsort(kld, kind="stable")
-    kld, block = kld[order], block[order]
-    rng = np.random.default_rng(20240229)
-    found = np.empty(_QUANTILE_RESAMPLES)
-    for i in range(_QUANTILE_RESAMPLES):
-        times = np.bincount(rng.integers(blocks, size=blocks), minlength=blocks)
-        ends = np.cumsum(times[block])  # after how many tokens of the resample each value ends
-        at = percent / 100 * (ends[-1] - 1)
-        low = int(at)
-        a, b = np.searchsorted(ends, [low, min(low + 1, ends[-1] - 1)], side="right")
-        found[i] = kld[a] + (at - low) * (kld[b] - kld[a])
-    return float(found.std(ddof=1) * math.sqrt(blocks / (blocks - 1)))
+    resampled = partial(_resampled_quantiles, kld=kld[order], block=block[order], percent=percent)
+    return metrics.bootstrap_error(metrics.count_blocks(len(windows), block_windows), _QUANTILE_RESAMPLES, resampled)
 
 
-def _all_kld(values: Sequence[TokenValues]) -> Floats | None:
-    """Of all tokens in the order of the windows; None where one is not finite."""
-    kld = np.concatenate([v.kld for v in sorted(values, key=lambda v: v.window)])
-    return kld if len(kld) and np.isfinite(kld).all() else None
-
-
-def describe(values: Sequence[TokenValues], block_windows: int) -> dict[str, Any]:
-    """`divergence` of the task's metadata: quantiles, histogram, buckets by confidence, the reference."""
-    kld = _all_kld(values)
-    role = {v.reference.get("role") for v in values}
+def describe(windows: Sequence[WindowDivergence], block_windows: int) -> dict[str, Any]:
+    """`divergence` in the task's metadata: quantiles, histogram, buckets by confidence, and the reference."""
+    kld = _kld_in_order(windows)
+    roles = {w.reference.get("role") for w in windows}
+    reference = windows[0].reference
     return {
-        "role": role.pop() if len(role) == 1 else None,
+        "role": roles.pop() if len(roles) == 1 else None,
         "unit": "nats",
         "direction": "D_KL(reference || model)",
-        "tokens": sum(len(v.kld) for v in values),
-        "vocabulary": values[0].reference.get("vocabulary"),
-        "weights_sha256": values[0].reference.get("model_weights_sha256"),
-        "reference": {k: v for k, v in values[0].reference.items() if k not in _NOT_OF_THE_REFERENCE},
-        "rounding": _rounding(values),
+        "tokens": sum(len(w.kld) for w in windows),
+        "vocabulary": reference.get("vocabulary"),
+        "weights_sha256": reference.get("model_weights_sha256"),
+        "reference": {k: v for k, v in reference.items() if k not in _NOT_ABOUT_THE_REFERENCE},
+        "rounding": _rounding(windows),
         "quantiles": None if kld is None else {f"{q:g}": float(np.percentile(kld, q)) for q in QUANTILES},
         "histogram": None if kld is None else _histogram(kld),
-        "by_confidence": [_bucket(values, low, high, block_windows) for low, high in itertools.pairwise(CONFIDENCE)],
+        "by_confidence": [
+            _bucket(windows, low, high, block_windows) for low, high in itertools.pairwise(_CONFIDENCE_EDGES)
+        ],
     }
 
 
-def _rounding(values: Sequence[TokenValues]) -> dict[str, Any] | None:
-    """D_KL(reference ‖ the logits of the engine that wrote it), over these windows."""
-    told = [v.reference.get("rounding") for v in values]
-    if any(r is None for r in told):
+def _kld_in_order(windows: Sequence[WindowDivergence]) -> Floats | None:
+    """Divergences of all tokens, float64 [tokens], in the order of the windows; None if one is not finite."""
+    kld = np.concatenate([w.kld for w in sorted(windows, key=lambda w: w.window)])
+    return kld if len(kld) and np.isfinite(kld).all() else None
+
+
+def _resampled_quantiles(draws: Integers, kld: Floats, block: Integers, percent: float) -> Floats:
+    """The quantile of each resample, float64 [resamples], without building the resample.
+
+    draws: blocks drawn, [resamples, blocks]. kld: all tokens in ascending order. block: of each of them.
+    """
+    quantiles = np.empty(len(draws))
+    for i, draw in enumerate(draws):
+        times_drawn = np.bincount(draw, minlength=draws.shape[1])
+        ends = np.cumsum(times_drawn[block])  # tokens of the resample up to and including each value
+        position = percent / 100 * (ends[-1] - 1)
+        low = int(position)
+        a, b = np.searchsorted(ends, [low, min(low + 1, ends[-1] - 1)], side="right")
+        quantiles[i] = kld[a] + (position - low) * (kld[b] - kld[a])
+    return quantiles
+
+
+def _rounding(windows: Sequence[WindowDivergence]) -> dict[str, Any] | None:
+    """D_KL(reference ‖ logits of the engine that wrote it) over these windows; None if unknown for one of them."""
+    parts = [w.reference.get("rounding") for w in windows]
+    if any(part is None for part in parts):
         return None
-    sums, largest = zip(*((r["kld_sum"], r["kld_max"]) for r in told if r), strict=True)
-    about = values[0].reference
+    sums, largest = zip(*((part["kld_sum"], part["kld_max"]) for part in parts if part), strict=True)
+    reference = windows[0].reference
     return {
-        "kld": math.fsum(sums) / sum(len(v.kld) for v in values),
+        "kld": math.fsum(sums) / sum(len(w.kld) for w in windows),
         "kld_max": max(largest),
-        "engine": about.get("engine"),
-        "dtype": about.get("dtype"),
+        "engine": reference.get("engine"),
+        "dtype": reference.get("dtype"),
     }
 
 
 def _histogram(kld: Floats) -> dict[str, Any]:
-    """Counts of log10 D_KL; `below`: smaller than the first edge, zero and the negative ones of rounding among them."""
-    edges = 10.0**HISTOGRAM
+    """Counts of log10 D_KL. `below`: values under the first edge, among them zero and negative ones from rounding."""
+    edges = 10.0**_HISTOGRAM_EDGES
     counts, _ = np.histogram(kld[(kld >= edges[0]) & (kld <= edges[-1])], edges)
     return {
-        "log10_edges": HISTOGRAM.tolist(),
+        "log10_edges": _HISTOGRAM_EDGES.tolist(),
         "counts": counts.tolist(),
         "below": int((kld < edges[0]).sum()),
         "above": int((kld > edges[-1]).sum()),
     }
 
 
-def _bucket(values: Sequence[TokenValues], low: float, high: float, block_windows: int) -> dict[str, Any]:
-    """Of the tokens where the reference's largest probability is in [low, high), or [low, 1] for the last."""
-    kld, agree = [], []
-    for v in values:
-        inside = (v.confidence >= low) & ((v.confidence < high) | (high == 1.0))
-        bad = int((~np.isfinite(v.kld[inside])).sum())
-        count = int(inside.sum())
-        kld.append(WindowSum(window=v.window, total=float(v.kld[inside].sum()), count=count, nonfinite=bad))
-        agree.append(WindowSum(window=v.window, total=float(v.agree[inside].sum()), count=count, nonfinite=bad))
-    error = functools.partial(metrics.standard_error, block_windows=block_windows)
+def _bucket(windows: Sequence[WindowDivergence], low: float, high: float, block_windows: int) -> dict[str, Any]:
+    """Figures of the tokens for which the reference's largest probability is in [low, high), or in [low, 1]."""
+    kld: list[WindowSum] = []
+    agree: list[WindowSum] = []
+    for w in windows:
+        inside = (w.confidence >= low) & ((w.confidence < high) | (high == 1.0))
+        nonfinite = int((~np.isfinite(w.kld[inside])).sum())
+        for sums, values in ((kld, w.kld), (agree, w.agree)):
+            total = float(values[inside].sum())
+            sums.append(WindowSum(window=w.window, total=total, count=int(inside.sum()), nonfinite=nonfinite))
     return {
         "from": low,
         "to": high,
         "tokens": sum(s["count"] for s in kld),
-        "kld": metrics.accuracy(kld),
-        "kld_stderr": error(kld, metrics.accuracy),
-        "top1_agreement": metrics.accuracy(agree),
-        "top1_agreement_stderr": error(agree, metrics.accuracy),
+        "kld": metrics.token_mean(kld),
+        "kld_stderr": metrics.standard_error(kld, metrics.token_mean, block_windows),
+        "top1_agreement": metrics.token_mean(agree),
+        "top1_agreement_stderr": metrics.standard_error(agree, metrics.token_mean, block_windows),
     }

@@ -19,7 +19,7 @@ from lm_eval.filters import build_filter_ensemble
 
 from lmeval_ext import metrics
 from lmeval_ext.divergence import summary
-from lmeval_ext.divergence.summary import TokenValues
+from lmeval_ext.divergence.summary import WindowDivergence
 from lmeval_ext.errors import UserError
 from lmeval_ext.metrics import WindowSum
 from lmeval_ext.models import harness_models  # noqa: F401 (gives every LM the method `score_token_windows`)
@@ -40,7 +40,7 @@ _UNKNOWN = "N/A"  # the harness' own word; its table can print no null
 _STATISTICS: dict[str, tuple[Callable[[Sequence[WindowSum]], float | None], bool | None]] = {
     # metric: (aggregate, higher is better)
     "token_perplexity": (metrics.perplexity, False),
-    "top1_accuracy": (metrics.accuracy, True),
+    "top1_accuracy": (metrics.token_mean, True),
     "bits_per_byte": (metrics.bits_per_byte, False),
     **summary.MEANS,
 }
@@ -165,7 +165,7 @@ class PerplexityTask(Task):
             sums["bits_per_byte"] = self._sum(window, nll, n_bytes, bad)
         items: dict[str, Any] = dict(sums)
         if ours and answer.divergence is not None:
-            values = TokenValues.of(window.index, answer.divergence)
+            values = WindowDivergence.of(window.index, answer.divergence)
             items |= values.sums()
             items |= dict.fromkeys(summary.QUANTILE_METRICS, values)
         return {name: item for metric, item in items.items() for name in (metric, metric + _STDERR)}
@@ -193,12 +193,12 @@ class PerplexityTask(Task):
         functions["kld_median"] = self._median_divergence
         return functions
 
-    def _median_divergence(self, values: Sequence[TokenValues]) -> float | None:
+    def _median_divergence(self, values: Sequence[WindowDivergence]) -> float | None:
         self._divergence = summary.describe(values, self.spec.block_windows)  # of all ranks
         return summary.quantile(values, 50.0)
 
-    def _quantile_error_of(self, metric: str, percent: float) -> Callable[[Sequence[TokenValues]], float | str]:
-        def error(values: Sequence[TokenValues]) -> float | str:
+    def _quantile_error_of(self, metric: str, percent: float) -> Callable[[Sequence[WindowDivergence]], float | str]:
+        def error(values: Sequence[WindowDivergence]) -> float | str:
             value = summary.quantile_error(values, percent, self.spec.block_windows)
             self._errors[metric] = value
             return _UNKNOWN if value is None else value

@@ -17,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmeval_ext.divergence import store as module
+from lmeval_ext.divergence import read_ahead
 from lmeval_ext.divergence.head import OutputHead
 from lmeval_ext.divergence.read_ahead import Windows
 from lmeval_ext.divergence.store import Manifest, ReferenceStore, StoredWindow
@@ -371,7 +371,7 @@ def test_windows_beyond_the_memory_make_room_for_each_other(tmp_path: Path, monk
     """Room for four of nine. In the order given, and twice in a row, each is read once."""
     store = made(tmp_path, 9)
     keys = [window(n).key for n in range(9)]
-    monkeypatch.setattr(module, "_IN_MEMORY", 4 * store.path(keys[0]).stat().st_size + 1)
+    monkeypatch.setattr(read_ahead, "_IN_MEMORY", 4 * store.path(keys[0]).stat().st_size + 1)
     reading = Reading(store, monkeypatch)
     found = Windows(store, [*keys, keys[0]])
     assert list(found) == keys
@@ -388,7 +388,7 @@ def test_windows_in_another_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """Each is what it is, whatever was asked for before; what is not in memory is read when it is asked for."""
     store = made(tmp_path, 9)
     keys = [window(n).key for n in range(9)]
-    monkeypatch.setattr(module, "_IN_MEMORY", 4 * store.path(keys[0]).stat().st_size)
+    monkeypatch.setattr(read_ahead, "_IN_MEMORY", 4 * store.path(keys[0]).stat().st_size)
     reading = Reading(store, monkeypatch)
     found = Windows(store, keys)
     assert held(found) == 4
@@ -404,7 +404,7 @@ def test_one_window_ahead_where_there_is_room_for_few(
 ) -> None:
     store = made(tmp_path, 6)
     keys = [window(n).key for n in range(6)]
-    monkeypatch.setattr(module, "_IN_MEMORY", room * store.path(keys[0]).stat().st_size)
+    monkeypatch.setattr(read_ahead, "_IN_MEMORY", room * store.path(keys[0]).stat().st_size)
     reading = Reading(store, monkeypatch)
     found = Windows(store, keys)
     for n, key in enumerate(keys):
@@ -415,7 +415,7 @@ def test_one_window_ahead_where_there_is_room_for_few(
 
 
 def test_windows_larger_than_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_IN_MEMORY", 0)
+    monkeypatch.setattr(read_ahead, "_IN_MEMORY", 0)
     store = made(tmp_path, 3)
     reading = Reading(store, monkeypatch)
     found = Windows(store, [window(n).key for n in range(3)])
@@ -470,7 +470,7 @@ def test_nothing_is_read_after_the_end(tmp_path: Path, monkeypatch: pytest.Monke
         return counted(key)
 
     monkeypatch.setattr(store, "read", read)
-    monkeypatch.setattr(module, "_READERS", 1)
+    monkeypatch.setattr(read_ahead, "_READERS", 1)
     found = Windows(store, keys)
     assert begun.wait(60)
     found.close()
@@ -487,7 +487,7 @@ def test_nothing_is_read_after_the_end(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_damage_done_in_between_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_IN_MEMORY", 0)
+    monkeypatch.setattr(read_ahead, "_IN_MEMORY", 0)
     store = made(tmp_path, 1)
     found = Windows(store, [window(0).key])
     path = store.path(window(0).key)

@@ -15,6 +15,8 @@ import contextlib
 import shutil
 from pathlib import Path
 
+from compare.files import write_atomically
+
 _MANIFEST, _HEAD, _WINDOWS = "reference.json", "head.safetensors", "windows"
 _MARK = ".complete"
 
@@ -36,9 +38,7 @@ def writers(folder: Path) -> set[str]:
 
 def mark_complete(folder: Path, key: str, writer: str) -> None:
     """Note that the run of `key`, of the model `writer`, has filled `folder`. Raises OSError where it cannot."""
-    temporary = folder / f".{key}"
-    temporary.write_text(f"{writer}\n")
-    temporary.replace(folder / f"{key}{_MARK}")
+    write_atomically(folder / f"{key}{_MARK}", f"{writer}\n".encode())
 
 
 def remove_store(folder: Path) -> None:
