@@ -1,8 +1,8 @@
 """The quantization families as data: names, colours, markers.
 
-EXL2, EXL3, GGUF, VPTQ and QTIP wear the colours of ExLlamaV3's plots, so that a reader of those is at home;
-the rest, but for NVFP4, are shades of grey told apart by marker. Within the colours, lightness differs as well as
-hue, and every family has a marker of its own: nothing rests on telling red from green.
+EXL2, EXL3, GGUF, VPTQ and QTIP have the colours of ExLlamaV3's plots, which readers may know; the others, except
+NVFP4, are shades of grey distinguished by marker. The colours differ in lightness as well as hue, and every family has
+its own marker, so nothing depends on distinguishing red from green.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ FULL_PRECISION = "full precision"
 
 @dataclass(frozen=True)
 class Family:
-    """How one family is drawn: colours on a white and on a dark ground, a matplotlib marker."""
+    """How one family is drawn: colours on a light and on a dark background, and a matplotlib marker."""
 
     name: str
     light: str
@@ -42,7 +42,7 @@ FAMILIES: dict[str, Family] = {
     )
 }
 
-# Points that another point beats in both size and metric, whatever their family.
+# For points of any family that another point beats in both size and metric.
 DOMINATED = Family("dominated", "#b4bac3", "#555d69", "o")
 
 _OTHER_MARKERS = ("8", ".", "1", "2", "3", "4", "+", "x")
@@ -50,19 +50,19 @@ _BY_LOWER_NAME = {name.lower(): family for name, family in FAMILIES.items()}
 
 
 def family_style(name: str, unknown_index: int = 0) -> Family:
-    """The row of `name` (any case); a family that has none gets grey-black and a marker by its index."""
+    """The row of `name` (in any case); a family without one gets grey and a marker by its index."""
     known = _BY_LOWER_NAME.get(name.lower())
     marker = _OTHER_MARKERS[unknown_index % len(_OTHER_MARKERS)]
     return known or Family(name, "#33383f", "#d9dee5", marker)
 
 
 def canonical_family(name: str) -> str:
-    """``"exl3"`` to ``"EXL3"``; an unknown name stays as it is."""
+    """``"EXL3"`` for ``"exl3"``; an unknown name is returned unchanged."""
     known = _BY_LOWER_NAME.get(name.lower())
     return known.name if known else name
 
 
 def family_order(name: str) -> tuple[int, str]:
-    """Full precision first, then the order of the family table, then unknown ones by name."""
+    """Sort key: full precision first, then the order of the family table, then unknown families by name."""
     names = list(FAMILIES)
     return (-1 if name == names[-1] else names.index(name) if name in names else len(names), name)

@@ -1,9 +1,14 @@
-"""The metrics: names, directions, ideal values, and how each figure is formed."""
+"""The metrics: one row of `METRICS` per metric, read by tables, plots, noise floors and this project's own tasks.
+
+A metric that a new row describes needs no change elsewhere in `compare`. Metrics without a row are shown under their
+own name, with the direction that the result file gives (`metric_named`). Leaf module: standard library only.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -11,74 +16,173 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     Array = npt.NDArray[np.float64]
+    Formula = Callable[[Array, Array], Array]
 
-
-NAMES = {
-    "token_perplexity": "Perplexity",
-    "word_perplexity": "Word perplexity",
-    "byte_perplexity": "Byte perplexity",
-    "perplexity": "Perplexity",
-    "bits_per_byte": "Bits per byte",
-    "top1_accuracy": "Top-1 accuracy",
-    "top1_agreement": "Top-1 agreement",
-    "acc": "Accuracy",
-    "acc_norm": "Normalized accuracy",
-    "exact_match": "Exact match",
-    "kld": "KL divergence (nats)",
-    "kld_median": "Median KL divergence (nats)",
-    "kld_p90": "90th percentile of the KL divergence (nats)",
-    "kld_p99": "99th percentile of the KL divergence (nats)",
-    "kld_p999": "99.9th percentile of the KL divergence (nats)",
-    "kld_max": "Largest KL divergence (nats)",
-    "mean_delta_p": "Mean Δp of the true token",
-    "rms_delta_p": "RMS Δp of the true token",
-    "ppl_ratio": "Perplexity ratio to the reference",
-}
-
-
-# For files that do not say which way is up.
-LOWER_IS_BETTER = ("perplexity", "bits_per_byte", "kld", "rms_delta_p", "ppl_ratio")
-
-
-def figure_of(key: str, rolling: bool) -> Callable[[Array, Array], Array]:
-    """What sums and counts make, element by element, as the harness and our tasks define the figure.
-
-    exp(Σ NLL / Σ tokens) for our perplexity and its ratio, √(Σ Δp² / Σ tokens), Σ NLL / ln 2 / Σ bytes; of the
-    harness' rolling log-likelihoods exp(−Σ ln p / Σ words) and −Σ ln p / ln 2 / Σ bytes, and exp(−mean ln p) where each
-    document has one (lm_eval/api/metrics.py: weighted_perplexity, bits_per_byte, perplexity); else the mean,
-    Σ total / Σ count.
-    """
-    import numpy as np
-
-    metric = key.partition(",")[0]
-    if metric in ("token_perplexity", "ppl_ratio"):
-        return lambda total, count: np.exp(total / count)
-    if metric == "rms_delta_p":
-        return lambda total, count: np.sqrt(total / count)
-    if metric == "bits_per_byte":
-        sign = -1.0 if rolling else 1.0
-        return lambda total, count: sign * total / count / math.log(2)
-    if metric == "perplexity" or (rolling and metric.endswith("_perplexity")):
-        return lambda total, count: np.exp(-total / count)
-    return lambda total, count: total / count
-
-
-def ideal(metric: str) -> float:
-    """The figure of a model that does not differ from the reference at all."""
-    return 1.0 if metric in ("top1_agreement", "ppl_ratio") else 0.0
-
-
+PERPLEXITY = "token_perplexity"
 KLD = "kld"
 
 
-# What a run says beside the mean divergence.
-OF_A_RUN = ("kld_median", "kld_p90", "kld_p99", "kld_p999", "kld_max", "top1_agreement", "mean_delta_p", "rms_delta_p",
-            "ppl_ratio")  # fmt: skip
+# ------------------------------------------------------------------ formulas: sums and counts to a figure, elementwise
 
 
-_OTHERS = ("top1_agreement", "mean_delta_p", "rms_delta_p", "ppl_ratio")
+def mean(total: Array, count: Array) -> Array:
+    """Σ total / Σ count."""
+    return total / count
 
 
-def from_reference(metric: str) -> bool:
-    """Whether a metric's figure means nothing without the reference: ``kld``, ``kld_p99``, ``top1_agreement`` …"""
-    return metric == KLD or metric.startswith("kld_") or metric in _OTHERS
+def exp_of_mean(total: Array, count: Array) -> Array:
+    """exp(Σ NLL / Σ tokens): the perplexity of this project's tasks, and its ratio."""
+    import numpy as np
+
+    return np.exp(total / count)
+
+
+def exp_of_negative_mean(total: Array, count: Array) -> Array:
+    """exp(−Σ ln p / Σ count): the harness' perplexities (lm_eval/api/metrics.py: perplexity, weighted_perplexity)."""
+    import numpy as np
+
+    return np.exp(-total / count)
+
+
+def root_of_mean(total: Array, count: Array) -> Array:
+    """√(Σ squares / Σ count)."""
+    import numpy as np
+
+    return np.sqrt(total / count)
+
+
+def mean_in_bits(total: Array, count: Array) -> Array:
+    """Σ NLL / ln 2 / Σ bytes (Gao et al. 2020, The Pile, §3.1)."""
+    return total / count / math.log(2)
+
+
+def negative_mean_in_bits(total: Array, count: Array) -> Array:
+    """−Σ ln p / ln 2 / Σ bytes: the harness' bits_per_byte (lm_eval/api/metrics.py)."""
+    return -total / count / math.log(2)
+
+
+# ------------------------------------------------------------------ the table
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a metric is, and how it is shown.
+
+    name: the key in result files, without the filter. title: as on an axis, without the unit.
+    higher_is_better: None where the best value is `ideal` and neither direction is better.
+    ideal: the value of a perfect model; where `needs_reference`, of a model that equals the reference.
+    two_sided: values on both sides of `ideal` occur, so that noise has both signs.
+    formula: the figure from the sums and counts of windows or documents; None for a figure that is not formed from
+    them. rolling_formula: the same for the harness' rolling log-likelihoods, where it differs.
+    percent: for a quantile over all tokens, which one; `formula` is then None.
+    needs_reference: the value compares the model with a stored reference.
+    log_axis: values span decades, so that a plot has a logarithmic axis by default.
+    column: heading of the column beside the mean KL divergence in a table; empty: no such column.
+    progress, progress_digits: name in the progress lines of `compare run`, and decimals of the standard error there;
+    an empty name: not shown.
+    """
+
+    name: str
+    title: str
+    higher_is_better: bool | None
+    ideal: float | None = None
+    unit: str = ""
+    two_sided: bool = False
+    formula: Formula | None = mean
+    rolling_formula: Formula | None = None
+    percent: float | None = None
+    needs_reference: bool = False
+    log_axis: bool = False
+    column: str = ""
+    progress: str = ""
+    progress_digits: int = 6
+
+    @property
+    def title_with_unit(self) -> str:
+        """``KL divergence (nats)``."""
+        return f"{self.title} ({self.unit})" if self.unit else self.title
+
+
+def _quantile(name: str, title: str, percent: float, column: str = "") -> Metric:
+    return Metric(
+        name, title, False, 0.0, "nats", formula=None, percent=percent, needs_reference=True, log_axis=True,
+        column=column,
+    )  # fmt: skip
+
+
+# Tables and JSON records list metrics in this order.
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric(PERPLEXITY, "Perplexity", False, 1.0, formula=exp_of_mean, progress="perplexity", progress_digits=3),
+        Metric("word_perplexity", "Word perplexity", False, 1.0, rolling_formula=exp_of_negative_mean),
+        Metric("byte_perplexity", "Byte perplexity", False, 1.0, rolling_formula=exp_of_negative_mean),
+        Metric("perplexity", "Perplexity", False, 1.0, formula=exp_of_negative_mean),
+        Metric("bits_per_byte", "Bits per byte", False, 0.0, formula=mean_in_bits,
+               rolling_formula=negative_mean_in_bits),
+        Metric("top1_accuracy", "Top-1 accuracy", True, 1.0),
+        Metric("acc", "Accuracy", True, 1.0),
+        Metric("acc_norm", "Normalized accuracy", True, 1.0),
+        Metric("exact_match", "Exact match", True, 1.0),
+        Metric(KLD, "KL divergence", False, 0.0, "nats", needs_reference=True, log_axis=True,
+               progress="KL divergence"),
+        _quantile("kld_median", "Median KL divergence", 50.0, column="Median"),
+        _quantile("kld_p90", "90th percentile of the KL divergence", 90.0),
+        _quantile("kld_p99", "99th percentile of the KL divergence", 99.0, column="99 %"),
+        _quantile("kld_p999", "99.9th percentile of the KL divergence", 99.9),
+        _quantile("kld_max", "Largest KL divergence", 100.0),
+        Metric("top1_agreement", "Top-1 agreement", True, 1.0, needs_reference=True, column="Top-1 agreement"),
+        Metric("mean_delta_p", "Mean Δp of the true token", None, 0.0, two_sided=True, needs_reference=True),
+        Metric("rms_delta_p", "RMS Δp of the true token", False, 0.0, formula=root_of_mean, needs_reference=True),
+        # PPL(model) / PPL(reference): below 1 where the model predicts the text better
+        Metric("ppl_ratio", "Perplexity ratio to the reference", False, 1.0, two_sided=True, formula=exp_of_mean,
+               needs_reference=True, column="PPL ratio"),
+    )
+}  # fmt: skip
+
+# Parts of the names of metrics without a row, for files that do not give a direction.
+_LOWER_IS_BETTER = ("perplexity", "bits_per_byte", "kld", "rms_delta_p", "ppl_ratio")
+
+
+def metric_named(name: str) -> Metric:
+    """The row of `METRICS`, or one that follows from the name alone.
+
+    A metric without a row called ``kld_…`` needs a reference, and one called ``…_perplexity`` is formed from rolling
+    log-likelihoods as the harness' own are.
+    """
+    known = METRICS.get(name)
+    if known is not None:
+        return known
+    divergence = name.startswith(f"{KLD}_")
+    return Metric(
+        name,
+        name,
+        False if any(part in name for part in _LOWER_IS_BETTER) else None,
+        ideal=0.0 if divergence else None,
+        formula=None if divergence else mean,
+        rolling_formula=exp_of_negative_mean if name.endswith("_perplexity") else None,
+        needs_reference=divergence,
+        log_axis=name.startswith(KLD),
+    )
+
+
+def needs_reference(name: str) -> bool:
+    """Whether a metric's value compares a model with a stored reference: ``kld``, ``kld_p99``, ``top1_agreement`` …"""
+    return metric_named(name).needs_reference
+
+
+def formula_of(name: str, rolling: bool) -> Formula:
+    """The figure from sums and counts, elementwise, as the harness and this project's tasks define it.
+
+    rolling: the sums are the harness' rolling log-likelihoods. Raises ValueError for a metric not formed from sums.
+    """
+    metric = metric_named(name)
+    formula = (metric.rolling_formula if rolling else None) or metric.formula
+    if formula is None:
+        raise ValueError(f"{name} is not formed from sums and counts")
+    return formula
+
+
+def beside_kld() -> tuple[Metric, ...]:
+    """The metrics that a run against a reference reports beside the mean KL divergence, in the order of the table."""
+    return tuple(metric for metric in METRICS.values() if metric.needs_reference and metric.name != KLD)

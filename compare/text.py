@@ -1,7 +1,7 @@
-"""Labels come from strangers: whatever they hold is shown as text, never interpreted.
+"""Text for output. Labels are untrusted: their content is shown as text, never interpreted.
 
-A label may carry a colour as one bracketed word at its start or end, as in ExLlamaV3's plots:
-``"[#ff8800] My model"``, ``"My model [red]"``. `split_colour_tag` takes it off.
+A label may have a colour in brackets at its start or end, as in ExLlamaV3's plots: ``"[#ff8800] My model"``,
+``"My model [red]"``. `split_colour_tag` removes it.
 """
 
 from __future__ import annotations
@@ -10,22 +10,22 @@ import math
 import re
 import unicodedata
 
-# Control, format (bidirectional overrides among them), surrogate and private-use characters: a terminal, an
-# XML reader or the reader's eye could act on them. Joiners and variation selectors stay, emoji need them.
+# Control, format (including bidirectional overrides), surrogate and private-use characters: a terminal or an XML
+# parser could act on them, or they could mislead a reader. Joiners and variation selectors stay: emoji need them.
 _UNSAFE_CATEGORIES = {"Cc", "Cf", "Cs", "Co"}
 _HARMLESS_FORMAT = {"\u200c", "\u200d"}
 _TAG = re.compile(r"\[\s*(#[0-9a-fA-F]{3,8}|[A-Za-z][\w:. -]*?)\s*\]")
 
 
 def clean(text: str) -> str:
-    """One line of printable text: white space becomes one blank, unsafe characters their escape (``\\x1b``)."""
+    """One line of printable text: runs of white space become one blank, unsafe characters an escape (``\\x1b``)."""
     if text.isascii() and text.isprintable() and "  " not in text:
         return text.strip()
     return " ".join("".join(_visible(c) for c in text).split())
 
 
 def show_controls(text: str) -> str:
-    """The text with unsafe characters as escapes; line ends and other white space stay."""
+    """The text with unsafe characters as escapes; white space, line ends included, stays."""
     if text.isascii() and text.isprintable():
         return text
     return "".join(c if c in "\n\t" else " " if c.isspace() else _visible(c) for c in text)
@@ -41,10 +41,10 @@ def _visible(char: str) -> str:
 
 
 def split_colour_tag(label: str) -> tuple[str, str | None]:
-    """``"My model [red]"`` to ``("My model", "red")``; no tag, or other brackets about, to ``(label, None)``.
+    """``("My model", "red")`` for ``"My model [red]"``; ``(label, None)`` for a label without a colour tag.
 
-    With several brackets in a label only a colour that exists is taken for a tag, so that markup such as
-    ``[bold]x[/bold]`` stays what it is: text.
+    In a label with several brackets only an existing colour is a tag, so that markup such as ``[bold]x[/bold]`` stays
+    text.
     """
     if "[" not in label:
         return label, None
@@ -57,7 +57,7 @@ def split_colour_tag(label: str) -> tuple[str, str | None]:
 
 
 def is_colour(name: str) -> bool:
-    """Whether matplotlib knows this colour name or ``#hex`` value ("none" is no colour)."""
+    """Whether matplotlib knows this colour name or ``#hex`` value ("none" is not a colour)."""
     if name.startswith("#"):
         return len(name) in (4, 5, 7, 9)
     from matplotlib.colors import is_color_like
@@ -66,7 +66,7 @@ def is_colour(name: str) -> bool:
 
 
 def shorten(text: str, width: int) -> str:
-    """At most `width` characters, the middle left out: the ends of a label tell models apart."""
+    """At most `width` characters, leaving out the middle, since the ends of a label distinguish models."""
     if len(text) <= width:
         return text
     tail = width // 3
@@ -82,7 +82,7 @@ def markdown(text: str) -> str:
 
 
 def csv_cell(text: str) -> str:
-    """Text for a CSV cell: one that a spreadsheet would run as a formula gets an apostrophe in front."""
+    """Text for a CSV cell; an apostrophe in front keeps a spreadsheet from running it as a formula."""
     return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
@@ -94,11 +94,12 @@ def and_more(names: list[str], limit: int = 8) -> str:
 
 
 def figure_text(value: float | None, digits: str) -> str:
+    """The value in the format `digits`, ``".3f"``; a dash for None."""
     return "–" if value is None else format(value, digits)
 
 
 def metric_text(value: float | None, stderr: float | None = None) -> str:
-    """``25.0648 ± 0.87``: four decimals (four digits where they would vanish), the error to two digits."""
+    """``25.0648 ± 0.87``: four decimals (four digits below 0.1), the error to two digits; a dash for None."""
     if value is None:
         return "–"
     text = f"{value:.4f}" if abs(value) >= 0.1 or value == 0 else f"{value:.4g}"

@@ -9,6 +9,8 @@ from typing import Any, TypedDict
 import numpy as np
 import numpy.typing as npt
 
+from compare.metrics import METRICS, exp_of_mean, mean, mean_in_bits, root_of_mean
+
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 
@@ -34,14 +36,14 @@ class WindowSum(TypedDict):
 
 def perplexity(sums: Sequence[WindowSum]) -> float | None:
     """exp(Σ NLL / Σ targets); None if any log-probability was not finite, or if exp overflows."""
-    mean = token_mean(sums)
-    return math.exp(mean) if mean is not None and mean < _LARGEST_EXPONENT else None
+    nats = token_mean(sums)
+    return math.exp(nats) if nats is not None and nats < _LARGEST_EXPONENT else None
 
 
 def bits_per_byte(sums: Sequence[WindowSum]) -> float | None:
     """Σ NLL / ln 2 / Σ bytes, over tokens that are each scored once (Gao et al. 2020, The Pile, §3.1)."""
-    mean = token_mean(sums)
-    return None if mean is None else mean / math.log(2)
+    nats = token_mean(sums)
+    return None if nats is None else nats / math.log(2)
 
 
 def token_mean(sums: Sequence[WindowSum]) -> float | None:
@@ -57,16 +59,23 @@ def token_mean(sums: Sequence[WindowSum]) -> float | None:
 
 def root_mean_square(sums: Sequence[WindowSum]) -> float | None:
     """√(Σ squares / Σ targets); None if any log-probability was not finite."""
-    mean = token_mean(sums)
-    return None if mean is None else math.sqrt(mean)
+    square = token_mean(sums)
+    return None if square is None else math.sqrt(square)
 
 
-# How a statistic follows from Σ total / Σ count, unless it is that mean itself
-_FROM_MEAN: dict[Any, Callable[[Floats], Floats]] = {
-    perplexity: np.exp,
-    bits_per_byte: lambda mean: mean / math.log(2),
-    root_mean_square: np.sqrt,
+# The formula of the metric table that each statistic computes
+_FORMULAS: dict[Any, Callable[[Floats, Floats], Floats]] = {
+    token_mean: mean,
+    perplexity: exp_of_mean,
+    bits_per_byte: mean_in_bits,
+    root_mean_square: root_of_mean,
 }
+
+
+def statistic_of(metric: str) -> Callable[[Sequence[WindowSum]], float | None]:
+    """The statistic of window sums for a metric of the table `compare.metrics.METRICS` that is formed from sums."""
+    formula = METRICS[metric].formula
+    return next(statistic for statistic, own in _FORMULAS.items() if own is formula)
 
 
 def standard_error(
@@ -87,8 +96,7 @@ def standard_error(
         drawn = blocks[draws].sum(axis=1)  # [resamples, 2]
         if not drawn[:, 1].all():
             return None
-        mean: Floats = drawn[:, 0] / drawn[:, 1]
-        return _FROM_MEAN[statistic](mean) if statistic in _FROM_MEAN else mean
+        return _FORMULAS.get(statistic, mean)(drawn[:, 0], drawn[:, 1])
 
     return bootstrap_error(len(blocks), _RESAMPLES, resampled)
 

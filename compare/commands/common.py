@@ -1,4 +1,4 @@
-"""Arguments and first steps that the subcommands share."""
+"""Arguments that the subcommands share, and the options that follow from them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from compare.errors import CompareError
 
 
 def add_selection(parser: argparse.ArgumentParser) -> None:
-    """Arguments that say what is compared."""
+    """Adds the arguments that select what is compared."""
     parser.add_argument(
         "paths", nargs="+", type=Path, metavar="PATH", help="result files, or folders searched for results_*.json"
     )
@@ -25,10 +25,14 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
         "task that has it); may be given several times",
     )
     parser.add_argument(
-        "--subtasks", action="store_true", help="of a group such as mmlu, its subtasks: --metric mmlu/acc --subtasks"
+        "--subtasks",
+        action="store_true",
+        help="compare the subtasks of a group such as mmlu: --metric mmlu/acc --subtasks",
     )
     parser.add_argument(
-        "--mean", action="store_true", help="one figure: the mean over the tasks, each counting alike, if all have it"
+        "--mean",
+        action="store_true",
+        help="compare one figure, the unweighted mean over the tasks that every model has",
     )
     parser.add_argument(
         "--x",
@@ -48,16 +52,16 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-mixed",
         action="store_true",
-        help="compare results over different tokens or protocols all the same",
+        help="compare results over different tokens or protocols anyway",
     )
 
 
-def add_choice(parser: argparse.ArgumentParser) -> None:
-    """Arguments that point at the models worth a look."""
+def add_best(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that find the best models: --pareto, --budget, --context."""
     parser.add_argument(
         "--pareto",
         action="store_true",
-        help="mark the models that no other beats in both size and metric, and grey out the rest",
+        help="mark the models that no other model beats in both size and metric, and grey out the rest",
     )
     parser.add_argument(
         "--budget",
@@ -72,7 +76,7 @@ def add_choice(parser: argparse.ArgumentParser) -> None:
 
 
 def add_log_y(parser: argparse.ArgumentParser) -> None:
-    """Whether the metric's axis is logarithmic."""
+    """Adds the argument for a logarithmic metric axis."""
     parser.add_argument(
         "--log-y",
         action=argparse.BooleanOptionalAction,
@@ -81,13 +85,13 @@ def add_log_y(parser: argparse.ArgumentParser) -> None:
 
 
 def options_of(arguments: argparse.Namespace, sort: str = "family") -> Options:
-    """The typed options of `add_selection` and `add_choice`. Raises CompareError for flags that do not fit together."""
+    """The options given by `add_selection` and `add_best`. Raises CompareError for flags that contradict each other."""
     budget, context = arguments.budget, arguments.context
     if context is None and (budget is not None or arguments.x == MEMORY):
-        asked = "--budget" if budget is not None else "--x memory"
-        raise CompareError(f"{asked} needs --context TOKENS, what the KV cache shall hold, e.g. --context 8192")
+        flag = "--budget" if budget is not None else "--x memory"
+        raise CompareError(f"{flag} needs --context TOKENS, the tokens in the KV cache, e.g. --context 8192")
     if context is not None and budget is None and arguments.x != MEMORY:
-        raise CompareError("--context is for --budget GB or --x memory; add one of them")
+        raise CompareError("--context needs --budget GB or --x memory; add one of them")
     return Options(
         metrics=tuple(arguments.metric),
         subtasks=arguments.subtasks,

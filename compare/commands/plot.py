@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from compare.commands import distribution
-from compare.commands.common import add_choice, add_log_y, add_selection, options_of
+from compare.commands.common import add_best, add_log_y, add_selection, options_of
 from compare.errors import CompareError
 from compare.write import PICTURE_SUFFIXES, PlotRequest, has_display, write_plot
 
@@ -15,7 +15,7 @@ HELP = "draw the models of result files: size across, metric upwards, one line a
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_selection(parser)
-    add_choice(parser)
+    add_best(parser)
     distribution.add_arguments(parser)
     parser.add_argument("--title", help="heading of the picture (default: the metric against the axis)")
     parser.add_argument("--dark", action="store_true", help="light on dark")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from compare.commands.common import add_choice, add_log_y, add_selection, options_of
+from compare.commands.common import add_best, add_log_y, add_selection, options_of
 from compare.comparison.build import build_comparisons
 from compare.comparison.comparison import Comparison, Options
 from compare.comparison.load import load_records
@@ -21,7 +21,7 @@ HELP = "write one HTML page: plots, sortable table, settings, the command behind
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_selection(parser)
-    add_choice(parser)
+    add_best(parser)
     parser.add_argument("--title", help="heading of the page (default: the metric)")
     add_log_y(parser)
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", required=True, help="write the page to FILE.html")

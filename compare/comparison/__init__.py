@@ -1,1 +1,1 @@
-"""Records to judgement: which results compare, what is best, what differs by more than chance."""
+"""Records to judgement: which results are comparable, which is best, which differ by more than chance."""

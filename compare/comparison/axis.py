@@ -1,4 +1,4 @@
-"""What may stand on x: bits per weight, or what a model takes."""
+"""The quantities of the x axis: bits per weight, or the size of a model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from compare.results.records import Record
 
 @dataclass(frozen=True)
 class Axis:
-    """What stands on x, and where it comes from; per_weight: a figure of bits per weight, not of a model's size."""
+    """A quantity for the x axis. value: reads it from a record. per_weight: bits per weight, not a model's size."""
 
     key: str
     name: str
@@ -39,13 +39,13 @@ MEMORY = "memory"
 
 
 def axis_of(key: str, context: int | None = None) -> Axis:
-    """The axis of a key of `AXES`, or MEMORY with the tokens that the KV cache holds."""
+    """The axis for a key of `AXES`, or for MEMORY with `context` tokens in the KV cache."""
     if key != MEMORY:
         return AXES[key]
     tokens = context or 0
 
-    def needed(record: Record) -> float | None:
+    def memory_gib(record: Record) -> float | None:
         total = memory_bytes(record.quantization, tokens)
         return None if total is None else total / GIB
 
-    return Axis(MEMORY, f"All weights + KV cache of {tokens:,} tokens (GB = 1024³ bytes)", "memory", needed)
+    return Axis(MEMORY, f"All weights + KV cache of {tokens:,} tokens (GB = 1024³ bytes)", "memory", memory_gib)

@@ -1,4 +1,4 @@
-"""Which models are worth a look: the Pareto frontier, and the best one that fits a memory budget."""
+"""Which models are worth a look: the Pareto frontier, and the best model that fits a memory budget."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from compare.comparison.axis import Axis
+from compare.comparison.chosen_metric import ChosenMetric
 from compare.comparison.memory import GIB, Budget, Fit, fit, memory_bytes, why_unknown
-from compare.comparison.metric_choice import MetricChoice
 from compare.comparison.point import Point
 from compare.text import and_more
 
 
 def frontier(points: Iterable[Point], higher_is_better: bool) -> list[Point]:
-    """The Pareto frontier in order of x: the points that no other dominates.
+    """The Pareto frontier in order of x: the points that no other point dominates.
 
     A point dominates another if it is no larger in x and no worse in the metric, and better in one of the two; points
-    equal in both are both on the frontier. Only comparable points that have x and metric take part. Standard errors do
-    not: a point may be dominated by less than the uncertainty of its figure.
+    equal in both are both on the frontier. Only comparable points that have x and metric take part. Standard errors are
+    ignored: a point may be dominated by less than the uncertainty of its figure.
     """
     sign = -1.0 if higher_is_better else 1.0
     placed = [(p.x, sign * p.y, p) for p in points if p.comparable and p.x is not None and p.y is not None]
     placed.sort(key=lambda entry: entry[:2])
     kept: list[Point] = []
-    best = (float("inf"), float("inf"))  # metric (less is better) and x of the last point kept
+    best = (float("inf"), float("inf"))  # metric (lower is better) and x of the last point kept
     for x, cost, point in placed:
         if cost < best[0] or (cost, x) == best:
             kept.append(point)
@@ -32,19 +32,20 @@ def frontier(points: Iterable[Point], higher_is_better: bool) -> list[Point]:
     return kept
 
 
-def frontiers(points: Iterable[Point], metric: MetricChoice, axis: Axis) -> list[list[Point]]:
-    """One frontier, or on an axis of bits per weight one for each model size: bits of a larger model weigh more."""
-    higher = metric.higher_is_better
-    assert higher is not None  # checked where --pareto is read
+def frontiers(points: Iterable[Point], metric: ChosenMetric, axis: Axis) -> list[list[Point]]:
+    """One frontier; on an axis of bits per weight one per model size: a bit of a larger model takes more memory."""
+    higher_is_better = metric.higher_is_better
+    assert higher_is_better is not None  # checked when the comparison was built
     by_size: dict[object, list[Point]] = defaultdict(list)
     for point in points:
         by_size[point.size if axis.per_weight else None].append(point)
-    return [found for same in by_size.values() if (found := frontier(same, higher))]
+    lines = [frontier(same, higher_is_better) for same in by_size.values()]
+    return [line for line in lines if line]
 
 
 @dataclass(frozen=True)
 class BudgetVerdict:
-    """Comparable points sorted by whether they fit `budget`; `best` has the best metric of those that do."""
+    """Comparable points by whether they fit `budget`; `best` has the best metric of those that do."""
 
     budget: Budget
     best: Point | None
@@ -52,8 +53,8 @@ class BudgetVerdict:
     too_large: list[Point]
     unknown: list[Point]
 
-    def lines(self, metric: MetricChoice) -> list[str]:
-        """The verdict for the user, every model that may not fit by name."""
+    def lines(self, metric: ChosenMetric) -> list[str]:
+        """The verdict for the user; names every model that does not or may not fit."""
         lines = [self.headline(metric) + (f"; it needs {self.need()}" if self.best else "")]
         if self.too_large:
             lines.append(f"too large for {self.budget.gib:g} GB: {and_more([p.record.label for p in self.too_large])}")
@@ -63,7 +64,7 @@ class BudgetVerdict:
             lines.append(f"unknown whether they fit: {len(self.unknown) - 20} more")
         return lines
 
-    def headline(self, metric: MetricChoice) -> str:
+    def headline(self, metric: ChosenMetric) -> str:
         """``best within 8 GB …: Q4_K_M, perplexity 8.44``."""
         if self.best is None:
             return f"no model is known to fit {self.budget}"
@@ -71,7 +72,7 @@ class BudgetVerdict:
         return f"best within {self.budget}: {self.best.record.label}, {name} {self.best.y:.5g}"
 
     def need(self) -> str:
-        """``4.58 GB of weights + 1.00 GB of KV cache (bfloat16)``, of the best model; empty without one."""
+        """``4.58 GB of weights + 1.00 GB of KV cache (bfloat16)`` for the best model; empty without one."""
         q = self.best.record.quantization if self.best is not None else None
         total = memory_bytes(q, self.budget.context) if q is not None else None
         if q is None or q.weight_bytes is None or total is None:
@@ -80,16 +81,16 @@ class BudgetVerdict:
         return f"{q.weight_bytes / GIB:.2f} GB of weights + {(total - q.weight_bytes) / GIB:.2f} GB of KV cache{kind}"
 
 
-def judge(points: Iterable[Point], metric: MetricChoice, budget: Budget) -> BudgetVerdict:
-    """Sort the comparable points into those that fit, do not, or cannot be told, and name the best that fits."""
-    sorted_in: dict[Fit, list[Point]] = {verdict: [] for verdict in Fit}
+def judge(points: Iterable[Point], metric: ChosenMetric, budget: Budget) -> BudgetVerdict:
+    """Sorts the comparable points into those that fit, do not fit, or are unknown, and finds the best that fits."""
+    by_fit: dict[Fit, list[Point]] = {each: [] for each in Fit}
     for point in points:
         if point.comparable and point.y is not None:
-            sorted_in[fit(point.record.quantization, budget)].append(point)
+            by_fit[fit(point.record.quantization, budget)].append(point)
     sign = -1.0 if metric.higher_is_better else 1.0
     best = min(
-        sorted_in[Fit.FITS],
+        by_fit[Fit.FITS],
         key=lambda p: (sign * (p.y or 0.0), memory_bytes(p.record.quantization, budget.context) or 0, p.record.label),
         default=None,
     )
-    return BudgetVerdict(budget, best, sorted_in[Fit.FITS], sorted_in[Fit.TOO_LARGE], sorted_in[Fit.UNKNOWN])
+    return BudgetVerdict(budget, best, by_fit[Fit.FITS], by_fit[Fit.TOO_LARGE], by_fit[Fit.UNKNOWN])

@@ -1,8 +1,8 @@
-"""From records to what is shown: one metric, one axis, and who may be compared with whom.
+"""Records to comparisons: one metric, one axis, and which results may be compared.
 
-Two numbers are comparable only if they are over the same tokens under the same protocol, and a divergence only if it is
-from the same reference (`Record.comparability`). The largest such group is the comparison; the other points are kept
-apart: listed, drawn, never joined or ranked.
+Two figures are comparable only if they are over the same tokens under the same protocol, and a divergence only if it is
+also from the same reference (`Record.comparability`). The largest such group is the comparison; the other points are
+kept apart: listed and drawn, but never joined or ranked.
 """
 
 from __future__ import annotations
@@ -10,68 +10,63 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from compare.comparison.axis import Axis, axis_of
+from compare.comparison.chosen_metric import ChosenMetric, choose_metrics
 from compare.comparison.comparison import Comparison, Options
 from compare.comparison.mean import Part, average
-from compare.comparison.metric_choice import MetricChoice, choose_metrics
 from compare.comparison.model_sizes import size_clusters, size_text
 from compare.comparison.point import Point
 from compare.comparison.reruns import distinct_labels, newest
 from compare.errors import NOTHING_USABLE, CompareError
 from compare.families import family_order
-from compare.metrics import from_reference
 from compare.results.records import Record
 from compare.text import and_more, shorten
 
-if TYPE_CHECKING:
-    pass
-
 
 def build_comparison(records: list[Record], options: Options) -> Comparison:
-    """The one comparison of at most one metric, or of a mean. Raises as `build_comparisons` does."""
+    """The comparison of a single metric, or of a mean. Raises CompareError as `build_comparisons` does."""
     (comparison,) = build_comparisons(records, options)
     return comparison
 
 
 def build_comparisons(records: list[Record], options: Options) -> list[Comparison]:
-    """Settle re-runs, apply the options, group what compares: a comparison a metric, or one of their mean.
+    """Settles re-runs, applies the options, groups comparable results: one comparison per metric, or one of their mean.
 
     Raises CompareError when a metric is unknown or ambiguous, or nothing is left to show.
     """
     records, notices = newest(records)
     records = distinct_labels(records, across_tasks=options.mean)
     records = _masked(records, options.mask, notices)
-    choices = choose_metrics(records, options.metrics, options.subtasks, notices)
+    metrics = choose_metrics(records, options.metrics, options.subtasks, notices)
     axis = axis_of(options.axis, options.context)
     if options.mean:
-        metric, models = average(records, choices, notices)
+        metric, models = average(records, metrics, notices)
         points = [_point(m.record, metric, axis, m.parts) for m in models]
         return [_comparison(points, metric, axis, options, notices)]
-    found = []
-    for metric in choices:
+    comparisons = []
+    for metric in metrics:
         points = [_point(r, metric, axis) for r in records if r.task == metric.task and metric.key in r.metrics]
-        said: list[str] = []
-        found.append(_comparison(points, metric, axis, options, said))
-        notices += said if len(choices) == 1 else [f"{metric.label}: {notice}" for notice in said]
-    for comparison in found:
-        comparison.notices = notices if comparison is found[0] else []  # each is said once
-    return found
+        own_notices: list[str] = []
+        comparisons.append(_comparison(points, metric, axis, options, own_notices))
+        notices += own_notices if len(metrics) == 1 else [f"{metric.label}: {notice}" for notice in own_notices]
+    for comparison in comparisons:
+        comparison.notices = notices if comparison is comparisons[0] else []  # each notice is shown once
+    return comparisons
 
 
-def _point(record: Record, metric: MetricChoice, axis: Axis, parts: tuple[Part, ...] = ()) -> Point:
+def _point(record: Record, metric: ChosenMetric, axis: Axis, parts: tuple[Part, ...] = ()) -> Point:
     figure = record.metric(metric.key)
     return Point(record, axis.value(record), figure.value, figure.stderr, parts=parts)
 
 
 def _comparison(
-    points: list[Point], metric: MetricChoice, axis: Axis, options: Options, notices: list[str]
+    points: list[Point], metric: ChosenMetric, axis: Axis, options: Options, notices: list[str]
 ) -> Comparison:
     if metric.higher_is_better is None and (options.pareto or options.budget is not None):
         raise CompareError(
-            f"these files do not say whether a higher {shorten(metric.short, 120)} is better; --pareto and --budget "
-            "have to know"
+            f"these files do not say whether a higher {shorten(metric.short, 120)} is better, which --pareto and "
+            "--budget need"
         )
     points = _within_limits(points, options, notices)
     if not points:
@@ -80,9 +75,8 @@ def _comparison(
     points = _sized(points, notices)
     points.sort(key=_sort_key(options.sort, metric))
     comparison = Comparison(metric, axis, points, notices, options)
-    in_noise = comparison.in_noise
-    if in_noise:
-        names = and_more([point.record.label for point in in_noise])
+    if comparison.in_noise:
+        names = and_more([point.record.label for point in comparison.in_noise])
         notices.append(
             f"within the noise floor, {comparison.noise_floor}: {names}: such a difference may be noise alone"
         )
@@ -90,10 +84,11 @@ def _comparison(
 
 
 def _masked(records: list[Record], mask: str | None, notices: list[str]) -> list[Record]:
-    wanted = [part.strip().casefold() for part in (mask or "").split(";") if part.strip()]
-    if not wanted:
+    """The records whose label contains one of the strings of --mask. Raises CompareError if there are none."""
+    parts = [part.strip().casefold() for part in (mask or "").split(";") if part.strip()]
+    if not parts:
         return records
-    kept = [record for record in records if any(part in record.label.casefold() for part in wanted)]
+    kept = [record for record in records if any(part in record.label.casefold() for part in parts)]
     if not kept:
         labels = and_more(sorted({record.label for record in records}))
         raise CompareError(f"--mask {mask}: no label contains any of these; labels: {labels}", NOTHING_USABLE)
@@ -103,10 +98,11 @@ def _masked(records: list[Record], mask: str | None, notices: list[str]) -> list
 
 
 def _within_limits(points: list[Point], options: Options, notices: list[str]) -> list[Point]:
+    """The points within --max-x and --max-y; a baseline is a line, so --max-x does not apply to it."""
     kept = []
     for point in points:
         beyond = _beyond("x", point.x, options.max_x) or _beyond("y", point.y, options.max_y)
-        if beyond and not (point.record.is_reference and beyond.startswith("x")):
+        if beyond and not (point.record.is_baseline and beyond.startswith("x")):
             notices.append(f"left out: {point.record.label}: {beyond}")
         else:
             kept.append(point)
@@ -114,23 +110,25 @@ def _within_limits(points: list[Point], options: Options, notices: list[str]) ->
 
 
 def _beyond(name: str, value: float | None, limit: float | None) -> str:
+    """The reason to leave a point out; empty if it is within the limit."""
     if limit is None or value is None or value <= limit:
         return ""
     return f"{name} = {value:.6g} is above --max-{name} {limit:g}"
 
 
-def _grouped(points: list[Point], metric: MetricChoice, allow_mixed: bool, notices: list[str]) -> list[Point]:
+def _grouped(points: list[Point], metric: ChosenMetric, allow_mixed: bool, notices: list[str]) -> list[Point]:
+    """Numbers the groups of comparable points: the largest is 0; of equally large ones, one that has a baseline."""
     keys = [point.record.comparability(metric.metric) for point in points]
     sizes = Counter(keys)
-    with_reference = {key for key, point in zip(keys, points, strict=True) if point.record.is_reference}
-    order = sorted(sizes, key=lambda key: (-sizes[key], key not in with_reference, key))
+    with_baseline = {key for key, point in zip(keys, points, strict=True) if point.record.is_baseline}
+    order = sorted(sizes, key=lambda key: (-sizes[key], key not in with_baseline, key))
     if len(order) == 1:
         return points
-    one_text = len({point.record.protocol.fingerprint for point in points}) == 1
-    over = "against the same reference" if one_text else "over the same tokens"
+    same_tokens = len({point.record.protocol.fingerprint for point in points}) == 1
+    over = "against the same reference" if same_tokens else "over the same tokens"
     for number, key in enumerate(order):
         members = [point.record for point, own in zip(points, keys, strict=True) if own == key]
-        which = _over(members[0], metric.metric)
+        which = members[0].scored_on(metric.metric)
         names = and_more([record.label for record in members], limit=8 if number == 0 else 50)
         if allow_mixed:
             notices.append(f"warning: mixed as asked (--allow-mixed): {which}: {names}")
@@ -143,25 +141,15 @@ def _grouped(points: list[Point], metric: MetricChoice, allow_mixed: bool, notic
     return [replace(point, group=order.index(key)) for point, key in zip(points, keys, strict=True)]
 
 
-def _over(record: Record, metric: str) -> str:
-    """``20 × 2048 tokens, stride 512, exllama protocol, tokens 1a2b3c4d, reference BF16 in vllm``."""
-    protocol = record.protocol
-    parts = [protocol.describe() or ", ".join(protocol.fingerprint)]
-    if protocol.tokens_sha256:
-        parts.append(f"tokens {protocol.tokens_sha256[:8]}")
-    if from_reference(metric):
-        found = record.divergence
-        named = found is not None and found.reference.id
-        parts.append(f"reference {found.reference.describe()}" if found and named else "reference not named")
-    return ", ".join(parts)
-
-
 def _sized(points: list[Point], notices: list[str]) -> list[Point]:
+    """Numbers the model sizes; `notices` names the models of each, if there are several."""
     numbers = size_clusters([point.record for point in points])
     points = [replace(point, size=number) for point, number in zip(points, numbers, strict=True)]
     sizes = sorted({p.size for p in points if p.comparable}, key=lambda size: (size is None, size or 0))
     if len(sizes) > 1:
-        notices.append("warning: models of different size: no line joins them, each has the reference of its own size")
+        notices.append(
+            "warning: models of different size: no line joins them, each is compared with the baseline of its own size"
+        )
         for size in sizes:
             records = [p.record for p in points if p.comparable and p.size == size]
             notices.append(f"warning: {size_text(records)}: {and_more([r.label for r in records])}")
@@ -171,7 +159,7 @@ def _sized(points: list[Point], notices: list[str]) -> list[Point]:
 SORTS = ("family", "x", "metric", "label")
 
 
-def _sort_key(sort: str, metric: MetricChoice) -> Callable[[Point], tuple[object, ...]]:
+def _sort_key(sort: str, metric: ChosenMetric) -> Callable[[Point], tuple[object, ...]]:
     def missing_last(value: float | None, sign: int = 1) -> tuple[bool, float]:
         return (value is None, 0.0 if value is None else sign * value)
 

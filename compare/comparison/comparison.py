@@ -1,4 +1,4 @@
-"""`Comparison`: one metric, one axis, the points, and everything that is judged from them."""
+"""`Comparison`: one metric, one axis, the points, and the judgements that follow from them."""
 
 from __future__ import annotations
 
@@ -7,21 +7,20 @@ from functools import cached_property
 
 from compare.comparison.axis import Axis
 from compare.comparison.best import BudgetVerdict, frontiers, judge
+from compare.comparison.chosen_metric import ChosenMetric
 from compare.comparison.memory import Budget
-from compare.comparison.metric_choice import MetricChoice
 from compare.comparison.noise_floor import NoiseFloor, measure_noise_floor, within
 from compare.comparison.pairs import Pairs
 from compare.comparison.point import Point
-from compare.metrics import from_reference
 from compare.results.records import ProtocolRecord
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asked to see. `context` in tokens; `budget` in units of 1024³ bytes, with a context only.
+    """What the user asked to see. `context` is in tokens; `budget` in units of 1024³ bytes, only with a context.
 
-    metrics: each is a comparison of its own, or, with `mean`, a part of one; none: the perplexity. `subtasks`: those of
-    the groups named, instead of the groups.
+    metrics: each gives a comparison of its own or, with `mean`, a part of one; none: the perplexity. subtasks: compare
+    the subtasks of the groups named instead of the groups.
     """
 
     metrics: tuple[str, ...] = ()
@@ -40,32 +39,32 @@ class Options:
 
 @dataclass
 class Comparison:
-    """What is shown; `notices` says everything that was left out, replaced or kept apart."""
+    """The points to show; `notices` names everything that was left out, replaced or kept apart."""
 
-    metric: MetricChoice
+    metric: ChosenMetric
     axis: Axis
     points: list[Point]
     notices: list[str] = field(default_factory=list)
     options: Options = field(default_factory=Options)
-    pairs: Pairs | None = None  # with --versus: each point against one of them
+    pairs: Pairs | None = None  # with --versus: each point against a baseline
 
     @cached_property
-    def references(self) -> dict[int | None, Point]:
-        """The full-precision point of each model size, that the others of that size are measured against."""
-        if from_reference(self.metric.metric):
-            return {}  # every figure is one against the reference already
-        candidates = [p for p in self.points if p.comparable and p.record.is_reference and p.y is not None]
+    def baselines(self) -> dict[int | None, Point]:
+        """The full-precision point of each model size, with which the others of that size are compared."""
+        if self.metric.row.needs_reference:
+            return {}  # every figure already compares with the reference
+        candidates = [p for p in self.points if p.comparable and p.record.is_baseline and p.y is not None]
         candidates.sort(key=lambda p: (not p.record.quantization.known, p.record.label))
         return {p.size: p for p in reversed(candidates)}
 
     @property
-    def reference(self) -> Point | None:
-        """The reference of the model size that most points have, if there is one."""
-        return self.references.get(0)
+    def baseline(self) -> Point | None:
+        """The baseline of the model size that most points have, if there is one."""
+        return self.baselines.get(0)
 
     @cached_property
     def noise_floor(self) -> NoiseFloor | None:
-        """The differences from the reference that are noise; None for figures that do not come from a reference."""
+        """The differences from the reference that are noise; None for metrics that need no reference."""
         return measure_noise_floor(self.points, self.metric)
 
     @property
@@ -75,7 +74,7 @@ class Comparison:
 
     @cached_property
     def frontiers(self) -> list[list[Point]]:
-        """Pareto frontiers in order of x, if they were asked for."""
+        """Pareto frontiers in order of x; empty without --pareto."""
         return frontiers(self.points, self.metric, self.axis) if self.options.pareto else []
 
     @cached_property
@@ -85,25 +84,25 @@ class Comparison:
 
     @cached_property
     def verdict(self) -> BudgetVerdict | None:
-        """Which models fit the budget, if there is one."""
+        """Which models fit the budget; None without one."""
         if self.options.budget is None or self.options.context is None:
             return None
         return judge(self.points, self.metric, Budget(self.options.budget, self.options.context))
 
     @property
-    def parts(self) -> list[MetricChoice]:
-        """The tasks that stand beside a mean, those left out of it too; none otherwise."""
-        return [part.choice for part in self.points[0].parts]
+    def parts(self) -> list[ChosenMetric]:
+        """The metrics shown beside a mean, including those left out of it; none otherwise."""
+        return [part.metric for part in self.points[0].parts]
 
     @property
     def mixed_in(self) -> list[Point]:
         """With --allow-mixed: the points over other tokens, or from another reference, than the first one."""
         points = [p for p in self.points if p.comparable]
-        over = [p.record.comparability(self.metric.metric) for p in points]
-        return [p for p, own in zip(points, over, strict=True) if own != over[0]]
+        keys = [p.record.comparability(self.metric.metric) for p in points]
+        return [p for p, key in zip(points, keys, strict=True) if key != keys[0]]
 
     @property
     def protocol(self) -> ProtocolRecord:
-        """What the comparable points were scored on."""
+        """The protocol of the comparable points."""
         comparable = [p for p in self.points if p.comparable] or self.points
         return comparable[0].record.protocol

@@ -1,4 +1,4 @@
-"""From paths to comparisons: reads results, builds comparisons, says what was left out."""
+"""Paths to comparisons: reads results, builds comparisons, reports what was left out."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from compare.results.records import Record
 
 
 def load_comparisons(paths: Sequence[Path], options: Options) -> list[Comparison]:
-    """One comparison per metric; what was skipped, replaced or left out is said on stderr.
+    """One comparison per metric; reports on stderr what was skipped, replaced or left out.
 
-    Raises CompareError if nothing usable is found or the options do not fit the records.
+    Raises CompareError if there is no usable result or the options do not fit the records.
     """
     comparisons = build_comparisons(load_records(paths), options)
     for comparison in comparisons:

@@ -1,4 +1,4 @@
-"""The mean of several tasks: which tasks count, the figure and its error, one record a model."""
+"""The mean of several tasks: which tasks count, the figure and its error, one record per model."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from compare.comparison.metric_choice import MEAN, MetricChoice
+from compare.comparison.chosen_metric import MEAN, ChosenMetric
 from compare.errors import NOTHING_USABLE, CompareError
 from compare.results.groups import leaves
-from compare.results.records import Metric, ProtocolRecord, Record
+from compare.results.records import MetricValue, ProtocolRecord, Record
 from compare.results.values import number
 from compare.text import and_more
 
@@ -19,109 +19,112 @@ from compare.text import and_more
 class Part:
     """One task of one model; `record` is None where the model has no such figure."""
 
-    choice: MetricChoice
+    metric: ChosenMetric
     record: Record | None
 
     @property
-    def figure(self) -> Metric:
-        return self.record.metric(self.choice.key) if self.record is not None else Metric(None)
+    def figure(self) -> MetricValue:
+        return self.record.metric(self.metric.key) if self.record is not None else MetricValue(None)
 
 
 @dataclass(frozen=True)
 class Averaged:
-    """One model: its mean as a record, and every task that was asked for, those left out of the mean too."""
+    """One model: its mean as a record, and every task asked for, including those left out of the mean."""
 
     record: Record
     parts: tuple[Part, ...]
 
 
-def mean(figures: Sequence[Metric]) -> Metric:
+def mean(figures: Sequence[MetricValue]) -> MetricValue:
     """Σ value / k with the standard error √(Σ stderr²) / k: k estimates from independent samples.
 
-    The value is None where one is, the error where one is; both where the sum is beyond a float.
+    The value is None if one of the values is, the error if one of the errors is; both if the sum overflows a float.
     """
     values = [f.value for f in figures if f.value is not None]
     errors = [f.stderr for f in figures if f.stderr is not None]
     k = len(figures)
     value = number(math.fsum(v / k for v in values)) if len(values) == k else None
     stderr = number(math.hypot(*errors) / k) if value is not None and len(errors) == k else None
-    return Metric(value, stderr)
+    return MetricValue(value, stderr)
 
 
 def average(
-    records: Sequence[Record], choices: Sequence[MetricChoice], notices: list[str]
-) -> tuple[MetricChoice, list[Averaged]]:
-    """The mean over those of `choices` that every model with any of them has; `notices` names it, and what is left out.
+    records: Sequence[Record], metrics: Sequence[ChosenMetric], notices: list[str]
+) -> tuple[ChosenMetric, list[Averaged]]:
+    """The mean over those of `metrics` that every model with any of them has; `notices` names them and the others.
 
-    Raises CompareError where there is nothing to average, or figures that have no common mean.
+    Raises CompareError where there is nothing to average, or the figures have no common mean.
     """
-    by_model: dict[tuple[str, ...], dict[MetricChoice, Record]] = defaultdict(dict)
-    for choice in choices:
+    by_model: dict[tuple[str, ...], dict[ChosenMetric, Record]] = defaultdict(dict)
+    for metric in metrics:
         for record in records:
-            if record.task == choice.task and choice.key in record.metrics:
-                by_model[record.identity[1:]][choice] = record
-    kept = [choice for choice in choices if all(choice in found for found in by_model.values())]
-    for choice in choices:
-        if choice not in kept:
-            lacking = [next(iter(f.values())).label for f in by_model.values() if choice not in f]
-            notices.append(f"left out of the mean: {choice.label}: not in {and_more(lacking)} (--mask chooses models)")
-    _check(list(choices), kept, by_model)
-    combined = MetricChoice("", MEAN, kept[0].higher_is_better, tuple(kept))
-    notices.append(f"{MEAN} over {len(kept)} tasks: {', '.join(choice.label for choice in kept)}")
+            if record.task == metric.task and metric.key in record.metrics:
+                by_model[record.identity[1:]][metric] = record
+    kept = [metric for metric in metrics if all(metric in own for own in by_model.values())]
+    for metric in metrics:
+        if metric not in kept:
+            lacking = [next(iter(own.values())).label for own in by_model.values() if metric not in own]
+            notices.append(f"left out of the mean: {metric.label}: not in {and_more(lacking)} (--mask chooses models)")
+    _check(list(metrics), kept, by_model)
+    combined = ChosenMetric("", MEAN, kept[0].higher_is_better, tuple(kept))
+    notices.append(f"{MEAN} over {len(kept)} tasks: {', '.join(metric.label for metric in kept)}")
     result = []
-    for found in by_model.values():
-        figure = mean([found[choice].metric(choice.key) for choice in kept])
-        first = max((found[choice] for choice in kept), key=lambda r: r.date)
+    for own in by_model.values():
+        figure = mean([own[metric].metric(metric.key) for metric in kept])
+        latest = max((own[metric] for metric in kept), key=lambda r: r.date)
         record = replace(
-            first,
+            latest,
             task=MEAN,
             alias="",
             metrics={MEAN: replace(figure, higher_is_better=combined.higher_is_better)},
-            protocol=ProtocolRecord(harness=tuple(_settings(choice, found[choice]) for choice in kept)),
+            protocol=ProtocolRecord(harness=tuple(_settings(metric, own[metric]) for metric in kept)),
         )
-        result.append(Averaged(record, tuple(Part(choice, found.get(choice)) for choice in choices)))
+        result.append(Averaged(record, tuple(Part(metric, own.get(metric)) for metric in metrics)))
     return combined, result
 
 
-def _settings(choice: MetricChoice, record: Record) -> str:
-    return f"{choice.label}: {', '.join(record.comparability(choice.metric))}"
+def _settings(metric: ChosenMetric, record: Record) -> str:
+    return f"{metric.label}: {', '.join(record.comparability(metric.metric))}"
 
 
 def _check(
-    choices: list[MetricChoice],
-    kept: list[MetricChoice],
-    by_model: dict[tuple[str, ...], dict[MetricChoice, Record]],
+    metrics: list[ChosenMetric],
+    kept: list[ChosenMetric],
+    by_model: dict[tuple[str, ...], dict[ChosenMetric, Record]],
 ) -> None:
-    if len(choices) < 2:
-        raise CompareError("--mean is of several: --metric A --metric B, or --metric GROUP/METRIC --subtasks")
+    """Raises CompareError where `kept` has no mean: too few, of different direction, or on different scales."""
+    if len(metrics) < 2:
+        raise CompareError(
+            "--mean needs at least two metrics: --metric A --metric B, or --metric GROUP/METRIC --subtasks"
+        )
     if len(kept) < 2:
         common = f"only {kept[0].label} is" if kept else "none is"
         raise CompareError(
-            f"--mean: of {and_more([c.label for c in choices])} {common} in every model's results; leave a task out, "
+            f"--mean: of {and_more([m.label for m in metrics])} {common} in every model's results; leave a task out, "
             "or choose models with --mask",
             NOTHING_USABLE,
         )
-    if len({choice.higher_is_better for choice in kept}) > 1:
-        said = {True: "higher is better", False: "lower is better", None: "not said which is better"}
-        words = and_more([f"{c.label} ({said[c.higher_is_better]})" for c in kept])
-        raise CompareError(f"--mean: figures of different direction have no mean: {words}")
-    values = [r.metric(c.key).value for found in by_model.values() for c, r in found.items() if c in kept]
-    if len({choice.metric for choice in kept}) > 1 and not all(v is None or 0 <= v <= 1 for v in values):
+    if len({metric.higher_is_better for metric in kept}) > 1:
+        directions = {True: "higher is better", False: "lower is better", None: "direction unknown"}
+        listed = and_more([f"{m.label} ({directions[m.higher_is_better]})" for m in kept])
+        raise CompareError(f"--mean: figures of different direction have no mean: {listed}")
+    values = [r.metric(m.key).value for own in by_model.values() for m, r in own.items() if m in kept]
+    if len({metric.metric for metric in kept}) > 1 and not all(v is None or 0 <= v <= 1 for v in values):
         raise CompareError(
             f"--mean: these are on different scales (different metrics are averaged between 0 and 1 only): "
-            f"{and_more([c.label for c in kept])}"
+            f"{and_more([m.label for m in kept])}"
         )
     _check_once(kept, by_model)
 
 
-def _check_once(kept: list[MetricChoice], by_model: dict[tuple[str, ...], dict[MetricChoice, Record]]) -> None:
-    """No question may count twice: not a group beside its own subtask, nor two filters or metrics of a task."""
-    owner: dict[str, MetricChoice] = {}
-    for choice in kept:
-        trees = next(iter(by_model.values()))[choice].groups
-        for leaf in leaves(trees, choice.task):
-            other = owner.setdefault(leaf, choice)
-            if other is not choice:
+def _check_once(kept: list[ChosenMetric], by_model: dict[tuple[str, ...], dict[ChosenMetric, Record]]) -> None:
+    """Raises CompareError if a task counts twice: by a group and its own subtask, or two filters or metrics of it."""
+    owner: dict[str, ChosenMetric] = {}
+    for metric in kept:
+        tree = next(iter(by_model.values()))[metric].groups
+        for leaf in leaves(tree, metric.task):
+            other = owner.setdefault(leaf, metric)
+            if other is not metric:
                 raise CompareError(
-                    f"--mean: {other.label} and {choice.label} both hold {leaf}, which would count twice; name one"
+                    f"--mean: {other.label} and {metric.label} both contain {leaf}, which would count twice; name one"
                 )

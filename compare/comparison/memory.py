@@ -1,7 +1,7 @@
-"""What a model needs in memory, and whether that fits: all weights, embeddings too, and the KV cache of a context.
+"""The memory that a model needs, and whether it fits: all weights, embeddings included, and the KV cache of a context.
 
-Activations, the engine's own buffers and what else runs on the GPU come on top (often 0.5 to 2 GB): they depend on
-engine and settings and are not guessed here. GB are 1024³ bytes throughout, as in the "8 GB" of a graphics card.
+Activations, the engine's own buffers and other programs on the GPU come on top (often 0.5 to 2 GB): they depend on
+engine and settings and are not estimated here. GB are 1024³ bytes throughout, as in the "8 GB" of a graphics card.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def memory_bytes(q: Quantization, context: int) -> int | None:
 
 
 def fit(q: Quantization, budget: Budget) -> Fit:
-    """Weights that are too large alone are too large, whatever the cache takes."""
+    """Whether a model fits; weights that alone exceed the budget are too large, whatever the cache takes."""
     limit = budget.gib * GIB
     needed = memory_bytes(q, budget.context)
     if needed is not None:
@@ -50,8 +50,8 @@ def fit(q: Quantization, budget: Budget) -> Fit:
 
 
 def why_unknown(q: Quantization) -> str:
-    """The reason that the result file gives, or what it lacks."""
+    """Why `fit` is UNKNOWN: the reason in the result file, or what the file lacks."""
     if q.weight_bytes is None:
         return "its result file does not say how large its weights are"
-    told = [note for note in q.notes if note.startswith("kv_bytes_per_token")]
-    return told[0] if told else "its result file does not say what its KV cache takes; evaluate it again"
+    reasons = [note for note in q.notes if note.startswith("kv_bytes_per_token")]
+    return reasons[0] if reasons else "its result file does not say what its KV cache takes; evaluate it again"

@@ -1,4 +1,4 @@
-"""Every model of a comparison against one of them, in pairs: ``compare table --versus LABEL``."""
+"""Every model of a comparison against a baseline, paired by window or document: ``compare table --versus LABEL``."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from compare.comparison.metric_choice import MetricChoice
+from compare.comparison.chosen_metric import ChosenMetric
 from compare.comparison.point import Point
 from compare.comparison.significance import MIN_BLOCKS, PairedDifference, blocks_of, bootstrap, holm, mcnemar
+from compare.division import ceil_div
 from compare.errors import NOTHING_USABLE, CompareError
-from compare.metrics import figure_of
+from compare.metrics import formula_of
 from compare.results.records import Record
 from compare.results.samples import NoSamples, Samples, read_samples
-from compare.results.values import mapping, whole
+from compare.results.values import integer, mapping
 from compare.text import and_more
 
 ALPHA = 0.05
@@ -22,25 +23,25 @@ ALPHA = 0.05
 
 @dataclass(frozen=True)
 class Pair:
-    """A model against the baseline: a verdict, or the reason why there is none.
+    """A model against the baseline: their difference, or the reason why there is none.
 
-    `p_holm` is corrected for all pairs of the comparison; `baseline`: the model is the baseline itself.
+    p_holm: the p-value, corrected for all pairs of the comparison. is_baseline: the model is the baseline itself.
     """
 
-    verdict: PairedDifference | None = None
+    difference: PairedDifference | None = None
     p_holm: float | None = None
     reason: str = ""
-    baseline: bool = False
+    is_baseline: bool = False
 
     @property
     def separated(self) -> bool | None:
-        """Whether the data tell the two apart; None where they allow no verdict."""
+        """Whether the data separate the two models; None where they are too few to tell."""
         return None if self.p_holm is None else self.p_holm < ALPHA
 
 
 @dataclass
 class Pairs:
-    """The pairs of a comparison, by `id` of their point."""
+    """The pairs of a comparison, by `id` of their point. label: the baseline's. about: how they were formed."""
 
     label: str
     pairs: dict[int, Pair] = field(default_factory=dict)
@@ -51,123 +52,122 @@ class Pairs:
 
     @property
     def formed(self) -> bool:
-        return any(pair.verdict is not None for pair in self.pairs.values())
+        return any(pair.difference is not None for pair in self.pairs.values())
 
 
-def measure(points: Sequence[Point], metric: MetricChoice, label: str) -> Pairs:
-    """Pairs every model with the one called `label`. Raises CompareError if there is none."""
+def measure_pairs(points: Sequence[Point], metric: ChosenMetric, label: str) -> Pairs:
+    """Pairs every model with the baseline called `label`. Raises CompareError if there is none."""
     if metric.averaged:
-        raise CompareError("--versus pairs the documents of a task; it is not for --mean: name the tasks without it")
-    baseline = _find(points, metric, label)
-    reader = _Reader(metric.key)
-    found: dict[int, Pair] = {}
+        raise CompareError("--versus pairs the documents of a task, so it cannot be combined with --mean: leave it out")
+    baseline = _point_labelled(points, metric, label)
+    samples = _CheckedSamples(metric.key)
+    pairs: dict[int, Pair] = {}
     for point in points:
         if point is baseline:
-            found[id(point)] = Pair(baseline=True)
+            pairs[id(point)] = Pair(is_baseline=True)
             continue
         try:
-            found[id(point)] = Pair(reader.verdict(point.record, baseline.record))
+            pairs[id(point)] = Pair(_difference(point.record, baseline.record, metric, samples))
         except NoSamples as error:
-            found[id(point)] = Pair(reason=str(error))
-    told = {key: pair.verdict.p for key, pair in found.items() if pair.verdict is not None}
-    tested = {key: p for key, p in told.items() if p is not None}
-    for key, p in zip(tested, holm(list(tested.values())), strict=True):
-        found[key] = replace(found[key], p_holm=p)
-    return Pairs(baseline.record.label, found, _about(baseline.record.label, list(found.values())))
+            pairs[id(point)] = Pair(reason=str(error))
+    p_values = {
+        key: pair.difference.p
+        for key, pair in pairs.items()
+        if pair.difference is not None and pair.difference.p is not None
+    }
+    for key, p in zip(p_values, holm(list(p_values.values())), strict=True):
+        pairs[key] = replace(pairs[key], p_holm=p)
+    return Pairs(baseline.record.label, pairs, _about(baseline.record.label, list(pairs.values())))
 
 
-def _find(points: Sequence[Point], metric: MetricChoice, label: str) -> Point:
-    """The point of this label; of those that hold it, if it is only one."""
-    wanted, labels = label.strip().casefold(), [point.record.label for point in points]
+def _point_labelled(points: Sequence[Point], metric: ChosenMetric, label: str) -> Point:
+    """The point with this label, or the only one whose label contains it. Raises CompareError otherwise."""
+    folded, labels = label.strip().casefold(), [point.record.label for point in points]
     for matches in (
         [p for p in points if p.record.label == label.strip()],
-        [p for p in points if p.record.label.casefold() == wanted],
-        [p for p in points if wanted and wanted in p.record.label.casefold()],
+        [p for p in points if p.record.label.casefold() == folded],
+        [p for p in points if folded and folded in p.record.label.casefold()],
     ):
         if len(matches) == 1:
             return matches[0]
         if matches:
             raise CompareError(
-                f"--versus {label}: several models are called that: {and_more([p.record.label for p in matches])}"
+                f"--versus {label}: several models have such a label: {and_more([p.record.label for p in matches])}"
             )
     close = difflib.get_close_matches(label, labels, n=3)
     hint = f"did you mean {' or '.join(close)}?" if close else f"labels: {and_more(sorted(set(labels)), 20)}"
-    raise CompareError(f"--versus {label}: no model of {metric.label} is called that; {hint}")
+    raise CompareError(f"--versus {label}: no model of {metric.label} has such a label; {hint}")
 
 
-class _Reader:
-    """Reads the samples of each record once, and checks that they make the figure of its result file."""
+class _CheckedSamples:
+    """Reads the samples of each record once, and checks that they add up to the figure of its result file."""
 
     def __init__(self, key: str) -> None:
         self._key = key
-        self._read: dict[int, Samples | NoSamples] = {}
+        self._cache: dict[int, Samples | NoSamples] = {}
 
-    def verdict(self, record: Record, baseline: Record) -> PairedDifference:
-        """`record` less `baseline`. NoSamples says why there is no pair."""
-        metric = self._key.partition(",")[0]
-        if record.comparability(metric) != baseline.comparability(metric):
-            raise NoSamples(f"not over the same: {_over(record, metric)}; {baseline.label}: {_over(baseline, metric)}")
-        ours, theirs = self._samples(record), self._samples(baseline)
-        _check_same(ours, theirs)
-        rows = [(unit.total, unit.count) for unit in ours.units.values()]
-        others = [(unit.total, unit.count) for unit in theirs.units.values()]
-        if ours.zero_or_one and theirs.zero_or_one:
-            return mcnemar([total for total, _ in rows], [total for total, _ in others])
-        block = 1
-        if ours.windows:
-            block = _block(record)
-            if block != _block(baseline):
-                raise NoSamples(f"blocks of {block} windows, of {baseline.label}'s {_block(baseline)}")
-        try:
-            found = bootstrap(blocks_of(rows, block), blocks_of(others, block), figure_of(self._key, ours.rolling))
-        except ValueError as error:
-            raise NoSamples(f"the difference {error}") from None
-        kind = f"blocks of {block} windows" if ours.windows else "documents"
-        return replace(found, method=f"paired bootstrap over {found.units:,} {kind}")
-
-    def _samples(self, record: Record) -> Samples:
-        if id(record) not in self._read:
+    def of(self, record: Record) -> Samples:
+        """The samples of `record`. Raises NoSamples where they are missing or do not fit its figure."""
+        if id(record) not in self._cache:
             try:
-                self._read[id(record)] = self._checked(record)
+                self._cache[id(record)] = self._read(record)
             except NoSamples as error:
-                self._read[id(record)] = error
-        found = self._read[id(record)]
-        if isinstance(found, NoSamples):
-            raise found
-        return found
+                self._cache[id(record)] = error
+        samples = self._cache[id(record)]
+        if isinstance(samples, NoSamples):
+            raise samples
+        return samples
 
-    def _checked(self, record: Record) -> Samples:
+    def _read(self, record: Record) -> Samples:
         import numpy as np
 
         samples = read_samples(record, self._key)
         total = math.fsum(unit.total for unit in samples.units.values())
         count = math.fsum(unit.count for unit in samples.units.values())
+        formula = formula_of(self._key.partition(",")[0], samples.rolling)
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            made = float(figure_of(self._key, samples.rolling)(np.array([total]), np.array([count]))[0])
-        said = record.metric(self._key).value
-        if said is None or not math.isclose(made, said, rel_tol=1e-6, abs_tol=1e-9):
+            computed = float(formula(np.array([total]), np.array([count]))[0])
+        stored = record.metric(self._key).value
+        if stored is None or not math.isclose(computed, stored, rel_tol=1e-6, abs_tol=1e-9):
             raise NoSamples(
-                f"the samples beside {record.file} make {made:.6g}, the result file says "
-                f"{'nothing' if said is None else f'{said:.6g}'}: they are of another run, or it is no mean of them"
+                f"the samples beside {record.file} give {computed:.6g}, but the result file has "
+                f"{'no value' if stored is None else f'{stored:.6g}'}: they belong to another run, or the figure is "
+                "not a mean over them"
             )
         return samples
 
 
-def _over(record: Record, metric: str) -> str:
-    protocol = record.protocol
-    parts = [protocol.describe() or ", ".join(protocol.fingerprint)]
-    if protocol.tokens_sha256:
-        parts.append(f"tokens {protocol.tokens_sha256[:8]}")
-    if record.comparability(metric) != protocol.fingerprint:
-        parts.append(f"reference {record.divergence.reference.describe() if record.divergence else 'not named'}")
-    return ", ".join(parts)
+def _difference(record: Record, baseline: Record, metric: ChosenMetric, samples: _CheckedSamples) -> PairedDifference:
+    """`record` − `baseline`. Raises NoSamples where there is no pair."""
+    if record.comparability(metric.metric) != baseline.comparability(metric.metric):
+        raise NoSamples(
+            f"not comparable: {record.scored_on(metric.metric)}; {baseline.label}: {baseline.scored_on(metric.metric)}"
+        )
+    ours, theirs = samples.of(record), samples.of(baseline)
+    _check_same(ours, theirs)
+    rows = [(unit.total, unit.count) for unit in ours.units.values()]
+    others = [(unit.total, unit.count) for unit in theirs.units.values()]
+    if ours.zero_or_one and theirs.zero_or_one:
+        return mcnemar([total for total, _ in rows], [total for total, _ in others])
+    block = 1
+    if ours.windows:
+        block = _block_windows(record)
+        if block != _block_windows(baseline):
+            raise NoSamples(f"blocks of {block} windows, but {_block_windows(baseline)} for {baseline.label}")
+    formula = formula_of(metric.metric, ours.rolling)
+    try:
+        difference = bootstrap(blocks_of(rows, block), blocks_of(others, block), formula)
+    except ValueError as error:
+        raise NoSamples(f"the difference {error}") from None
+    kind = f"blocks of {block} windows" if ours.windows else "documents"
+    return replace(difference, method=f"paired bootstrap over {difference.units:,} {kind}")
 
 
 def _check_same(ours: Samples, theirs: Samples) -> None:
-    """NoSamples names the first window or document that is not the same for both."""
+    """Raises NoSamples naming the first window or document that differs between the two."""
     name = "window" if ours.windows else "document"
     if ours.windows != theirs.windows or ours.rolling != theirs.rolling:
-        raise NoSamples("the samples of the two are of different form")
+        raise NoSamples("the samples of the two have different forms")
     if ours.units.keys() != theirs.units.keys():
         task, index = min(ours.units.keys() ^ theirs.units.keys())
         raise NoSamples(
@@ -177,31 +177,31 @@ def _check_same(ours: Samples, theirs: Samples) -> None:
     if differing:
         key = differing[0]
         own, other = ours.units[key].identity, theirs.units[key].identity
-        what = next((a[0] for a, b in zip(own, other, strict=False) if a != b), "content")
-        raise NoSamples(f"other {name}s: {len(differing):,} differ, {name} {key[1]} of {key[0]} the first (its {what})")
+        part = next((a[0] for a, b in zip(own, other, strict=False) if a != b), "content")
+        raise NoSamples(f"other {name}s: {len(differing):,} differ, {name} {key[1]} of {key[0]} the first (its {part})")
 
 
-def _block(record: Record) -> int:
-    """Windows in a block, as the task's own standard error has it: ceil(eval_len / stride)."""
-    said = whole(mapping(dict(record.run.metadata), "standard_error").get("block_windows"))
+def _block_windows(record: Record) -> int:
+    """Windows per block, as in the task's own standard error: ceil(eval_len / stride)."""
+    windows = integer(mapping(dict(record.run.metadata), "standard_error").get("block_windows"))
     protocol = record.protocol
-    if not said and protocol.eval_len and protocol.stride:
-        said = -(-protocol.eval_len // protocol.stride)
-    if not said:
+    if not windows and protocol.eval_len and protocol.stride:
+        windows = ceil_div(protocol.eval_len, protocol.stride)
+    if not windows:
         raise NoSamples(f"{record.file} does not say how far its windows overlap (standard_error.block_windows)")
-    return said
+    return windows
 
 
 def _about(label: str, pairs: list[Pair]) -> str:
-    """How the figures were made, for whoever reads the table."""
-    methods = {pair.verdict.method.partition(",")[0]: pair.verdict for pair in pairs if pair.verdict is not None}
+    """How the figures were formed: the note below the table."""
+    methods = {p.difference.method.partition(",")[0]: p.difference for p in pairs if p.difference is not None}
     tested = sum(pair.p_holm is not None for pair in pairs)
     if not tested:
         return f"Δ is model − {label}. Fewer than {MIN_BLOCKS} blocks of windows, or documents, allow no verdict."
     how = "; ".join(
-        f"{method}, t at {verdict.units - 1} degrees of freedom" if "bootstrap" in method else f"{method} test"
-        for method, verdict in methods.items()
-        if verdict.p is not None
+        f"{method}, t at {difference.units - 1} degrees of freedom" if "bootstrap" in method else f"{method} test"
+        for method, difference in methods.items()
+        if difference.p is not None
     )
     return (
         f"Δ is model − {label}, in pairs ({how}). The 95 % intervals are each pair's own; p is corrected for the "
@@ -209,10 +209,10 @@ def _about(label: str, pairs: list[Pair]) -> str:
     )
 
 
-def check_formed(label: str, found: Sequence[Pairs]) -> None:
-    """CompareError where not one pair could be made, with the first reason."""
-    if any(pairs.formed for pairs in found):
+def check_formed(label: str, comparisons: Sequence[Pairs]) -> None:
+    """Raises CompareError with the first reason if no pair at all could be formed."""
+    if any(pairs.formed for pairs in comparisons):
         return
-    reasons = [pair.reason for pairs in found for pair in pairs.pairs.values() if pair.reason]
-    why = reasons[0] if reasons else "there is no other model"
-    raise CompareError(f"--versus {label}: no pair can be made: {why}", NOTHING_USABLE)
+    reasons = [pair.reason for pairs in comparisons for pair in pairs.pairs.values() if pair.reason]
+    reason = reasons[0] if reasons else "there is no other model"
+    raise CompareError(f"--versus {label}: no pair can be formed: {reason}", NOTHING_USABLE)

@@ -10,11 +10,10 @@ from compare.results.records import Record
 
 @dataclass(frozen=True)
 class Point:
-    """A record on the chosen metric and axis. `group` 0 is the comparison; others stand apart.
+    """A record on the chosen metric and axis. Group 0 is the comparison; the other groups stand apart.
 
-    `parts` are the tasks that a mean is over, and those left out of it (`Comparison.parts` in the same order).
-    `size` numbers the models of different size (`compare.comparison.model_sizes`): 0 is the most frequent, None
-    unknown.
+    parts: the tasks of a mean, including those left out of it, in the order of `Comparison.parts`.
+    size: number of the model size (`compare.comparison.model_sizes`): 0 is the most frequent, None unknown.
     """
 
     record: Record
@@ -31,5 +30,5 @@ class Point:
 
     @property
     def join_key(self) -> tuple[object, ...]:
-        """Points of equal key lie on one line: same tokens, model size, family, and arithmetic."""
+        """Points with equal keys lie on one line: same tokens, model size, family, and arithmetic."""
         return (self.group, self.size, self.record.quantization.family, self.record.quantization.arithmetic)

@@ -1,4 +1,4 @@
-"""One record a model and task: re-runs settled, labels made unique."""
+"""One record per model and task: the latest re-run counts, and labels become unique."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from compare.results.records import Record
 
 
 def newest(records: list[Record]) -> tuple[list[Record], list[str]]:
-    """The latest record of each identity, in the order first met, and a line for each one it replaces."""
+    """The latest record of each identity, in the order of first occurrence, and a line for each replaced one."""
     latest: dict[tuple[str, ...], Record] = {}
     notices: list[str] = []
     for record in records:
@@ -20,23 +20,22 @@ def newest(records: list[Record]) -> tuple[list[Record], list[str]]:
             continue
         old, new = sorted((other, record), key=lambda r: (r.date, str(r.file)))
         latest[record.identity] = new
-        changed = "" if old.protocol.fingerprint == new.protocol.fingerprint else _changed(old, new)
-        changed += _other_reference(old, new)
+        changed = "" if old.protocol.fingerprint == new.protocol.fingerprint else _token_change(old, new)
+        changed += _reference_change(old, new)
         notices.append(
             f"re-run: {new.label}, {new.task}: {new.file} ({_day(new)}) replaces {old.file} ({_day(old)}){changed}"
         )
     return list(latest.values()), notices
 
 
-def _changed(old: Record, new: Record) -> str:
+def _token_change(old: Record, new: Record) -> str:
     before, after = old.protocol.describe(), new.protocol.describe()
     return f"; other tokens: {after or 'settings unknown'}, before {before or 'unknown'}"
 
 
-def _other_reference(old: Record, new: Record) -> str:
-    if old.divergence is None or old.divergence.reference.id == (
-        new.divergence.reference.id if new.divergence is not None else ""
-    ):
+def _reference_change(old: Record, new: Record) -> str:
+    new_id = new.divergence.reference.id if new.divergence is not None else ""
+    if old.divergence is None or old.divergence.reference.id == new_id:
         return ""
     after = new.divergence.reference.describe() if new.divergence is not None else "none"
     return f"; other reference: {after}, before {old.divergence.reference.describe()}"
@@ -49,7 +48,7 @@ def _day(record: Record) -> str:
         return "date unknown"
 
 
-# What may tell two models of one label apart, the most telling first.
+# Properties that distinguish models with the same label, the most informative first.
 _DISTINCTIONS: tuple[Callable[[Record], str], ...] = (
     lambda r: r.checkpoint,
     lambda r: r.quantization.scheme,
@@ -59,9 +58,9 @@ _DISTINCTIONS: tuple[Callable[[Record], str], ...] = (
 
 
 def distinct_labels(records: list[Record], across_tasks: bool = False) -> list[Record]:
-    """Records of one task that share a label get what tells them apart added: ``"Q4_K_M (llama.cpp)"``.
+    """Adds what distinguishes them to the labels of records that share one: ``"Q4_K_M (llama.cpp)"``.
 
-    across_tasks: records of any task, so that a model has one label in all of them.
+    Labels are unique within a task; with across_tasks over all tasks, so that a model has the same label in each.
     """
     homonyms: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for record in records:
@@ -69,8 +68,8 @@ def distinct_labels(records: list[Record], across_tasks: bool = False) -> list[R
     renamed: dict[int, Record] = {}
     for group in homonyms.values():
         if len(group) > 1:
-            telling = [d for d in _DISTINCTIONS if len({d(r) for r in group}) > 1]
+            distinctions = [d for d in _DISTINCTIONS if len({d(r) for r in group}) > 1]
             for record in group:
-                added = ", ".join(filter(None, (d(record) for d in telling)))
+                added = ", ".join(filter(None, (d(record) for d in distinctions)))
                 renamed[id(record)] = replace(record, label=f"{record.label} ({added})" if added else record.label)
     return [renamed.get(id(record), record) for record in records]

@@ -8,7 +8,7 @@ from compare.comparison.best import BudgetVerdict
 from compare.comparison.comparison import Comparison
 from compare.comparison.noise_floor import NoiseFloor
 from compare.comparison.point import Point
-from compare.metrics import from_reference
+from compare.metrics import needs_reference
 from compare.plot.series import Drawing
 from compare.results.records import ProtocolRecord
 from compare.text import and_more, clean, metric_text
@@ -39,7 +39,7 @@ def subtitle(comparison: Comparison) -> str:
         return "  ·  ".join(choice.label for choice in comparison.metric.averaged)
     protocol, metric = comparison.protocol, comparison.metric
     filtered = "" if metric.filter_name in ("", "none") else metric.filter_name
-    against = f"reference: {reference_of(comparison)}" if from_reference(metric.metric) else ""
+    against = f"reference: {reference_of(comparison)}" if needs_reference(metric.metric) else ""
     return "  ·  ".join(filter(None, (protocol.text or metric.task, filtered, *settings_of(protocol), against)))
 
 
@@ -74,7 +74,7 @@ def caption(comparison: Comparison, drawing: Drawing, alone: bool = True) -> lis
         more = f"; {paired}" if _all_paired(comparison) else independent
         lines.append(f"Error bars: ± 1 standard error{more}.")
     if any(not point.comparable for point in drawing.points):
-        other = "from another reference or " if from_reference(comparison.metric.metric) else ""
+        other = "from another reference or " if needs_reference(comparison.metric.metric) else ""
         lines.append(
             f"Hollow: {other}scored on other tokens or samples or by another protocol, not comparable with the rest."
         )
@@ -96,7 +96,7 @@ def mixed(comparison: Comparison) -> list[str]:
     """With --allow-mixed: who is not what the subtitle says."""
     if not comparison.mixed_in:
         return []
-    other = "from another reference or " if from_reference(comparison.metric.metric) else ""
+    other = "from another reference or " if needs_reference(comparison.metric.metric) else ""
     names = and_more([p.record.label for p in comparison.mixed_in])
     return [f"Mixed as asked, {other}over other tokens or samples than named above: {names}."]
 
@@ -104,7 +104,7 @@ def mixed(comparison: Comparison) -> list[str]:
 def _floor(comparison: Comparison, floor: NoiseFloor, prefix: str) -> list[str]:
     """What the band is, and who is in it; as a number too, for it may be too thin to be seen."""
     lines = ["Shaded: the noise floor, by how much full precision differs from the reference"]
-    lines[0] += f"{'' if prefix else f', {floor.range}'}: {floor.words}."
+    lines[0] += f"{'' if prefix else f', {floor.range}'}: {floor.source_names}."
     inside = comparison.in_noise
     if inside:
         names = and_more([p.record.label for p in inside])

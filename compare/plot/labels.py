@@ -156,7 +156,7 @@ def _floor_label(ax: Any, drawing: Drawing, theme: style.Theme, obstacles: Obsta
         return
     tried = [
         ax.annotate(
-            shorten(f"noise floor: {drawing.noise_floor.words}", _MAX_FLOOR),
+            shorten(f"noise floor: {drawing.noise_floor.source_names}", _MAX_FLOOR),
             (end, drawing.noise_floor.high),
             xycoords=ax.get_yaxis_transform(),
             xytext=(-6 if end else 6, 4 if side == "bottom" else -4),

@@ -11,7 +11,6 @@ from compare.comparison.memory import why_unknown
 from compare.comparison.noise_floor import NoiseFloor
 from compare.comparison.point import Point
 from compare.families import DOMINATED, Family, family_style
-from compare.metrics import KLD, from_reference
 from compare.text import is_colour
 
 
@@ -115,12 +114,12 @@ def _colour(drawing: Drawing, points: list[Point]) -> None:
 
 def _logarithmic(comparison: Comparison) -> bool:
     """Whether a logarithmic axis is the better one, and there is something to see on it."""
-    return comparison.metric.metric.startswith(KLD) and any((point.y or 0) > 0 for point in comparison.points)
+    return comparison.metric.row.log_axis and any((point.y or 0) > 0 for point in comparison.points)
 
 
 def _is_line(point: Point, comparison: Comparison) -> bool:
     """Full precision is a horizontal line; not where it is itself compared with a reference."""
-    return point.record.is_reference and point.comparable and not from_reference(comparison.metric.metric)
+    return point.record.is_baseline and point.comparable and not comparison.metric.row.needs_reference
 
 
 def _unplottable(point: Point, comparison: Comparison, log_y: bool) -> str:

@@ -1,20 +1,20 @@
-"""Whether a result was computed weight-only or with quantized activations."""
+"""Whether a result was computed weight-only or with quantized activations, from scheme, kernel and notes."""
 
 from __future__ import annotations
 
 import re
 
-# What the numbers that met the weights were: a line through points that differ in it would compare two things.
+# The activations that met the weights. A line through points that differ in it would compare two things.
 WEIGHT_ONLY = "weight-only"
 
 
 ACTIVATIONS = "activations quantized"
 
 
-# First match wins; a scheme that no row names quantizes weights alone, as GGUF, EXL2/3, GPTQ and AWQ do.
+# The first match counts; a scheme without a row quantizes only weights, as GGUF, EXL2/3, GPTQ and AWQ do.
 _SCHEME_MEANING: tuple[tuple[str, str], ...] = (
     (r"a16|weight.?only", WEIGHT_ONLY),
-    # of FP8, "fp8-block" too; "int8" is bitsandbytes' LLM.int8(); "mxfp4" alone is gpt-oss' weight-only format
+    # fp8 includes "fp8-block"; "int8" is bitsandbytes' LLM.int8(); "mxfp4" alone is gpt-oss' weight-only format
     (r"w\d+a(fp)?\d+|nvfp4|mxfp4a[48]|mxfp8|fp8|^int8$", ACTIVATIONS),
 )
 
@@ -27,7 +27,7 @@ _WEIGHT_ONLY_KERNELS = re.compile(r"marlin", re.IGNORECASE)
 
 
 def scheme_arithmetic(scheme: str) -> str:
-    """What a checkpoint's scheme asks for: `WEIGHT_ONLY` or `ACTIVATIONS`."""
+    """The arithmetic that a checkpoint's scheme asks for: `WEIGHT_ONLY` or `ACTIVATIONS`."""
     for pattern, meaning in _SCHEME_MEANING:
         if re.search(pattern, scheme, re.IGNORECASE):
             return meaning
@@ -35,7 +35,7 @@ def scheme_arithmetic(scheme: str) -> str:
 
 
 def arithmetic_run(scheme: str, kernel: str | None, notes: tuple[str, ...]) -> str:
-    """What was really computed: a note "weight-only", or a kernel that knows nothing else, overrides the scheme."""
+    """The arithmetic that really ran: a note "weight-only", or a weight-only kernel, overrides the scheme."""
     if any(_SAYS_WEIGHT_ONLY.search(note) for note in notes):
         return WEIGHT_ONLY
     if kernel is not None and _WEIGHT_ONLY_KERNELS.search(kernel):

@@ -1,4 +1,4 @@
-"""Which files to read: those named, and every ``results_*.json`` below the folders named."""
+"""Which files to read: the files given, and every ``results_*.json`` below the folders given."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PATTERN = "results_*.json"
 
 @dataclass(frozen=True)
 class Problem:
-    """A path that could not be used, and why, in words for the user."""
+    """A path that could not be used, and the reason as shown to the user."""
 
     path: Path
     reason: str
@@ -22,16 +22,16 @@ class Problem:
 def find_result_files(paths: Iterable[Path]) -> tuple[list[Path], list[Problem]]:
     """Result files under `paths`, each once, in the order given and by name within a folder.
 
-    A file that is named is taken whatever its name. Links to folders inside a folder are not followed (they can
-    form circles); a link that is itself named is.
+    A path to a file is taken whatever its name. Links to folders below a path are not followed (they can form
+    circles); a path that is itself a link is.
     """
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     problems: list[Problem] = []
     for path in paths:
         candidates = _walk(path, problems) if path.is_dir() else iter((path,))
         for candidate in candidates:
-            found.setdefault(os.path.realpath(candidate), candidate)
-    return list(found.values()), problems
+            files.setdefault(os.path.realpath(candidate), candidate)
+    return list(files.values()), problems
 
 
 def _walk(folder: Path, problems: list[Problem]) -> Iterator[Path]:

@@ -1,7 +1,7 @@
-"""``configs.TASK.metadata.divergence``: how far a model is from a stored reference, as far as a file says it soundly.
+"""Reads ``configs.TASK.metadata.divergence``: how far a model is from a stored reference.
 
-The figures come of the reference's distributions, and those of another reference mean another thing: `from_reference`
-names the metrics for which it has to be the same.
+The figures depend on the reference's distributions, so those from different references are not comparable:
+`compare.metrics.needs_reference` tells which metrics that applies to. Unsound values are left out.
 """
 
 from __future__ import annotations
@@ -11,17 +11,20 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from compare.results.values import mapping, mapping_or_none, number, text, whole
+from compare.results.values import integer, mapping, mapping_or_none, number, text
 
 COMPARISON, REFERENCE = "comparison", "reference"  # roles
-# Bins and buckets beyond any that a reader could tell apart; a file from a stranger may hold millions.
+# More than a reader can distinguish; an untrusted file may have millions.
 _MOST_BINS, _MOST_BUCKETS = 4096, 64
 _DECADES = 300.0  # 10 to this power is still a float
 
 
 @dataclass(frozen=True, slots=True)
 class ReferenceIdentity:
-    """The stored reference. `id` is equal for equal distributions only; empty where a file does not say it."""
+    """The stored reference. `id` is equal only for equal distributions, and empty where a file lacks it.
+
+    weights: a checksum over its weight files.
+    """
 
     id: str = ""
     label: str = ""
@@ -29,15 +32,15 @@ class ReferenceIdentity:
     engine_version: str = ""
     dtype: str = ""
     mode: str = ""
-    weights: str = ""  # a sum over its weight files
+    weights: str = ""
 
     def describe(self) -> str:
         """``BF16 in vllm 0.26.0 (bfloat16), 1a2b3c4d``."""
         engine = " ".join(filter(None, (self.engine, self.engine_version)))
         dtype = f" ({self.dtype})" if self.dtype else ""
-        where = f" in {engine}" if engine else ""
+        in_engine = f" in {engine}" if engine else ""
         short = f", {self.id[:8]}" if self.id else ""
-        return f"{self.label or 'unnamed'}{where}{dtype}{short}"
+        return f"{self.label or 'unnamed'}{in_engine}{dtype}{short}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,7 @@ class Rounding:
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """Tokens by log₁₀ of their divergence: `counts` between neighbours of `edges`, and those outside all."""
+    """Tokens by log₁₀ of their divergence: `counts` between adjacent `edges`; `below` and `above` lie outside."""
 
     edges: tuple[float, ...]
     counts: tuple[int, ...]
@@ -63,14 +66,14 @@ class Histogram:
         return sum(self.counts) + self.below + self.above
 
     def densities(self) -> list[float]:
-        """Share of all tokens per decade, a value a bin: independent of how wide the bins are."""
+        """The share of all tokens per decade, one value per bin, which does not depend on the bin width."""
         total = self.total
         return [n / total / (b - a) for n, (a, b) in zip(self.counts, pairwise(self.edges), strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """Tokens whose most likely successor has, in the reference, a probability from `low` to `high`."""
+    """The tokens where the reference's largest probability is between `low` and `high`."""
 
     low: float
     high: float
@@ -82,9 +85,9 @@ class Bucket:
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """One run against one reference. What a file does not say soundly is empty or None.
+    """One run against one reference. What a file lacks, or gives in an unsound form, is empty or None.
 
-    `quantiles`: percent and nats, in order. `weights`: a sum over the measured model's weight files.
+    quantiles: percent and nats, in order. weights: a checksum over the measured model's weight files.
     """
 
     role: str = ""
@@ -101,36 +104,38 @@ class Divergence:
 
 
 def read_divergence(metadata: dict[str, Any]) -> Divergence | None:
-    """What a task's metadata says of a divergence; None where it says nothing. Never raises."""
-    said = mapping_or_none(metadata.get("divergence"))
-    if said is None:
+    """The divergence in a task's metadata; None where there is none. Never raises."""
+    block = mapping_or_none(metadata.get("divergence"))
+    if block is None:
         return None
-    role, rounding = text(said.get("role")), mapping_or_none(said.get("rounding"))
+    role, rounding = text(block.get("role")), mapping_or_none(block.get("rounding"))
     return Divergence(
         role=role if role in (COMPARISON, REFERENCE) else "",
-        weights=text(said.get("weights_sha256")),
-        reference=_reference(mapping(said, "reference")),
+        weights=text(block.get("weights_sha256")),
+        reference=_reference(mapping(block, "reference")),
         rounding=None if rounding is None else _rounding(rounding),
-        tokens=whole(said.get("tokens")),
-        quantiles=_quantiles(mapping(said, "quantiles")),
-        histogram=_histogram(mapping(said, "histogram")),
-        buckets=tuple(_buckets(said.get("by_confidence"))),
+        tokens=integer(block.get("tokens")),
+        quantiles=_quantiles(mapping(block, "quantiles")),
+        histogram=_histogram(mapping(block, "histogram")),
+        buckets=tuple(_buckets(block.get("by_confidence"))),
     )
 
 
-def _reference(said: dict[str, Any]) -> ReferenceIdentity:
+def _reference(block: dict[str, Any]) -> ReferenceIdentity:
     names = ("id", "label", "engine", "engine_version", "dtype", "mode")
-    return ReferenceIdentity(**{name: text(said.get(name)) for name in names}, weights=text(said.get("weights_sha256")))
+    return ReferenceIdentity(
+        **{name: text(block.get(name)) for name in names}, weights=text(block.get("weights_sha256"))
+    )
 
 
-def _rounding(said: dict[str, Any]) -> Rounding:
-    return Rounding(number(said.get("kld")), number(said.get("kld_max")), text(said.get("engine")))
+def _rounding(block: dict[str, Any]) -> Rounding:
+    return Rounding(number(block.get("kld")), number(block.get("kld_max")), text(block.get("engine")))
 
 
-def _quantiles(said: dict[str, Any]) -> tuple[tuple[float, float], ...]:
-    """All of them in order, or none: a list that does not rise is no list of quantiles."""
-    found = []
-    for key, value in said.items():
+def _quantiles(block: dict[str, Any]) -> tuple[tuple[float, float], ...]:
+    """All quantiles in order, or none if one is unsound or they do not rise with the percentage."""
+    quantiles = []
+    for key, value in block.items():
         try:
             percent = number(float(key))
         except ValueError:
@@ -138,20 +143,20 @@ def _quantiles(said: dict[str, Any]) -> tuple[tuple[float, float], ...]:
         nats = number(value)
         if percent is None or not 0 < percent < 100 or nats is None:
             return ()
-        found.append((percent, nats))
-    found.sort()
-    rising = all(p < q and a <= b for (p, a), (q, b) in pairwise(found))
-    return tuple(found) if rising else ()
+        quantiles.append((percent, nats))
+    quantiles.sort()
+    rising = all(p < q and a <= b for (p, a), (q, b) in pairwise(quantiles))
+    return tuple(quantiles) if rising else ()
 
 
-def _histogram(said: dict[str, Any]) -> Histogram | None:
-    edges, counts = said.get("log10_edges"), said.get("counts")
+def _histogram(block: dict[str, Any]) -> Histogram | None:
+    edges, counts = block.get("log10_edges"), block.get("counts")
     if not isinstance(edges, list) or not isinstance(counts, list):
         return None
     if not 2 <= len(edges) <= _MOST_BINS or len(counts) != len(edges) - 1:
         return None
     places = [number(edge) for edge in edges]
-    numbers = [whole(n) for n in (*counts, said.get("below"), said.get("above"))]
+    numbers = [integer(n) for n in (*counts, block.get("below"), block.get("above"))]
     sound_places = [place for place in places if place is not None and abs(place) <= _DECADES]
     sound_numbers = [n for n in numbers if n is not None and n < 2**63]
     if len(sound_places) < len(places) or len(sound_numbers) < len(numbers) or not sum(sound_numbers):
@@ -162,11 +167,11 @@ def _histogram(said: dict[str, Any]) -> Histogram | None:
     return Histogram(tuple(sound_places), tuple(inside), below, above)
 
 
-def _buckets(said: object) -> Iterator[Bucket]:
-    for row in said if isinstance(said, list) and len(said) <= _MOST_BUCKETS else ():
+def _buckets(block: object) -> Iterator[Bucket]:
+    for row in block if isinstance(block, list) and len(block) <= _MOST_BUCKETS else ():
         if not isinstance(row, dict):
             continue
-        low, high, tokens = number(row.get("from")), number(row.get("to")), whole(row.get("tokens"))
+        low, high, tokens = number(row.get("from")), number(row.get("to")), integer(row.get("tokens"))
         if low is None or high is None or tokens is None or not 0 <= low < high <= 1:
             continue
         stderr = number(row.get("kld_stderr"))

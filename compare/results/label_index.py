@@ -1,12 +1,12 @@
-"""How results of `compare run` are shown: labels and told figures, kept beside the results, not in them.
+"""How results of `compare run` are shown: labels and figures from the spec, kept beside the results, not in them.
 
-`compare run` keys a result by what was computed. What a person calls it stands in ``compare_run.json``, one level
-above the result's folder, so a label can change without a new run::
+`compare run` keys a result by what was computed. Its label stands in ``compare_run.json``, one level above the
+result's folder, so that a label can change without a new run::
 
     results/compare_run.json                 {"version": 1, "results": {KEY: [{"label": …}, …]}}
     results/KEY/results_2026-….json
 
-Several labels for one key are several models in the table: two entries of a spec that are the same computation.
+Several labels for one key are several models in the table: entries of a spec that are the same computation.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _FIGURES = ("layer_bpw", "head_bpw", "vram_gb")
 
 @dataclass(frozen=True)
 class Presentation:
-    """One model of a spec as it is shown. None: as the result says. Bits per weight and GB as in `Quantization`.
+    """One model of a spec as it is shown. None: as in the result. Bits per weight and GB as in `Quantization`.
 
-    reference: others are measured against it, whatever its family.
+    reference: other models are compared with this one, whatever its family.
     """
 
     label: str
@@ -42,25 +42,25 @@ class Presentation:
     vram_gb: float | None = None
 
     def apply(self, record: Record) -> Record:
-        """`record` under this label, with the figures that the spec told instead of the measured ones."""
+        """`record` under this label, with the figures of the spec instead of the measured ones."""
         label, colour = split_colour_tag(self.label)
-        told: dict[str, Any] = {name: value for name in _FIGURES if (value := getattr(self, name)) is not None}
+        changes: dict[str, Any] = {name: value for name in _FIGURES if (value := getattr(self, name)) is not None}
         if self.family:
-            told["family"] = canonical_family(self.family)
-        if told:
-            notes = ", ".join(f"{name} {value}" for name, value in told.items())
-            told["notes"] = (*record.quantization.notes, f"told by the spec, not measured: {notes}")
+            changes["family"] = canonical_family(self.family)
+        if changes:
+            notes = ", ".join(f"{name} {value}" for name, value in changes.items())
+            changes["notes"] = (*record.quantization.notes, f"told by the spec, not measured: {notes}")
         return replace(
             record,
             label=label or self.label,
             colour=colour or record.colour,
-            reference=self.reference,
-            quantization=replace(record.quantization, **told),
+            stated_baseline=self.reference,
+            quantization=replace(record.quantization, **changes),
         )
 
 
 def parse_index(content: bytes, path: Path) -> dict[str, list[Presentation]]:
-    """Presentations by key. Raises CompareError where the file is not an index; unknown fields are passed over."""
+    """Presentations by key; unknown fields are ignored. Raises CompareError where the file is not an index."""
     try:
         raw = json.loads(content)
         rows = raw["results"].items()
@@ -71,19 +71,19 @@ def parse_index(content: bytes, path: Path) -> dict[str, list[Presentation]]:
         }
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CompareError(
-            f"{path}: is not an index of compare run; remove it, and run the same command again (nothing is computed "
-            "anew)"
+            f"{path}: is not an index of compare run; remove it and run the same command again (nothing is computed "
+            "again)"
         ) from None
 
 
 def _checked(shown: Presentation) -> Presentation:
-    """`shown`; ValueError where a field is of another type than its name promises."""
-    told = [getattr(shown, name) for name in _FIGURES]
+    """`shown`. Raises ValueError where a field has the wrong type."""
+    figures = [getattr(shown, name) for name in _FIGURES]
     sound = (
         isinstance(shown.label, str)
         and isinstance(shown.family, str | None)
         and isinstance(shown.reference, bool)
-        and all(value is None or positive(value) for value in told)
+        and all(value is None or positive(value) for value in figures)
     )
     if not sound:
         raise ValueError
@@ -91,7 +91,7 @@ def _checked(shown: Presentation) -> Presentation:
 
 
 def format_index(index: dict[str, list[Presentation]]) -> bytes:
-    """The file's content; fields that say nothing are left out."""
+    """The file's content, without fields at their default."""
     rows = {
         key: [{name: value for name, value in asdict(p).items() if value not in (None, False)} for p in shown]
         for key, shown in sorted(index.items())
@@ -100,13 +100,13 @@ def format_index(index: dict[str, list[Presentation]]) -> bytes:
 
 
 class Relabelling:
-    """Applies the indexes of the folders that it meets, each read once."""
+    """Applies the index of each result's folder, reading each index once."""
 
     def __init__(self) -> None:
         self._indexes: dict[Path, dict[str, list[Presentation]]] = {}
 
     def __call__(self, file: Path, records: list[Record]) -> list[Record]:
-        """`records` of `file` as its index shows them; as they are where there is none."""
+        """`records` of `file` as its index presents them; unchanged where there is none."""
         folder = file.parent
         shown = self._index(folder.parent).get(folder.name)
         if not shown:

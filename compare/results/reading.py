@@ -1,4 +1,4 @@
-"""From a ``results_*.json`` to records. Anything may stand in such a file; what does not fit is said by name.
+"""Reads a ``results_*.json`` into records. The file is not trusted; errors name what does not fit.
 
 The file format is the harness' own (``EvaluationTracker.save_results_aggregated``), plus ``config.quantization``
 and the ``configs.TASK.metadata`` of this project's perplexity tasks.
@@ -17,14 +17,14 @@ from compare.families import canonical_family
 from compare.results.discover import Problem, find_result_files
 from compare.results.divergence import read_divergence
 from compare.results.groups import Tree, common, group_tree, leaves, total
+from compare.results.inferred_quantization import infer_quantization
 from compare.results.label_index import Relabelling
 from compare.results.provenance import Run
-from compare.results.records import Metric, ProtocolRecord, Quantization, Record
-from compare.results.stock_models import stock_quantization
-from compare.results.values import count, flag, mapping, mapping_or_none, number, positive, scalar, text, whole
+from compare.results.records import MetricValue, ProtocolRecord, Quantization, Record
+from compare.results.values import count, flag, integer, mapping, mapping_or_none, number, positive, scalar, text
 from compare.text import clean, split_colour_tag
 
-# A harness result file is some 10 kB a task; samples stand in files of their own.
+# A harness result file has about 10 kB per task; samples are in separate files.
 MAX_BYTES = 64 * 1024 * 1024
 _LOGLIKELIHOODS = {"multiple_choice", "loglikelihood", "loglikelihood_rolling"}
 _NOT_METRICS = {"alias", "name", "sample_len", "sample_count", "samples"}
@@ -32,14 +32,14 @@ _NOT_METRICS = {"alias", "name", "sample_len", "sample_count", "samples"}
 
 @dataclass
 class Reading:
-    """What was found below the paths given."""
+    """The records below the given paths, and the paths that could not be used."""
 
     records: list[Record] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
 
 def read_results(paths: Iterable[Path]) -> Reading:
-    """Every record below `paths`; files that hold none are in `problems`, with the reason."""
+    """Reads every record below `paths`; files without a record are in `problems`, with the reason."""
     files, problems = find_result_files(paths)
     reading = Reading(problems=problems)
     relabelled = Relabelling()
@@ -54,7 +54,7 @@ def read_results(paths: Iterable[Path]) -> Reading:
 
 
 def read_file(path: Path) -> list[Record]:
-    """The records of one file. ValueError (what is wrong) or OSError (why it cannot be read) otherwise."""
+    """The records of one file. Raises ValueError (what is wrong) or OSError (why it cannot be read)."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise ValueError("is not a regular file")
@@ -70,7 +70,7 @@ def read_file(path: Path) -> list[Record]:
         if isinstance(figures, dict) and (record := _record(path, content, tree, task, figures, status.st_mtime))
     ]
     if not records:
-        raise ValueError("holds no task with a figure")
+        raise ValueError("has no task with a figure")
     return records
 
 
@@ -104,10 +104,10 @@ def _record(
     if quantization.nan_loglikelihoods and _rests_on_loglikelihoods(content, tree, task):
         metrics = {key: replace(metric, value=None, stderr=None) for key, metric in metrics.items()}
     raw_label = mapping(config, "quantization").get("label")
-    stock_name = " ".join(part for part in (model, checkpoint) if part) or text(content.get("model_name"))
-    label, colour = split_colour_tag(text(raw_label) or stock_name or path.stem)
+    fallback = " ".join(part for part in (model, checkpoint) if part) or text(content.get("model_name"))
+    label, colour = split_colour_tag(text(raw_label) or fallback or path.stem)
     return Record(
-        label=label or stock_name or path.stem,
+        label=label or fallback or path.stem,
         colour=colour,
         task=clean(task),
         alias=text(figures.get("alias")).lstrip(" -"),
@@ -124,14 +124,15 @@ def _record(
     )
 
 
-def _metrics(figures: dict[str, Any], direction: Callable[[str], bool | None]) -> dict[str, Metric]:
-    metrics: dict[str, Metric] = {}
+def _metrics(figures: dict[str, Any], direction: Callable[[str], bool | None]) -> dict[str, MetricValue]:
+    """The figures of a task by key, ``"acc,none"``, each with its standard error."""
+    metrics: dict[str, MetricValue] = {}
     for key, value in figures.items():
         name, _, filter_name = key.partition(",")
         if name in _NOT_METRICS or name.endswith("_stderr") or not _is_figure(value):
             continue
         stderr = number(figures.get(f"{name}_stderr,{filter_name}" if filter_name else f"{name}_stderr"))
-        metrics[clean(key)] = Metric(
+        metrics[clean(key)] = MetricValue(
             value=number(value),
             stderr=stderr if stderr is None or stderr >= 0 else None,
             higher_is_better=direction(name),
@@ -140,7 +141,7 @@ def _metrics(figures: dict[str, Any], direction: Callable[[str], bool | None]) -
 
 
 def _rests_on_loglikelihoods(content: dict[str, Any], tree: Tree, task: str) -> bool:
-    """Whether a task's figures come of log-likelihoods; of windows they do not, whose task looks at each itself."""
+    """Whether a task's figures come from the harness' log-likelihoods; a window task checks its own for NaN."""
     configs = mapping(content, "configs")
     tasks = [mapping(configs, leaf) for leaf in leaves(tree, task)]
     return any(
@@ -150,38 +151,39 @@ def _rests_on_loglikelihoods(content: dict[str, Any], tree: Tree, task: str) -> 
 
 
 def _is_figure(value: object) -> bool:
-    """Numbers, and null, which stands for a number that could not be formed."""
+    """Whether a value is a number, or null, which stands for a number that could not be computed."""
     return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
 
 
 def _quantization(config: dict[str, Any], arguments: dict[str, str], checkpoint: str) -> Quantization:
-    said = mapping_or_none(config.get("quantization"))
-    if said is None:
-        return stock_quantization(config, arguments, checkpoint)
-    notes = said.get("notes")
+    """The quantization block, or what the harness' own model types allow to infer."""
+    block = mapping_or_none(config.get("quantization"))
+    if block is None:
+        return infer_quantization(config, arguments, checkpoint)
+    notes = block.get("notes")
     return Quantization(
         known=True,
-        family=canonical_family(text(said.get("family")) or "unknown"),
-        scheme=text(said.get("scheme")),
-        layer_bpw=positive(said.get("layer_bpw")),
-        head_bpw=positive(said.get("head_bpw")),
-        vram_gb=positive(said.get("vram_gb")),
-        file_bpw=positive(said.get("file_bpw")),
-        weight_bytes=count(said.get("weight_bytes")),
-        layer_parameters=count(said.get("layer_parameters")),
-        kv_bytes_per_token=count(said.get("kv_bytes_per_token")),
-        kv_cache_dtype=text(said.get("kv_cache_dtype")),
-        engine=text(said.get("engine")),
-        engine_version=text(said.get("engine_version")),
-        kernel=text(said.get("kernel")) or None,
-        dtype=text(said.get("dtype")),
-        device=text(said.get("device")),
-        revision=text(said.get("revision")),
-        scoring=text(said.get("scoring")),
-        tokens_per_second=positive(said.get("tokens_per_second")),
-        peak_vram_gb=positive(said.get("peak_vram_gb")),
-        kv_pool_gb=positive(said.get("kv_pool_gb")),
-        nan_loglikelihoods=count(said.get("nan_loglikelihoods")) or 0,
+        family=canonical_family(text(block.get("family")) or "unknown"),
+        scheme=text(block.get("scheme")),
+        layer_bpw=positive(block.get("layer_bpw")),
+        head_bpw=positive(block.get("head_bpw")),
+        vram_gb=positive(block.get("vram_gb")),
+        file_bpw=positive(block.get("file_bpw")),
+        weight_bytes=count(block.get("weight_bytes")),
+        layer_parameters=count(block.get("layer_parameters")),
+        kv_bytes_per_token=count(block.get("kv_bytes_per_token")),
+        kv_cache_dtype=text(block.get("kv_cache_dtype")),
+        engine=text(block.get("engine")),
+        engine_version=text(block.get("engine_version")),
+        kernel=text(block.get("kernel")) or None,
+        dtype=text(block.get("dtype")),
+        device=text(block.get("device")),
+        revision=text(block.get("revision")),
+        scoring=text(block.get("scoring")),
+        tokens_per_second=positive(block.get("tokens_per_second")),
+        peak_vram_gb=positive(block.get("peak_vram_gb")),
+        kv_pool_gb=positive(block.get("kv_pool_gb")),
+        nan_loglikelihoods=count(block.get("nan_loglikelihoods")) or 0,
         notes=tuple(text(note) for note in notes if isinstance(note, str)) if isinstance(notes, list) else (),
     )
 
@@ -190,10 +192,10 @@ def _protocol(content: dict[str, Any], tree: Tree, task: str) -> ProtocolRecord:
     metadata = mapping(mapping(mapping(content, "configs"), task), "metadata")
     return ProtocolRecord(
         name=text(metadata.get("protocol")),
-        eval_len=whole(metadata.get("eval_len")),
-        stride=whole(metadata.get("stride")),
-        windows=whole(metadata.get("windows")),
-        scored_tokens=whole(metadata.get("scored_tokens")),
+        eval_len=integer(metadata.get("eval_len")),
+        stride=integer(metadata.get("stride")),
+        windows=integer(metadata.get("windows")),
+        scored_tokens=integer(metadata.get("scored_tokens")),
         tokens_sha256=text(metadata.get("tokens_sha256")) or None,
         text=text(metadata.get("text")),
         tokenizer=text(metadata.get("tokenizer")),
@@ -202,10 +204,10 @@ def _protocol(content: dict[str, Any], tree: Tree, task: str) -> ProtocolRecord:
 
 
 def _harness_settings(content: dict[str, Any], tree: Tree, task: str) -> Iterator[str]:
-    """What two numbers of a task without token windows must have in common to be compared."""
+    """The settings that must be equal for two figures of a task without token windows to be comparable."""
     counts = mapping(content, "n-samples")
     yield f"version {scalar(mapping(content, 'versions').get(task))}"
-    samples = total(tree, task, lambda t: whole(mapping(counts, t).get("effective")))
+    samples = total(tree, task, lambda t: integer(mapping(counts, t).get("effective")))
     yield f"{samples if samples is not None else 'unknown'} samples"
     shots = common(tree, task, lambda t: mapping(content, "n-shot").get(t))
     yield f"{scalar(shots) or 'unknown'}-shot"
@@ -224,17 +226,18 @@ def _harness_settings(content: dict[str, Any], tree: Tree, task: str) -> Iterato
         yield f"gen_kwargs {clean(json.dumps(config['gen_kwargs'], sort_keys=True, ensure_ascii=False))}"
 
 
-def model_arguments(said: object) -> dict[str, str]:
+def model_arguments(value: object) -> dict[str, str]:
     """``config.model_args``, a dict or ``"key=value,key=value"``, as a dict of strings."""
-    if isinstance(said, dict):
-        return {str(key): scalar(value) for key, value in said.items()}
-    if not isinstance(said, str):
+    if isinstance(value, dict):
+        return {str(key): scalar(argument) for key, argument in value.items()}
+    if not isinstance(value, str):
         return {}
-    pairs = (part.split("=", 1) for part in said.split(",") if "=" in part)
-    return {key.strip(): value.strip() for key, value in pairs}
+    pairs = (part.split("=", 1) for part in value.split(",") if "=" in part)
+    return {key.strip(): argument.strip() for key, argument in pairs}
 
 
 def _checkpoint_name(arguments: dict[str, str]) -> str:
+    """The last part of the checkpoint's path; empty where no argument names one."""
     for key in ("pretrained", "model", "path", "gguf_file", "filename"):
         if arguments.get(key):
             path = PurePosixPath(arguments[key].replace("\\", "/"))

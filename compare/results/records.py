@@ -1,6 +1,6 @@
-"""What a harness result file says, one `Record` a task: plain data, read with the standard library alone.
+"""The content of harness result files, one `Record` per task: plain data, standard library only.
 
-A number that a file does not hold, or that is not finite, is ``None``. Nothing is guessed here, nothing filled in.
+A number that a file lacks, or that is not finite, is ``None``. Nothing is guessed or filled in here.
 """
 
 from __future__ import annotations
@@ -10,18 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from compare.families import FULL_PRECISION
-from compare.metrics import from_reference
+from compare.metrics import needs_reference
 from compare.results.arithmetic import arithmetic_run, scheme_arithmetic
 from compare.results.divergence import Divergence
 from compare.results.groups import Tree
 from compare.results.provenance import Run
 
-PERPLEXITY = "token_perplexity"
-
 
 @dataclass(frozen=True, slots=True)
-class Metric:
-    """One figure of a task. `value` and `stderr` are None where the file holds null, NaN or "N/A"."""
+class MetricValue:
+    """One figure of a task. `value` and `stderr` are None where the file has null, NaN or "N/A"."""
 
     value: float | None
     stderr: float | None = None
@@ -34,8 +32,8 @@ class Quantization:
 
     Bits per weight: `layer_bpw` decoder matrices, `head_bpw` output matrix, `file_bpw` all tensors of the file.
     `vram_gb` is (layer + head bits) / 8 / 1024³; `weight_bytes` counts every tensor; `layer_parameters` the weights of
-    the decoder's matrices; `kv_bytes_per_token` one token in a KV cache of `kv_cache_dtype`. `nan_loglikelihoods`: so
-    many answers of this run were no numbers, from which the harness makes accuracies all the same.
+    the decoder's matrices; `kv_bytes_per_token` one token in a KV cache of `kv_cache_dtype`. `nan_loglikelihoods`: how
+    many log-likelihoods of this run were NaN, from which the harness computes accuracies all the same.
     """
 
     known: bool = False
@@ -64,18 +62,21 @@ class Quantization:
 
     @property
     def arithmetic(self) -> str:
-        """What met the weights: 16-bit or quantized activations, as really run."""
+        """`WEIGHT_ONLY` or `ACTIVATIONS`, as the model really ran."""
         return arithmetic_run(self.scheme, self.kernel, self.notes)
 
     @property
     def runs_other_than_named(self) -> bool:
-        """A checkpoint with quantized activations that ran weight-only: its number is not the format's."""
+        """Whether a checkpoint with quantized activations ran weight-only: its figure is not the format's."""
         return self.arithmetic != scheme_arithmetic(self.scheme)
 
 
 @dataclass(frozen=True, slots=True)
 class ProtocolRecord:
-    """Which tokens a number is over. Two numbers compare only if `fingerprint` is equal."""
+    """The tokens that a figure is over. Two figures are comparable only if `fingerprint` is equal.
+
+    harness: for tasks without token windows, the task version, the number of samples, the few-shot examples.
+    """
 
     name: str = ""
     eval_len: int | None = None
@@ -85,7 +86,6 @@ class ProtocolRecord:
     tokens_sha256: str | None = None
     text: str = ""
     tokenizer: str = ""
-    # For tasks without token windows: task version, samples really used, few-shot examples.
     harness: tuple[str, ...] = ()
 
     @property
@@ -98,7 +98,7 @@ class ProtocolRecord:
         return self.harness
 
     def describe(self) -> str:
-        """``20 windows × 2048 tokens, stride 512, exllama``; empty if nothing is known."""
+        """``20 × 2048 tokens, stride 512, exllama protocol``; empty if nothing is known."""
         size = f"{self.windows} × {self.eval_len} tokens" if self.windows and self.eval_len else ""
         stride = f"stride {self.stride}" if self.stride else ""
         return ", ".join(part for part in (size, stride, f"{self.name} protocol" if self.name else "") if part)
@@ -106,11 +106,15 @@ class ProtocolRecord:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One model on one task."""
+    """One model on one task.
+
+    alias: the task's name in the harness' own table. groups: direct subtasks by group, of the whole file.
+    stated_baseline: a spec of `compare run` says that others are compared with this model.
+    """
 
     label: str
     task: str
-    metrics: dict[str, Metric] = field(hash=False)
+    metrics: dict[str, MetricValue] = field(hash=False)
     quantization: Quantization = Quantization()
     protocol: ProtocolRecord = ProtocolRecord()
     colour: str | None = None
@@ -119,36 +123,49 @@ class Record:
     run: Run = field(default_factory=Run, hash=False)
     date: float = 0.0
     file: Path = Path()
-    alias: str = ""  # the task's name in the harness' own table
-    groups: Tree = field(default_factory=dict, hash=False)  # of the file: direct subtasks by group
-    reference: bool = False  # a spec says that others are to be measured against it
+    alias: str = ""
+    groups: Tree = field(default_factory=dict, hash=False)
+    stated_baseline: bool = False
     divergence: Divergence | None = None
 
     @property
     def identity(self) -> tuple[str, ...]:
-        """What makes two records the same model on the same task: the later one is then a re-run.
+        """Equal for the same model on the same task: the later record is then a re-run.
 
-        The checkpoint counts by its name, not its folder: a re-run from elsewhere is one still.
+        The checkpoint counts by its name, not its folder, which may have moved.
         """
         q = self.quantization
         return (self.task, self.label, self.checkpoint, q.family, q.scheme, q.engine or self.model, q.arithmetic)
 
     @property
-    def is_reference(self) -> bool:
-        return self.reference or self.quantization.family == FULL_PRECISION
+    def is_baseline(self) -> bool:
+        """Whether others are compared with this model: the spec says so, or it is in full precision."""
+        return self.stated_baseline or self.quantization.family == FULL_PRECISION
 
     def comparability(self, metric: str) -> tuple[str, ...]:
-        """What a figure of this metric is over; two figures compare only if it is equal.
+        """What a figure of this metric is over; two figures are comparable only if it is equal.
 
-        For a divergence that is the stored reference too. Where a file does not name it, it is no other file's.
+        For a divergence this includes the stored reference. A reference that the file does not name equals no other.
         """
-        if not from_reference(metric):
+        if not needs_reference(metric):
             return self.protocol.fingerprint
-        known = self.divergence.reference.id if self.divergence is not None else ""
-        return (*self.protocol.fingerprint, f"reference {known or f'not named in {self.file}'}")
+        identity = self.divergence.reference.id if self.divergence is not None else ""
+        return (*self.protocol.fingerprint, f"reference {identity or f'not named in {self.file}'}")
 
-    def metric(self, key: str) -> Metric:
-        return self.metrics.get(key) or Metric(None)
+    def scored_on(self, metric: str) -> str:
+        """`comparability` for a reader: ``20 × 2048 tokens, stride 512, tokens 1a2b3c4d, reference BF16 in vllm``."""
+        parts = [self.protocol.describe() or ", ".join(self.protocol.fingerprint)]
+        if self.protocol.tokens_sha256:
+            parts.append(f"tokens {self.protocol.tokens_sha256[:8]}")
+        if needs_reference(metric):
+            named = self.divergence is not None and self.divergence.reference.id
+            parts.append(
+                f"reference {self.divergence.reference.describe() if self.divergence and named else 'not named'}"
+            )
+        return ", ".join(parts)
+
+    def metric(self, key: str) -> MetricValue:
+        return self.metrics.get(key) or MetricValue(None)
 
     def extra(self) -> dict[str, Any]:
         """The engine's own figures, for the JSON table."""

@@ -7,15 +7,14 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from compare.metrics import METRICS, metric_named
 from compare.results.label_index import Presentation
 from compare.results.reading import read_file
-from compare.results.records import PERPLEXITY, Record
+from compare.results.records import Record
 from compare.run.plan.task import Task
 from compare.run.processes.outcome import Outcome
 from compare.run.processes.progress import duration
 from compare.text import clean, shorten
-
-_SHOWN = {PERPLEXITY: "perplexity", "kld": "KL divergence"}
 
 
 class Display:
@@ -132,14 +131,15 @@ def describe(result: Path, shown: Presentation) -> str:
 
 def _figures(record: Record, several: bool) -> Iterator[str]:
     """The perplexity and the divergence of a task; of others, the first figure. several: name the task."""
-    said = {name: key for key in reversed(record.metrics) if (name := key.partition(",")[0]) in _SHOWN}
-    for key in [said[name] for name in _SHOWN if name in said] or [next(iter(record.metrics))]:
-        metric, name = record.metric(key), key.partition(",")[0]
-        words = _SHOWN.get(name, f"{record.task} {name}")
-        if name in _SHOWN and several:
+    keys = {key.partition(",")[0]: key for key in reversed(record.metrics)}
+    shown = [keys[name] for name, row in METRICS.items() if row.progress and name in keys]
+    for key in shown or [next(iter(record.metrics))]:
+        metric, row = record.metric(key), metric_named(key.partition(",")[0])
+        words = row.progress or f"{record.task} {row.name}"
+        if row.progress and several:
             words = f"{record.task} {words}"
         if metric.value is None:
             yield f"{words} unknown (not finite)"
         else:
-            digits = 3 if name == PERPLEXITY else 6
-            yield f"{words} {metric.value:.6f}" + (f" ± {metric.stderr:.{digits}f}" if metric.stderr else "")
+            error = f" ± {metric.stderr:.{row.progress_digits}f}" if metric.stderr else ""
+            yield f"{words} {metric.value:.6f}{error}"

@@ -1,1 +1,1 @@
-"""A comparison as a table: what is known of a point, columns for readers, and the formats that show them."""
+"""Comparisons as tables: all fields of a point, columns for readers, and the output formats."""

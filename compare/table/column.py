@@ -1,4 +1,4 @@
-"""What a column of a table is, and how figures are written in it."""
+"""`Column`: a column of the tables for readers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from compare.comparison.point import Point
 
 @dataclass(frozen=True)
 class Column:
-    """A column for readers: its heading, its text for a point, and whether a table without any such text needs it.
+    """A heading, and the text for each point.
 
-    number: the figure behind the text, where there is one; sorting goes by it.
+    number: the figure behind the text, by which a report sorts; None for columns of text.
+    always: keep the column even if no point has a text.
     """
 
     heading: str

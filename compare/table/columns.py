@@ -1,4 +1,4 @@
-"""The columns that a reader needs, as text: terminal, Markdown, report."""
+"""The columns of the tables for readers, as text: terminal, Markdown, report."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from compare.comparison.axis import MEMORY
 from compare.comparison.comparison import Comparison
 from compare.comparison.memory import GIB, fit, memory_bytes
 from compare.comparison.point import Point
-from compare.metrics import from_reference
 from compare.results.records import Quantization
-from compare.table import divergence_columns, versus_columns
+from compare.table import divergence_columns, pair_columns
 from compare.table.column import Column
 from compare.table.rows import relative
 from compare.text import and_more, figure_text, metric_text
 
 
 def relative_text(comparison: Comparison, point: Point) -> str:
+    """``+1.25%``, or a factor from 10 on; empty without a baseline."""
     change = relative(comparison, point)
     if change is None:
         return ""
@@ -27,12 +27,11 @@ def relative_text(comparison: Comparison, point: Point) -> str:
 
 def _kernel_text(_: Comparison, point: Point) -> str:
     q = point.record.quantization
-    told = f"{q.kernel or ''} (weight-only)" if q.runs_other_than_named else q.kernel or ""
-    return told.strip()
+    return f"{q.kernel or ''} (weight-only)".strip() if q.runs_other_than_named else q.kernel or ""
 
 
 def _bits(digits: str, value: Callable[[Quantization], float | None]) -> dict[str, Any]:
-    """Text and number of a figure of the quantization block."""
+    """The text and number of a `Column` for a figure of the quantization block."""
     return {
         "text": lambda c, p: figure_text(value(p.record.quantization), digits),
         "number": lambda c, p: value(p.record.quantization),
@@ -60,7 +59,7 @@ _AXIS_HEADINGS = {"file_bpw": "File bpw", "size": "Size GB", MEMORY: "Memory GB"
 
 
 def _axis_text(comparison: Comparison, point: Point) -> str:
-    """The axis asked for, where the other columns do not show it; with a budget, the memory it is compared with."""
+    """The value on the axis, if no other column shows it; with a budget, the memory compared with it."""
     shown = comparison.verdict is not None or comparison.axis.key in _AXIS_HEADINGS
     return figure_text(_axis_number(comparison, point), ".3f") if shown else ""
 
@@ -76,8 +75,8 @@ def _fit_text(comparison: Comparison, point: Point) -> str:
     verdict = comparison.verdict
     if verdict is None or not point.comparable:
         return ""
-    said = fit(point.record.quantization, verdict.budget).value
-    return f"{said}, best" if point is verdict.best else said
+    text = fit(point.record.quantization, verdict.budget).value
+    return f"{text}, best" if point is verdict.best else text
 
 
 def _heading(column: Column, comparison: Comparison) -> str:
@@ -90,7 +89,10 @@ def _heading(column: Column, comparison: Comparison) -> str:
 
 @dataclass(frozen=True)
 class Section:
-    """Rows that compare with one another, as texts, and what they were scored on."""
+    """Rows that are comparable with each other, as texts, and what they were scored on.
+
+    note: a text below the table.
+    """
 
     caption: str
     headings: list[str]
@@ -98,11 +100,11 @@ class Section:
     rows: list[list[str]]
     columns: list[Column]
     points: list[Point]
-    note: str = ""  # stands below the table
+    note: str = ""
 
 
 def sections(comparison: Comparison) -> Iterator[Section]:
-    """The comparison first, then each group that stands apart."""
+    """The comparison first, then each group of points kept apart."""
     groups = sorted({point.group for point in comparison.points})
     candidates = _candidates(comparison)
     for group in groups:
@@ -122,18 +124,18 @@ def sections(comparison: Comparison) -> Iterator[Section]:
 
 
 def _candidates(comparison: Comparison) -> list[Column]:
-    """`COLUMNS`, and after the metric the tasks of a mean, the pairs, what stands beside a divergence."""
+    """`COLUMNS`, with the tasks of a mean, the pairs and the columns beside a divergence after the metric."""
     at = next(i for i, column in enumerate(COLUMNS) if column.heading == "Metric") + 1
     tasks = [_task_column(comparison, i) for i in range(len(comparison.parts))]
-    beside = [*versus_columns.columns(comparison), *divergence_columns.columns(comparison)]
-    found = [*COLUMNS[:at], *tasks, *beside, *COLUMNS[at:]]
-    left = versus_columns.replaced(comparison)
-    return [column for column in found if column.heading not in left]
+    beside = [*pair_columns.columns(comparison), *divergence_columns.columns(comparison)]
+    replaced = pair_columns.replaced(comparison)
+    columns = [*COLUMNS[:at], *tasks, *beside, *COLUMNS[at:]]
+    return [column for column in columns if column.heading not in replaced]
 
 
 def _task_column(comparison: Comparison, index: int) -> Column:
-    choice = comparison.parts[index]
-    heading = choice.label if choice in comparison.metric.averaged else f"{choice.label} (not in the mean)"
+    metric = comparison.parts[index]
+    heading = metric.label if metric in comparison.metric.averaged else f"{metric.label} (not in the mean)"
 
     def text(_: Comparison, point: Point) -> str:
         figure = point.parts[index].figure
@@ -143,16 +145,17 @@ def _task_column(comparison: Comparison, index: int) -> Column:
 
 
 def _caption(comparison: Comparison, point: Point) -> str:
+    """What the rows of a section were scored on, and with what they are compared. point: one of the section."""
     protocol, metric = point.record.protocol, comparison.metric
     about = protocol.harness if not (protocol.name or protocol.tokens_sha256 or metric.averaged) else ()
     parts = [metric.task, protocol.text, protocol.describe(), *about]
     if metric.averaged:
-        parts.append(f"over {and_more([c.label for c in metric.averaged], 20)}, each counting alike")
+        parts.append(f"over {and_more([m.label for m in metric.averaged], 20)}, each counting alike")
     if protocol.scored_tokens:
         parts.append(f"{protocol.scored_tokens:,} tokens scored")
-    if point.comparable and comparison.reference is not None:
-        parts.append(f"ref. = {comparison.reference.record.label}")
-    if from_reference(metric.metric) and point.record.divergence is not None:
+    if point.comparable and comparison.baseline is not None:
+        parts.append(f"ref. = {comparison.baseline.record.label}")
+    if metric.row.needs_reference and point.record.divergence is not None:
         parts.append(f"reference: {point.record.divergence.reference.describe()}")
     if point.comparable and comparison.noise_floor is not None:
         parts.append(f"noise floor: {comparison.noise_floor}")

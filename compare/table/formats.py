@@ -15,6 +15,7 @@ from compare.text import csv_cell, markdown
 
 
 def render_json(comparisons: Sequence[Comparison], title: str | None = None) -> str:
+    """A list with one object per model and metric; JSON has no place for a title."""
     return json.dumps(_records(comparisons), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -23,7 +24,7 @@ def _records(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
 
 
 def render_csv(comparisons: Sequence[Comparison], title: str | None = None) -> str:
-    """A line a model and metric; the tasks of a mean in columns of their own."""
+    """One line per model and metric; each task of a mean has its own column."""
     records = _records(comparisons)
     for record in records:
         record["notes"] = "; ".join(record["notes"])
@@ -31,7 +32,7 @@ def render_csv(comparisons: Sequence[Comparison], title: str | None = None) -> s
             record |= {label: figure["value"], f"{label} stderr": figure["stderr"]}
         if "averaged" in record:
             record["averaged"] = "; ".join(record["averaged"])
-    fields = list(dict.fromkeys(name for record in records for name in record))  # metrics differ in what stands beside
+    fields = list(dict.fromkeys(name for record in records for name in record))  # fields differ between metrics
     stream = io.StringIO()
     writer = csv.DictWriter(stream, fieldnames=fields, lineterminator="\n")
     writer.writeheader()
@@ -41,6 +42,7 @@ def render_csv(comparisons: Sequence[Comparison], title: str | None = None) -> s
 
 
 def render_markdown(comparisons: Sequence[Comparison], title: str | None = None) -> str:
+    """One table per section, with its caption and note."""
     lines = [f"### {markdown(title)}", ""] if title else []
     for section in (section for comparison in comparisons for section in sections(comparison)):
         lines += [markdown(section.caption), ""]

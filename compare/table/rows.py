@@ -1,4 +1,4 @@
-"""Everything known of a point, at full precision: the records of the JSON and CSV tables."""
+"""Everything known about a point, at full precision: the records of the JSON and CSV tables."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from typing import Any
 from compare.comparison.comparison import Comparison
 from compare.comparison.memory import fit, memory_bytes
 from compare.comparison.point import Point
-from compare.metrics import KLD, OF_A_RUN, from_reference
-from compare.results.records import PERPLEXITY
+from compare.metrics import KLD, PERPLEXITY, beside_kld
 from compare.results.values import number
-from compare.table import versus_columns
+from compare.table import pair_columns
 
 
 def row(comparison: Comparison, point: Point) -> dict[str, Any]:
-    """Everything known of one point. `ppl` is its token perplexity, whatever metric is compared."""
+    """Everything known about a point. `ppl` is its token perplexity, whatever metric is compared."""
     record, q, protocol = point.record, point.record.quantization, point.record.protocol
     return {
         "label": record.label,
@@ -32,16 +31,16 @@ def row(comparison: Comparison, point: Point) -> dict[str, Any]:
         "group": point.group,
         "family": q.family,
         "scheme": q.scheme or None,
-        "arithmetic": q.arithmetic if q.known and not record.is_reference else None,
+        "arithmetic": q.arithmetic if q.known and not record.is_baseline else None,
         "file_bpw": q.file_bpw,
         "weight_bytes": q.weight_bytes,
         "layer_parameters": q.layer_parameters,
         "kv_bytes_per_token": q.kv_bytes_per_token,
         "kv_cache_dtype": q.kv_cache_dtype or None,
         **_mean(comparison, point),
-        **_chosen(comparison, point),
+        **_best(comparison, point),
         **_divergence(comparison, point),
-        **versus_columns.fields(comparison, point),
+        **pair_columns.fields(comparison, point),
         "engine": q.engine or None,
         "engine_version": q.engine_version or None,
         "kernel": q.kernel,
@@ -66,64 +65,64 @@ def row(comparison: Comparison, point: Point) -> dict[str, Any]:
 
 
 def relative(comparison: Comparison, point: Point) -> float | None:
-    """value / reference - 1, the reference being of the same model size.
+    """value / baseline − 1, with the baseline of the same model size.
 
-    None without a reference, for the reference itself, and for points kept apart.
+    None without a baseline, for the baseline itself, and for points kept apart.
     """
-    reference = comparison.references.get(point.size)
-    if reference is None or point is reference or not point.comparable or point.y is None or not reference.y:
+    baseline = comparison.baselines.get(point.size)
+    if baseline is None or point is baseline or not point.comparable or point.y is None or not baseline.y:
         return None
-    return number(point.y / reference.y - 1)
+    return number(point.y / baseline.y - 1)
 
 
 def _mean(comparison: Comparison, point: Point) -> dict[str, Any]:
-    """What a mean is over, and the figure of every task, those left out of it too."""
+    """The tasks of a mean, and the figure of every task, including those left out of the mean."""
     if not comparison.metric.averaged:
         return {}
     return {
-        "averaged": [choice.label for choice in comparison.metric.averaged],
+        "averaged": [metric.label for metric in comparison.metric.averaged],
         "tasks": {
-            part.choice.label: {"value": part.figure.value, "stderr": part.figure.stderr} for part in point.parts
+            part.metric.label: {"value": part.figure.value, "stderr": part.figure.stderr} for part in point.parts
         },
     }
 
 
 def _divergence(comparison: Comparison, point: Point) -> dict[str, Any]:
-    """What a figure comes of, where it comes of a reference; for the divergence all that a run says of it."""
-    metric, found = comparison.metric, point.record.divergence
-    if metric.averaged or not from_reference(metric.metric):
+    """The reference and the noise floor of a metric that needs a reference; for the KL divergence also its spread."""
+    metric, divergence = comparison.metric, point.record.divergence
+    if metric.averaged or not metric.row.needs_reference:
         return {}
     floor = comparison.noise_floor if point.comparable else None
-    said: dict[str, Any] = {
-        "reference": found.reference.label or None if found is not None else None,
-        "reference_id": found.reference.id or None if found is not None else None,
-        "reference_engine": found.reference.engine or None if found is not None else None,
-        "role": found.role or None if found is not None else None,
+    fields: dict[str, Any] = {
+        "reference": divergence.reference.label or None if divergence is not None else None,
+        "reference_id": divergence.reference.id or None if divergence is not None else None,
+        "reference_engine": divergence.reference.engine or None if divergence is not None else None,
+        "role": divergence.role or None if divergence is not None else None,
         "noise_floor_low": floor.low if floor is not None else None,
         "noise_floor_high": floor.high if floor is not None else None,
     }
     if metric.metric == KLD:
         suffix = f",{metric.filter_name}" if metric.filter_name else ""
-        for name in OF_A_RUN:
-            figure = point.record.metric(f"{name}{suffix}")
-            said |= {name: figure.value, f"{name}_stderr": figure.stderr}
-    return said
+        for other in beside_kld():
+            figure = point.record.metric(f"{other.name}{suffix}")
+            fields |= {other.name: figure.value, f"{other.name}_stderr": figure.stderr}
+    return fields
 
 
-def _chosen(comparison: Comparison, point: Point) -> dict[str, Any]:
-    """What --pareto and --budget say of a point, where they were given."""
-    chosen: dict[str, Any] = {}
+def _best(comparison: Comparison, point: Point) -> dict[str, Any]:
+    """The results of --pareto and --budget for a point, where they were given."""
+    fields: dict[str, Any] = {}
     if comparison.options.pareto:
-        chosen["pareto"] = on_frontier(comparison, point)
+        fields["pareto"] = on_frontier(comparison, point)
     if comparison.verdict is not None:
         budget, q = comparison.verdict.budget, point.record.quantization
-        chosen["memory_bytes"] = memory_bytes(q, budget.context)
-        chosen["fits"] = fit(q, budget).value
-    return chosen
+        fields["memory_bytes"] = memory_bytes(q, budget.context)
+        fields["fits"] = fit(q, budget).value
+    return fields
 
 
 def on_frontier(comparison: Comparison, point: Point) -> bool | None:
-    """Whether no other point dominates this one; None for points that take no part."""
+    """Whether no other point dominates this one; None for points that are not ranked."""
     if not point.comparable or point.x is None or point.y is None:
         return None
     return id(point) in comparison.on_frontier

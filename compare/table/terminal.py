@@ -1,4 +1,4 @@
-"""The table for the terminal, by rich; thousands of rows in plain columns."""
+"""The table for the terminal, drawn by rich; thousands of rows are plain columns."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from compare.text import shorten
 
 _MAX_LABEL = 72
 _MANY_ROWS = 500
-_FOLDED = {"Model": 14, "Verdict": 15}  # columns that need more room than other texts
+_FOLDED = {"Model": 14, "Verdict": 15}  # least widths of columns that need more room than other texts
 
 
 def print_terminal(comparisons: Sequence[Comparison], title: str | None = None, stream: IO[str] | None = None) -> None:
-    """Write the terminal table to `stream` (standard output), as wide as the terminal or, elsewhere, as needed."""
+    """Writes the terminal table to `stream` (standard output), as wide as the terminal or, elsewhere, as needed."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -51,7 +51,7 @@ def print_terminal(comparisons: Sequence[Comparison], title: str | None = None, 
 
 
 def _least_widths(section: Section) -> list[int]:
-    """Columns of a figure are never cut: a terminal that is too narrow for them wraps the line. Others fold."""
+    """The least width of each column. Figures are never cut (a narrow terminal wraps the line); texts fold."""
     from rich.cells import cell_len
 
     widths = []
@@ -69,7 +69,7 @@ def _note(console: Any, section: Section) -> None:
 
 
 def _plain(section: Section) -> str:
-    """Columns of blanks, no styling: rich takes a millisecond a row, which thousands of rows feel."""
+    """The section in columns of blanks, unstyled: rich takes a millisecond per row, too long for thousands."""
     from rich.cells import cell_len
 
     lines = [section.headings, *([shorten(cell, _MAX_LABEL) for cell in cells] for cells in section.rows)]
@@ -85,6 +85,7 @@ def _plain(section: Section) -> str:
 
 
 def render_terminal(comparisons: Sequence[Comparison], title: str | None = None) -> str:
+    """The terminal table as text, for a file."""
     stream = io.StringIO()
     print_terminal(comparisons, title, stream)
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"

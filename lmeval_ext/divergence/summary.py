@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from compare.metrics import METRICS
 from lmeval_ext import metrics
 from lmeval_ext.metrics import Floats, Integers, WindowSum
 
 # Quantiles in the result's metadata, in percent, and those that are metrics of their own
 QUANTILES = (1.0, 5.0, 10.0, 25.0, 50.0, 75.0, 90.0, 95.0, 99.0, 99.9)
-QUANTILE_METRICS = {"kld_median": 50.0, "kld_p90": 90.0, "kld_p99": 99.0, "kld_p999": 99.9, "kld_max": 100.0}
+QUANTILE_METRICS = {m.name: m.percent for m in METRICS.values() if m.percent is not None}
 _LAST_WITH_ERROR = 99.0  # beyond this percentile a few tokens decide, and a bootstrap says nothing
 _QUANTILE_RESAMPLES = 1000
 _CONFIDENCE_EDGES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -83,16 +84,10 @@ class WindowDivergence:
         }
 
 
-# metric: (aggregate of window sums, whether higher is better; None: neither). PPL(model) / PPL(reference) is exp of the
-# mean of ln p_reference − ln p_model of the true tokens; its error is that of paired differences, in which most of the
+# Metrics formed from the sums of `WindowDivergence.sums`. ppl_ratio = PPL(model) / PPL(reference) is exp of the mean of
+# ln p_reference − ln p_model of the true tokens; its error is that of paired differences, in which most of the
 # text's own variation cancels.
-MEANS: dict[str, tuple[Callable[[Sequence[WindowSum]], float | None], bool | None]] = {
-    "kld": (metrics.token_mean, False),
-    "top1_agreement": (metrics.token_mean, True),
-    "mean_delta_p": (metrics.token_mean, None),
-    "rms_delta_p": (metrics.root_mean_square, False),
-    "ppl_ratio": (metrics.perplexity, False),
-}
+MEANS = tuple(m.name for m in METRICS.values() if m.needs_reference and m.formula is not None)
 
 
 def quantile(windows: Sequence[WindowDivergence], percent: float) -> float | None:
@@ -127,7 +122,7 @@ def describe(windows: Sequence[WindowDivergence], block_windows: int) -> dict[st
     reference = windows[0].reference
     return {
         "role": roles.pop() if len(roles) == 1 else None,
-        "unit": "nats",
+        "unit": METRICS["kld"].unit,
         "direction": "D_KL(reference || model)",
         "tokens": sum(len(w.kld) for w in windows),
         "vocabulary": reference.get("vocabulary"),

@@ -20,6 +20,7 @@ import numpy as np
 from lm_eval.api.task import Task, TaskConfig
 from lm_eval.filters import build_filter_ensemble
 
+from compare.metrics import METRICS
 from lmeval_ext import metrics
 from lmeval_ext.divergence import summary
 from lmeval_ext.divergence.summary import WindowDivergence
@@ -40,12 +41,9 @@ logger = logging.getLogger(__name__)
 _STDERR = "_stderr"
 _UNKNOWN = "N/A"  # the harness' own value; its table cannot print null
 
-_STATISTICS: dict[str, tuple[Callable[[Sequence[WindowSum]], float | None], bool | None]] = {
-    # metric: (aggregate, higher is better)
-    "token_perplexity": (metrics.perplexity, False),
-    "top1_accuracy": (metrics.token_mean, True),
-    "bits_per_byte": (metrics.bits_per_byte, False),
-    **summary.MEANS,
+# The statistic of window sums for each metric that is formed from them
+_STATISTICS = {
+    name: metrics.statistic_of(name) for name in ("token_perplexity", "top1_accuracy", "bits_per_byte", *summary.MEANS)
 }
 
 
@@ -198,7 +196,7 @@ class PerplexityTask(Task):
 
     def aggregation(self) -> dict[str, Callable[[Sequence[Any]], Any]]:
         functions: dict[str, Callable[[Sequence[Any]], Any]] = {}
-        for metric, (statistic, _) in _STATISTICS.items():
+        for metric, statistic in _STATISTICS.items():
             functions[metric] = statistic
             functions[metric + _STDERR] = self._error_of(metric)
         functions["token_perplexity"] = self._perplexity
@@ -233,15 +231,15 @@ class PerplexityTask(Task):
         """Return the aggregation that gives, and records, the standard error of a metric."""
 
         def error(sums: Sequence[WindowSum]) -> float | str:
-            value = metrics.standard_error(sums, _STATISTICS[metric][0], self.spec.block_windows)
+            value = metrics.standard_error(sums, _STATISTICS[metric], self.spec.block_windows)
             self._errors[metric] = value
             return _UNKNOWN if value is None else value
 
         return error
 
     def higher_is_better(self) -> dict[str, bool]:
-        known = {metric: higher for metric, (_, higher) in _STATISTICS.items() if higher is not None}
-        return known | dict.fromkeys(summary.QUANTILE_METRICS, False)
+        names = (*_STATISTICS, *summary.QUANTILE_METRICS)
+        return {name: higher for name in names if (higher := METRICS[name].higher_is_better) is not None}
 
     # ------------------------------------------------------------------ the record
 

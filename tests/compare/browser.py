@@ -1,4 +1,4 @@
-"""A headless Chromium, driven by the W3C WebDriver protocol that chromedriver speaks: no package needed for it.
+"""A headless Chromium, driven through chromedriver by the W3C WebDriver protocol, without a package for it.
 
 Pages come from a server in this process, which keeps a list of what was asked for.
 """
@@ -19,18 +19,18 @@ from typing import Any
 
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
          "--disable-background-networking", "--disable-component-update", "--disable-sync"]  # fmt: skip
-ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the key of an element's id in WebDriver answers
+ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the key of an element's id in WebDriver responses
 
 
 def find_browser() -> tuple[str, str] | None:
-    """The programs (browser, driver), or None if one is missing."""
+    """Paths of the browser and the driver; None if one is missing."""
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
     driver = shutil.which("chromedriver")
     return (browser, driver) if browser and driver else None
 
 
 class Browser:
-    """One session."""
+    """One WebDriver session."""
 
     def __init__(self, session: str) -> None:
         self._session = session
@@ -46,8 +46,8 @@ class Browser:
         return self.call("/execute/sync", {"script": script, "args": list(arguments)})
 
     def find(self, selector: str) -> str:
-        found: str = self.call("/element", {"using": "css selector", "value": selector})[ELEMENT]
-        return found
+        element: str = self.call("/element", {"using": "css selector", "value": selector})[ELEMENT]
+        return element
 
     def click(self, selector: str) -> None:
         self.call(f"/element/{self.find(selector)}/click", {})
@@ -56,7 +56,7 @@ class Browser:
         self.call(f"/element/{self.find(selector)}/value", {"text": text})
 
     def point_at(self, selector: str) -> None:
-        """Move the mouse to the middle of an element."""
+        """Moves the mouse to the middle of an element."""
         self.run("document.querySelector(arguments[0]).scrollIntoView({block: 'center'})", selector)
         origin = {ELEMENT: self.find(selector)}
         move = {"type": "pointerMove", "duration": 0, "x": 0, "y": 0, "origin": origin}
@@ -67,7 +67,7 @@ class Browser:
         return [entry["message"] for entry in self.call("/se/log", {"type": "browser"})]
 
     def requests(self) -> list[str]:
-        """Every URL that the browser's network layer was asked for since the last call."""
+        """Every URL that the browser's network layer requested since the last call."""
         events = [json.loads(e["message"])["message"] for e in self.call("/se/log", {"type": "performance"})]
         return [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
 
@@ -76,8 +76,8 @@ def ask(url: str, body: Any = None, method: str | None = None) -> Any:
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method=method)
     try:
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as answer:
-            return json.load(answer)["value"]
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as response:
+            return json.load(response)["value"]
     except urllib.error.HTTPError as error:
         raise AssertionError(error.read().decode(errors="replace")[:2000]) from error
 
@@ -85,9 +85,9 @@ def ask(url: str, body: Any = None, method: str | None = None) -> Any:
 @contextmanager
 def chromium(profile: Path) -> Iterator[Browser]:
     """A browser with a fresh profile in `profile`."""
-    found = find_browser()
-    assert found is not None
-    browser, driver = found
+    programs = find_browser()
+    assert programs is not None
+    browser, driver = programs
     with subprocess.Popen(
         [driver, "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as process:
@@ -96,9 +96,12 @@ def chromium(profile: Path) -> Iterator[Browser]:
             line = next(line for line in process.stdout if "started successfully on port" in line)
             base = f"http://127.0.0.1:{line.rsplit(' ', 1)[1].strip().rstrip('.')}"
             options = {"binary": browser, "args": [*FLAGS, f"--user-data-dir={profile}", "--window-size=1200,900"]}
-            wanted = {"browserName": "chrome", "goog:chromeOptions": options,
-                      "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"}}  # fmt: skip
-            session = ask(f"{base}/session", {"capabilities": {"alwaysMatch": wanted}})["sessionId"]
+            capabilities = {
+                "browserName": "chrome",
+                "goog:chromeOptions": options,
+                "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"},
+            }
+            session = ask(f"{base}/session", {"capabilities": {"alwaysMatch": capabilities}})["sessionId"]
             client = Browser(f"{base}/session/{session}")
             try:
                 yield client
@@ -110,7 +113,7 @@ def chromium(profile: Path) -> Iterator[Browser]:
 
 @contextmanager
 def served(pages: dict[str, bytes]) -> Iterator[tuple[str, list[str]]]:
-    """(address, paths asked for) of a local server of `pages`."""
+    """Serves `pages` locally; yields the address and the list of requested paths."""
     asked: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):

@@ -1,4 +1,4 @@
-"""Result files as the harness writes them, made of a few words."""
+"""Builds result files as the harness writes them, from a few arguments."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def sha(text: str) -> str:
 
 
 def quantization(label: str, family: str, scheme: str, bpw: float | None, **changes: Any) -> Content:
-    """``config.quantization``, sized as a Llama-like model of 8 billion decoder weights."""
+    """``config.quantization`` with the sizes of a Llama-like model of 8 billion weights."""
     decoder, head, embedding = 6_979_321_856, 525_336_576, 525_336_576
     sized = bpw is not None
     bits = 0 if bpw is None else bpw * decoder + 6.0 * head
@@ -68,7 +68,7 @@ def result(
     quantized: bool = True,
     **changes: Any,
 ) -> Content:
-    """One result file's content. Keywords left over change ``config.quantization``."""
+    """The content of one result file. Remaining keywords change ``config.quantization``."""
     eval_len, stride = 2048, 512
     name = label.replace(" ", "-") or "model"
     config: Content = {
@@ -127,7 +127,7 @@ def result(
 
 
 class Folder:
-    """A results folder being filled."""
+    """A results folder, with methods that add files."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -170,7 +170,7 @@ def folder(tmp_path: Path) -> Folder:
 
 @pytest.fixture
 def compare(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """Run ``compare ARGS…`` in this process."""
+    """Runs ``compare ARGS…`` in this process; returns exit code, stdout and stderr."""
 
     def run(*args: object) -> Outcome:
         capsys.readouterr()
@@ -200,7 +200,7 @@ LADDERS: dict[str, tuple[tuple[str, float, float], ...]] = {
 
 
 def fill_with_ladders(folder: Folder, per_family: int = 5) -> None:
-    """Five families like a comparison that people share, and the full-precision reference."""
+    """Adds five families, as in comparisons that people share, and the full-precision baseline."""
     folder.add("BF16", "full precision", "bfloat16", 16.0, 8.17, 0.10)
     for family, steps in LADDERS.items():
         for scheme, bpw, ppl in steps[:per_family]:

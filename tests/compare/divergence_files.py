@@ -1,6 +1,6 @@
-"""Result files of runs against a stored reference, and the samples beside them, from simulated tokens.
+"""Builds result files of runs against a stored reference, and the samples beside them, from simulated tokens.
 
-Every figure is computed here from the tokens by numpy's own functions, so that a test has something to compare with.
+Every figure is computed here from the tokens by numpy's own functions, so that tests can compare with it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def divergent(
     confidence = np.random.default_rng(0).beta(0.8, 0.7, (windows, per_window))
     kld = size * np.exp(1.9 * rng.standard_normal((windows, per_window))) * (1.05 - confidence)
     agree = rng.random((windows, per_window)) > np.minimum(0.45, 2.2 * kld**0.5)
-    hard = np.random.default_rng(7).normal(3.2, 0.35, windows)  # of the text, the same for every model
+    hard = np.random.default_rng(7).normal(3.2, 0.35, windows)  # the difficulty of the text, the same for every model
     nll = per_window * (hard + 1.4 * size + rng.normal(0, 0.02 * size**0.5, windows))
     reference_nll = per_window * hard
     content = result(
@@ -110,7 +110,7 @@ def _bucket(kld: np.ndarray, agree: np.ndarray, confidence: np.ndarray, low: flo
 
 
 def write(folder: Folder, content: Content, lines: list[Content] | None = None, task: str = TASK) -> Path:
-    """The result file, and its samples beside it, named as the harness names both."""
+    """Writes the result file, and its samples beside it, named as the harness names both."""
     file = folder.write(content)
     if lines is not None:
         write_samples(file, lines, task)
@@ -133,7 +133,7 @@ LADDER = (
 
 
 def fill(folder: Folder, samples: bool = True) -> None:
-    """A reference in vLLM, the same weights in llama.cpp, and eleven quantized models."""
+    """Adds a reference in vLLM, the same weights in llama.cpp, and eleven quantized models."""
     models = [divergent("BF16", "full precision", 16.0, 2e-6, scheme="bfloat16", role="reference", engine="vllm")]
     models.append(divergent("BF16 GGUF", "full precision", 16.0, 9e-5, scheme="bf16", engine="llama.cpp", seed=2))
     for number, (family, label, bpw, size) in enumerate(LADDER, 3):

@@ -1,5 +1,8 @@
-"""Result files of the harness' own tasks, structured as lm-eval 0.4.13 writes them (checked against one that it wrote,
-in test_tasks.py): a nested group without n-samples, n-shot and higher_is_better, filters, two metrics of a task."""
+"""Builds result files of the harness' own tasks, with the structure of lm-eval 0.4.13.
+
+The structure is checked against a file that lm-eval wrote, in comparison/test_chosen_metric.py: a nested group without
+n-samples, n-shot and higher_is_better, filters, two metrics of a task.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ ORIGINAL = {"gsm8k": 1319, "hellaswag": 10042, "wikitext": 62}
 
 
 def binomial(share: float, count: int) -> float:
-    """The standard error of a share of `count` samples, as the harness' mean_stderr has it."""
+    """Standard error of a share of `count` samples, as in the harness' mean_stderr."""
     return math.sqrt(share * (1 - share) / (count - 1))
 
 
@@ -33,7 +36,7 @@ def suite(
     limit: int | None = None,
     **changes: Any,
 ) -> Content:
-    """One run of several tasks. `quality` 1 is full precision; less lowers accuracies and raises perplexities."""
+    """One run of several tasks. quality: 1 is full precision; lower values worsen every figure."""
     content: Content = {
         "results": {}, "groups": {}, "group_subtasks": {}, "configs": {}, "versions": {}, "n-shot": {},
         "higher_is_better": {}, "n-samples": {},
@@ -55,19 +58,19 @@ def suite(
     return content
 
 
-def _task(content: Content, name: str, figures: Content, higher: Content, count: int, **said: Any) -> None:
-    content["results"][name] = {"name": name, "alias": said.get("alias", name), "sample_len": count, **figures}
+def _task(content: Content, name: str, figures: Content, higher: Content, count: int, **facts: Any) -> None:
+    content["results"][name] = {"name": name, "alias": facts.get("alias", name), "sample_len": count, **figures}
     content["configs"][name] = {
-        "task": name, "output_type": said.get("output_type", "multiple_choice"), "metadata": {"version": 1.0},
+        "task": name, "output_type": facts.get("output_type", "multiple_choice"), "metadata": {"version": 1.0},
     }  # fmt: skip
-    content["versions"][name] = said.get("version", 1.0)
-    content["n-shot"][name] = said.get("shots", 0)
+    content["versions"][name] = facts.get("version", 1.0)
+    content["n-shot"][name] = facts.get("shots", 0)
     content["higher_is_better"][name] = higher
-    content["n-samples"][name] = {"original": said.get("original", count), "effective": count}
+    content["n-samples"][name] = {"original": facts.get("original", count), "effective": count}
 
 
 def _group(content: Content, name: str, children: list[str], leaves: list[str], propagated: bool, alias: str) -> None:
-    """Figures by the harness' own formulas (lm_eval/api/metrics.py): size-weighted mean, pooled standard error."""
+    """Adds a group by the harness' formulas (lm_eval/api/metrics.py): size-weighted mean, pooled standard error."""
     results = [content["results"][leaf] for leaf in leaves]
     sizes = [result["sample_len"] for result in results]
     total = sum(sizes)
@@ -138,7 +141,7 @@ LADDER = (
 
 
 def fill(folder: Any, **more: Any) -> None:
-    """The reference and seven quantized models, each evaluated on all tasks."""
+    """Adds the baseline and seven quantized models, each evaluated on all tasks."""
     folder.write(suite("BF16", "full precision", 16.0, 1.0, scheme="bfloat16", **more))
     for family, bpw, quality in LADDER:
         folder.write(suite(f"{family} {bpw:.1f}bpw", family, bpw, quality, **more))

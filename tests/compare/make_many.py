@@ -19,7 +19,7 @@ FAMILIES = ("EXL2", "EXL3", "GGUF", "VPTQ", "QTIP", "NVFP4", "AWQ", "GPTQ")
 
 
 def make_many(path: Path, count: int) -> None:
-    """`count` models of eight families, and one reference, each in a folder as the harness makes them."""
+    """Writes `count` models of eight families and one baseline, each in a folder as the harness does."""
     rng = random.Random(1)
     folder = Folder(path)
     folder.add("BF16", "full precision", "bfloat16", 16.0, 8.17, 0.1)

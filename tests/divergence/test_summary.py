@@ -58,8 +58,7 @@ def table(values: list[WindowDivergence]) -> pd.DataFrame:
 
 
 def mean_of(name: str, values: list[WindowDivergence]) -> float | None:
-    statistic, _ = summary.MEANS[name]
-    return statistic([v.sums()[name] for v in values])
+    return metrics.statistic_of(name)([v.sums()[name] for v in values])
 
 
 # ---------------------------------------------------------------------- means
@@ -128,7 +127,7 @@ def bootstrap(
 )
 def test_errors_of_means_equal_a_bootstrap_with_pandas(name: str, statistic: Any) -> None:
     values = made(windows=26)
-    error = metrics.standard_error([v.sums()[name] for v in values], summary.MEANS[name][0], 2)
+    error = metrics.standard_error([v.sums()[name] for v in values], metrics.statistic_of(name), 2)
     assert error == pytest.approx(bootstrap(values, 2, statistic), rel=0.06)  # 4,000 draws scatter by 1.1 %
 
 

@@ -1,4 +1,4 @@
-"""A model whose logits are NaN: no figure comes of it, and that is said, in the log, the result and `compare`."""
+"""A model with NaN logits gives no figure, and the log, the result file and `compare` report it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.conftest import TASKS
 
 @pytest.fixture(scope="module")
 def nan_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One row of the output matrix is NaN, so every softmax is."""
+    """A model with a NaN row in the output matrix, so that every softmax is NaN."""
     folder = Path(shutil.copytree(tiny_llama, tmp_path_factory.mktemp("nan") / "model"))
     tensors = load_file(folder / "model.safetensors")
     tensors["lm_head.weight"][3] = math.nan
@@ -27,7 +27,7 @@ def nan_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def write_tasks(folder: Path) -> None:
-    """One task of each kind that rests on log-likelihoods."""
+    """Writes one task of each kind that uses log-likelihoods."""
     rows = [{"q": "The sky is", "gold": i % 2, "text": "the rain in Spain"} for i in range(4)]
     (folder / "docs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     common = (
@@ -45,7 +45,7 @@ def write_tasks(folder: Path) -> None:
 
 
 def evaluated(model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The result file of a window task and the tasks above."""
+    """Evaluates a window task and the tasks above; returns the result file."""
     monkeypatch.setenv("HF_HOME", str(folder / "hf"))
     import lm_eval
     from lm_eval.loggers import EvaluationTracker
@@ -70,7 +70,7 @@ def evaluated(model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     return file
 
 
-def test_no_figure_is_made_of_nan(
+def test_nan_logits_give_no_figure(
     nan_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.ERROR):
@@ -78,7 +78,7 @@ def test_no_figure_is_made_of_nan(
     content = json.loads(file.read_text())
     assert content["results"]["sample_strided"]["token_perplexity,none"] is None
     assert content["configs"]["sample_strided"]["metadata"]["nonfinite_logprobs"] == 2 * 63
-    assert content["results"]["choice"]["acc,none"] == 0.5, "the harness takes the first of NaN choices"
+    assert content["results"]["choice"]["acc,none"] == 0.5, "the harness picks the first of NaN choices"
     quantization = content["config"]["quantization"]
     assert quantization["nan_loglikelihoods"] == 2 * 4 + 4
     assert "12 of 12 log-likelihoods are NaN" in quantization["notes"][-1]
@@ -89,7 +89,7 @@ def test_no_figure_is_made_of_nan(
     assert set(figures.values()) == {None}
 
 
-def test_a_sound_model_counts_none(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sound_model_counts_no_nan(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = evaluated(tiny_llama, tmp_path, monkeypatch)
     assert json.loads(file.read_text())["config"]["quantization"]["nan_loglikelihoods"] == 0
     assert all(metric.value is not None for record in read_file(file) for metric in record.metrics.values())

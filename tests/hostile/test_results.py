@@ -1,4 +1,4 @@
-"""Results that cannot be written where they should go; runs that are interrupted, or share a folder."""
+"""Results that cannot be written to their folder; runs that are interrupted or share a folder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def command(model: Path, out: Path, metadata: str = METADATA) -> list[str]:
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
-    """`lm_eval ARGUMENTS`, its output in pipes."""
+    """Starts `lm_eval ARGUMENTS` with its output in pipes."""
     program = Path(sys.executable).parent / "lm_eval"
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # two of them and the tests share the machine
     return subprocess.Popen(
@@ -35,13 +35,13 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "a/results.json", "."])
-def test_writable_places(tmp_path: Path, name: str) -> None:
+def test_writable_output_paths_are_accepted(tmp_path: Path, name: str) -> None:
     check_writable(tmp_path / name)
-    assert not [file for file in tmp_path.rglob("*") if file.is_file()], "nothing is left behind"
+    assert not [file for file in tmp_path.rglob("*") if file.is_file()], "the check leaves no file"
 
 
 @pytest.mark.parametrize("name", ["file", "file/below", "file/results.json", "x" * 300])
-def test_places_that_cannot_be_written(tmp_path: Path, name: str) -> None:
+def test_output_paths_that_cannot_be_written_are_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(
         UserError, match=r"--output_path .*: cannot be written to \(.*\); name another folder"
@@ -50,8 +50,8 @@ def test_places_that_cannot_be_written(tmp_path: Path, name: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_the_command_asks_before_it_runs(tmp_path: Path) -> None:
-    """The model is not even looked at: it does not exist."""
+def test_an_unwritable_output_path_ends_the_command_before_the_model_loads(tmp_path: Path) -> None:
+    """The model does not exist, so loading it would fail otherwise."""
     (tmp_path / "file").write_text("x")
     done = run("lm_eval", *command(tmp_path / "absent", tmp_path / "file" / "out"))
     assert done.returncode == 1
@@ -61,16 +61,16 @@ def test_the_command_asks_before_it_runs(tmp_path: Path) -> None:
 
 @pytest.fixture
 def tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The harness' own tracker, wrapped, about to write into a folder `wanted`; the process stands in `here`."""
+    """The harness' own tracker, wrapped, with `output` as its folder; the working directory is `here`."""
     from lm_eval.loggers import EvaluationTracker
 
     from lmeval_ext.output_guard import guard
 
     guard()
-    guard()  # a second time changes nothing
+    guard()  # a second call changes nothing
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    made = EvaluationTracker(output_path=str(tmp_path / "wanted"))
+    made = EvaluationTracker(output_path=str(tmp_path / "output"))
     made.general_config_tracker.model_name_sanitized = "model"
     return made
 
@@ -85,40 +85,44 @@ def save(tracker: Any) -> None:
     tracker.save_results_samples("t", [dict(SAMPLE)])
 
 
-def test_results_that_can_be_written_are_where_they_should_be(tmp_path: Path, tracker: Any) -> None:
+def test_results_are_written_to_the_output_folder(tmp_path: Path, tracker: Any) -> None:
     save(tracker)
-    assert sorted(file.suffix for file in (tmp_path / "wanted" / "model").iterdir()) == [".json", ".jsonl"]
+    assert sorted(file.suffix for file in (tmp_path / "output" / "model").iterdir()) == [".json", ".jsonl"]
     assert not list((tmp_path / "here").iterdir())
 
 
-def test_a_folder_that_is_lost_during_the_run(tmp_path: Path, tracker: Any, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "wanted" / "model").write_text("in the way")
+def test_results_are_kept_when_the_folder_disappears_during_the_run(
+    tmp_path: Path, tracker: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "output" / "model").write_text("in the way")
     save(tracker)
     kept = sorted((tmp_path / "here" / "lm_eval_results" / "model").iterdir())
     assert [file.suffix for file in kept] == [".json", ".jsonl"]
     assert json.loads(kept[0].read_text())["results"] == RESULTS["results"]
-    (said,) = [record.getMessage() for record in caplog.records if record.name.startswith("lmeval_ext")]
-    assert str(tmp_path / "wanted") in said
-    assert str(kept[0].relative_to(tmp_path / "here")) in said
+    (message,) = [record.getMessage() for record in caplog.records if record.name.startswith("lmeval_ext")]
+    assert str(tmp_path / "output") in message
+    assert str(kept[0].relative_to(tmp_path / "here")) in message
 
 
-def test_a_disk_that_fills_leaves_no_half_file(tmp_path: Path, tracker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_no_partial_file(tmp_path: Path, tracker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     write_text = Path.write_text
 
     def full(path: Path, text: str, *args: Any, **kwargs: Any) -> int:
-        if path.is_relative_to(tmp_path / "wanted"):
+        if path.is_relative_to(tmp_path / "output"):
             write_text(path, text[:20], *args, **kwargs)
             raise OSError(28, "No space left on device")
         return write_text(path, text, *args, **kwargs)
 
     monkeypatch.setattr(Path, "write_text", full)
     tracker.save_results_aggregated(results=dict(RESULTS), samples=None)
-    assert not list((tmp_path / "wanted").rglob("*.json"))
+    assert not list((tmp_path / "output").rglob("*.json"))
     (record,) = read_results([tmp_path / "here"]).records
     assert record.metric("acc,none").value == 0.5
 
 
-def test_nowhere_to_write_is_said(tmp_path: Path, tracker: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+def test_no_writable_folder_is_reported(
+    tmp_path: Path, tracker: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
     def refuse(path: Path, *args: Any, **kwargs: Any) -> int:
         raise OSError(28, "No space left on device")
 
@@ -127,19 +131,21 @@ def test_nowhere_to_write_is_said(tmp_path: Path, tracker: Any, monkeypatch: pyt
     assert "the results are in the table below only" in caplog.text
 
 
-def test_two_trackers_in_one_folder(tmp_path: Path, tracker: Any) -> None:
+def test_two_runs_in_one_folder_keep_both_results(tmp_path: Path, tracker: Any) -> None:
     from lm_eval.loggers import EvaluationTracker
 
     second = EvaluationTracker(output_path=tracker.output_path)
     second.general_config_tracker.model_name_sanitized = "model"
     for each in (tracker, second):
         save(each)
-    assert len(list((tmp_path / "wanted").rglob("results_*.json"))) == 2
-    assert len(list((tmp_path / "wanted").rglob("samples_*.jsonl"))) == 2
+    assert len(list((tmp_path / "output").rglob("results_*.json"))) == 2
+    assert len(list((tmp_path / "output").rglob("samples_*.jsonl"))) == 2
 
 
-def test_an_interrupted_run_beside_another_in_one_folder(tiny_llama: Path, tmp_path: Path) -> None:
-    """Ctrl-C in the midst of one leaves no half result of its own, and the other's whole."""
+def test_an_interrupted_run_leaves_no_partial_result_and_another_run_is_complete(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    """Ctrl-C in one of two runs in one folder."""
     endless = start(*command(tiny_llama, tmp_path / "out", '{"eval_len": 64, "stride": 1, "max_rows": 0}'))
     other = start(*command(tiny_llama, tmp_path / "out"))
     shown = ""

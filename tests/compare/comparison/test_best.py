@@ -35,14 +35,14 @@ def test_frontier_worked_by_hand():
     assert places(frontier(points, higher_is_better=True)) == [(2, 12)]
 
 
-def test_equal_points_are_both_on_the_frontier_and_strangers_on_none():
+def test_frontier_keeps_equal_points_and_ignores_incomparable_ones():
     assert len(frontier([point(2, 5), point(2, 5)], higher_is_better=False)) == 2
     assert places(frontier([point(2, 5), point(1, 1, group=1)], higher_is_better=False)) == [(2, 5)]
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=25), st.booleans())
-def test_frontier_is_what_the_definition_says(pairs, higher):
-    """Against the definition, pair by pair."""
+def test_frontier_equals_the_pairwise_definition(pairs, higher):
+    """Checks every pair of points against the definition of dominance."""
     points = [point(float(x), float(y)) for x, y in pairs]
 
     def dominates(a: Point, b: Point) -> bool:
@@ -77,7 +77,7 @@ def add_three(folder):
                notes=["kv_bytes_per_token unknown: sliding-window attention"])  # fmt: skip
 
 
-def test_budget_names_the_best_that_surely_fits(folder, compare, tmp_path):
+def test_budget_names_the_best_model_known_to_fit(folder, compare, tmp_path):
     add_three(folder)
     out = compare("plot", folder.path, "--budget", 8, "--context", 8192, "-o", tmp_path / "p.svg")
     assert out.code == 0
@@ -90,7 +90,7 @@ def test_budget_names_the_best_that_surely_fits(folder, compare, tmp_path):
     assert "tokens of context: small" in compare("table", folder.path, "--budget", 8, "--context", 16385).err
 
 
-def test_budget_in_the_table(folder, compare):
+def test_budget_adds_memory_and_fit_to_the_table(folder, compare):
     add_three(folder)
     out = compare("table", folder.path, "--budget", 8, "--context", 8192, "--format", "json")
     assert {r["label"]: r["fits"] for r in out.json} == {
@@ -112,12 +112,12 @@ def test_best_follows_the_direction_of_the_metric(folder, compare):
     assert "context: b, top-1 accuracy 0.7" in out.err
 
 
-def test_nothing_fits_is_said(folder, compare):
+def test_budget_that_nothing_fits_is_reported(folder, compare):
     add_three(folder)
     assert "no model is known to fit 1 GB" in compare("table", folder.path, "--budget", 1, "--context", 9).err
 
 
-def test_points_kept_apart_are_never_the_best(folder, compare):
+def test_incomparable_points_are_never_the_best(folder, compare):
     add_three(folder)
     folder.add("stranger", "GGUF", "s", 2.0, 1.0, tokens="other")
     out = compare("table", folder.path, "--budget", 8, "--context", 8192, "--pareto", "--format", "json")
@@ -136,7 +136,7 @@ def test_points_kept_apart_are_never_the_best(folder, compare):
         (["--budget", "8", "--context", "-1"], "--context"),
     ],
 )
-def test_flags_that_do_not_fit(folder, compare, flags, words):
+def test_contradicting_flags_are_refused(folder, compare, flags, words):
     folder.add()
     out = compare("table", folder.path, *flags)
     assert out.code == 1
@@ -144,7 +144,7 @@ def test_flags_that_do_not_fit(folder, compare, flags, words):
     assert words in out.err
 
 
-def test_a_metric_without_direction_has_no_best(folder, compare):
+def test_pareto_and_budget_refuse_a_metric_without_direction(folder, compare):
     from tests.compare.conftest import result
 
     content = result()
@@ -157,7 +157,7 @@ def test_a_metric_without_direction_has_no_best(folder, compare):
     assert "higher speed is better" in out.err
 
 
-def test_pareto_greys_out_the_dominated(folder, compare, tmp_path):
+def test_pareto_greys_out_dominated_points(folder, compare, tmp_path):
     folder.add("good", "EXL3", "a", 3.0, 8.5)
     folder.add("worse", "GGUF", "b", 3.5, 9.0)
     folder.add("best", "GGUF", "c", 5.0, 8.2)
@@ -182,7 +182,7 @@ def sized(label: str, family: str, bpw: float, ppl: float, weights: int, **more)
     }
 
 
-def test_models_of_different_size_are_not_joined_and_that_is_said(folder, compare):
+def test_models_of_different_size_are_not_joined_and_are_reported(folder, compare):
     for entry in (
         sized("a2", "GGUF", 2.0, 12.0, 7_000_000_000),
         sized("a4", "GGUF", 4.0, 9.0, 7_000_000_000),
@@ -199,14 +199,14 @@ def test_models_of_different_size_are_not_joined_and_that_is_said(folder, compar
     assert "about 70.00 billion weights: b4, b6" in err
 
 
-def test_one_size_is_no_warning(folder, compare):
+def test_models_of_one_size_give_no_warning(folder, compare):
     folder.add("a", "GGUF", "a", 4.0, 9.0)
     folder.add("b", "EXL3", "b", 5.0, 9.0)
     folder.add("c", "EXL3", "c", None, 9.0)  # size unknown
     assert "different size" not in compare("table", folder.path).err
 
 
-def test_each_size_has_its_own_reference(folder, compare):
+def test_each_model_size_has_its_own_baseline(folder, compare):
     for label, ppl, weights in (("7", 20.0, 7_000_000_000), ("70", 10.0, 70_000_000_000)):
         for bits, family, worse in ((16.0, "full precision", 0.0), (4.0, "GGUF", 1.0)):
             entry = sized(f"{label} {bits}", family, bits, ppl + worse, weights)
@@ -216,7 +216,7 @@ def test_each_size_has_its_own_reference(folder, compare):
     assert records["70 4.0"]["relative_to_reference"] == pytest.approx(0.10)
 
 
-def test_bits_of_different_models_make_no_common_frontier(folder):
+def test_frontier_over_bits_per_weight_is_per_model_size(folder):
     for entry in (sized("a", "GGUF", 4.0, 9.0, 7_000_000_000), sized("b", "GGUF", 4.0, 6.0, 70_000_000_000)):
         folder.add(*entry["args"], **entry["kwargs"])
     records = read_results([folder.path]).records
@@ -231,9 +231,9 @@ def record(layers: int | None, weight_bytes: int | None = None, file_bpw: float 
     return Record("m", "t", {}, q, file=Path("f"))
 
 
-def test_clusters():
+def test_size_clusters_by_decoder_weights_or_all_weights():
     assert size_clusters([record(100), record(None), record(102)]) == [0, 0, 0]
     assert size_clusters([record(100), record(103), record(103), record(None)]) == [1, 0, 0, None]
-    # results that do not say their decoder's weights are compared by all weights: 1000 × 8 / 4 and 2000 × 8 / 8
+    # without the decoder's weights in each result all weights count: 1000 × 8 / 4 and 2000 × 8 / 8
     assert size_clusters([record(5, 1000, 4.0), record(None, 2000, 8.0)]) == [0, 0]
     assert size_clusters([record(5, 1000, 4.0), record(None, 2000, 4.0)]) == [0, 1]

@@ -1,4 +1,4 @@
-"""Who is compared with whom, on what."""
+"""Which results are comparable, and on which metric."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from compare.results.arithmetic import ACTIVATIONS, WEIGHT_ONLY, arithmetic_run
 from tests.compare.conftest import result
 
 
-def test_other_tokens_stand_apart_and_are_named(folder, compare):
+def test_results_over_other_tokens_are_kept_apart_and_named(folder, compare):
     for number in range(3):
         folder.add(f"main {number}", "GGUF", f"s{number}", 3.0 + number, 9.0 - number)
     folder.add("stranger", "GGUF", "s9", 4.5, 5.0, tokens="other", windows=2)
@@ -23,14 +23,14 @@ def test_other_tokens_stand_apart_and_are_named(folder, compare):
     assert "mixed as asked" in mixed.err
 
 
-def test_other_protocol_stands_apart_though_tokens_agree(folder, compare):
+def test_another_protocol_is_kept_apart_even_with_equal_tokens(folder, compare):
     folder.add("a", "GGUF", "a", 3.0, 9.0)
     folder.add("b", "GGUF", "b", 4.0, 8.0)
     folder.add("c", "GGUF", "c", 5.0, 7.0, protocol="sliding")
     assert not compare("table", folder.path, "--format", "json").by_label()["c"]["comparable"]
 
 
-def test_between_equal_groups_the_reference_decides(folder, compare):
+def test_of_equally_large_groups_the_one_with_the_baseline_is_compared(folder, compare):
     folder.add("a", "GGUF", "a", 3.0, 9.0, tokens="0")
     folder.add("b", "GGUF", "b", 4.0, 8.0, tokens="0")
     folder.add("c", "GGUF", "c", 3.0, 9.0, tokens="1")
@@ -39,7 +39,7 @@ def test_between_equal_groups_the_reference_decides(folder, compare):
     assert {label: r["comparable"] for label, r in records.items()} == {"a": False, "b": False, "c": True, "bf": True}
 
 
-def test_metric_default_and_errors(folder, compare):
+def test_metric_defaults_to_perplexity_and_unknown_ones_are_refused(folder, compare):
     folder.add("a")
     assert compare("table", folder.path, "--format", "json").json[0]["metric"] == "token_perplexity,none"
     typo = compare("table", folder.path, "--metric", "top1_acuracy")
@@ -55,7 +55,7 @@ def test_metric_default_and_errors(folder, compare):
     assert [r["task"] for r in chosen.json] == ["wiki2_gptq"]
 
 
-def test_the_filter_of_a_metric_is_named_where_it_was_not(folder, compare):
+def test_metric_without_filter_takes_the_first_filter_and_reports_it(folder, compare):
     content = result("m", task="gsm8k")
     content["results"]["gsm8k"] = {"exact_match,strict-match": 0.4, "exact_match,flexible-extract": 0.5}
     folder.write(content)
@@ -68,7 +68,7 @@ def test_the_filter_of_a_metric_is_named_where_it_was_not(folder, compare):
     assert (out.json[0]["value"], out.json[0]["ppl"]) == (0.4, None)
 
 
-def test_stock_tasks_with_a_limit_stand_apart(folder, compare):
+def test_harness_tasks_with_another_limit_are_kept_apart(folder, compare):
     for label, samples in (("a", 1319), ("b", 1319), ("c", 100)):
         content = result(label, "GGUF", label, 4.0, task="gsm8k")
         content["configs"]["gsm8k"]["metadata"] = {"version": 3.0}
@@ -93,14 +93,14 @@ def test_stock_tasks_with_a_limit_stand_apart(folder, compare):
         ("exl3", None, (), WEIGHT_ONLY),
     ],
 )
-def test_what_met_the_weights(scheme, kernel, notes, expected):
+def test_arithmetic_follows_from_scheme_kernel_and_notes(scheme, kernel, notes, expected):
     assert arithmetic_run(scheme, kernel, notes) == expected
 
 
 @pytest.mark.parametrize(
     "arguments", [[], ["table"], ["nonsense"], ["table", "x", "--x", "weight"], ["plot", "x", "--max-x", "a"]]
 )
-def test_wrong_usage_is_exit_code_1_in_one_line(compare, arguments):
+def test_wrong_usage_is_exit_code_1_with_one_line(compare, arguments):
     out = compare(*arguments)
     assert out.code == 1
     assert len(out.err.splitlines()) == 1

@@ -1,4 +1,4 @@
-"""Figures that come of a stored reference: who compares with whom, what is noise, how it is shown."""
+"""Metrics that need a stored reference: comparability, the noise floor, and how both are shown."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def add(folder, *args, **kwargs):
     return write(folder, divergent(*args, **kwargs)[0])
 
 
-def test_only_figures_of_one_reference_compare(folder, compare):
+def test_only_figures_from_the_same_reference_are_comparable(folder, compare):
     add(folder, "a", bpw=4.0)
     add(folder, "b", bpw=5.0)
     add(folder, "c", bpw=6.0, reference="another")
@@ -41,8 +41,8 @@ def test_only_figures_of_one_reference_compare(folder, compare):
     assert all(r["comparable"] for r in mixed.json)
 
 
-def test_what_was_mixed_is_said_where_it_is_seen(folder, compare):
-    """In the table and in the picture, which name one reference."""
+def test_mixed_references_are_named_in_table_and_plot(folder, compare):
+    """Table and picture name one reference, so with --allow-mixed they name the results from another."""
     add(folder, "a", bpw=4.0)
     add(folder, "b", bpw=5.0)
     add(folder, "c", bpw=6.0, reference="another")
@@ -51,8 +51,8 @@ def test_what_was_mixed_is_said_where_it_is_seen(folder, compare):
         assert ("mixed as asked with others: c" in table) == bool(mixed)
     for mixed in (False, True):
         comparison = built(folder, allow_mixed=mixed)
-        said = [line for line in caption(comparison, arrange(comparison, False)) if "Mixed" in line]
-        assert said == (
+        lines = [line for line in caption(comparison, arrange(comparison, False)) if "Mixed" in line]
+        assert lines == (
             ["Mixed as asked, from another reference or over other tokens or samples than named above: c."]
             if mixed
             else []
@@ -60,14 +60,14 @@ def test_what_was_mixed_is_said_where_it_is_seen(folder, compare):
 
 
 @pytest.mark.parametrize("metric", ["kld_p99", "top1_agreement", "mean_delta_p", "rms_delta_p", "ppl_ratio"])
-def test_every_figure_of_a_reference_is_kept_apart(folder, compare, metric):
+def test_every_metric_that_needs_a_reference_is_kept_apart(folder, compare, metric):
     add(folder, "a", bpw=4.0)
     add(folder, "b", bpw=5.0, reference="another")
     out = compare("table", folder.path, "--metric", metric, "--format", "json")
     assert sorted(r["comparable"] for r in out.json) == [False, True]
 
 
-def test_a_reference_that_is_not_named_is_nobody_elses(folder, compare):
+def test_an_unnamed_reference_equals_no_other(folder, compare):
     for label in ("a", "b"):
         content, _ = divergent(label)
         del content["configs"][TASK]["metadata"]["divergence"]["reference"]["id"]
@@ -77,7 +77,7 @@ def test_a_reference_that_is_not_named_is_nobody_elses(folder, compare):
     assert "reference not named" in out.err
 
 
-def test_other_tokens_keep_a_divergence_apart_too(folder, compare):
+def test_divergences_over_other_tokens_are_kept_apart(folder, compare):
     add(folder, "a", bpw=4.0)
     add(folder, "b", bpw=5.0, tokens="other")
     out = compare("table", folder.path, "--metric", "kld", "--format", "json")
@@ -85,7 +85,7 @@ def test_other_tokens_keep_a_divergence_apart_too(folder, compare):
     assert "not all results are over the same tokens" in out.err
 
 
-def test_a_mean_does_not_join_references(folder, compare):
+def test_means_of_divergences_from_another_reference_are_kept_apart(folder, compare):
     for label, reference in (("a", "one"), ("b", "one"), ("c", "another")):
         content, _ = divergent(label, reference=reference)
         content["results"]["second"] = dict(content["results"][TASK])
@@ -97,7 +97,7 @@ def test_a_mean_does_not_join_references(folder, compare):
     assert {r["label"]: r["comparable"] for r in out.json} == {"a": True, "b": True, "c": False}
 
 
-def test_a_rerun_against_another_reference_is_said(folder, compare):
+def test_a_rerun_against_another_reference_is_reported(folder, compare):
     add(folder, "a", reference="one")
     add(folder, "a", reference="two", date=1_790_000_001.0)
     assert "other reference: BF16 in vllm" in compare("table", folder.path, "--metric", "kld").err
@@ -106,14 +106,14 @@ def test_a_rerun_against_another_reference_is_said(folder, compare):
 # ------------------------------------------------------------------ noise floor
 
 
-def test_full_precision_in_two_engines_is_the_floor(folder):
+def test_full_precision_in_two_engines_defines_the_noise_floor(folder):
     fill(folder, samples=False)
     comparison = built(folder)
     by_label = {p.record.label: p.y for p in comparison.points}
     assert comparison.noise_floor is not None
     assert comparison.noise_floor.low == 0
     assert comparison.noise_floor.high == max(by_label["BF16"], by_label["BF16 GGUF"])
-    assert comparison.noise_floor.words == "BF16 in vllm, rounding; BF16 GGUF in llama.cpp"
+    assert comparison.noise_floor.source_names == "BF16 in vllm, rounding; BF16 GGUF in llama.cpp"
     (notice,) = [line for line in comparison.notices if "noise floor" in line]
     assert "GGUF Q8_0" in notice
     assert "Q6_K" not in notice
@@ -128,7 +128,7 @@ def test_full_precision_in_two_engines_is_the_floor(folder):
     [("kld", 0, 0.3), ("top1_agreement", 0.7, 1), ("ppl_ratio", 0.7, 1.3), ("mean_delta_p", -0.3, 0.3),
      ("rms_delta_p", 0, 0.3)],
 )  # fmt: skip
-def test_the_floor_lies_about_what_no_difference_is(folder, metric, low, high):
+def test_noise_floor_lies_around_the_ideal_value(folder, metric, low, high):
     content, _ = divergent("BF16", "full precision", 16.0, role="reference")
     content["results"][TASK][f"{metric},none"] = {"top1_agreement": 0.7, "ppl_ratio": 1.3}.get(metric, 0.3)
     folder.write(content)
@@ -137,29 +137,29 @@ def test_the_floor_lies_about_what_no_difference_is(folder, metric, low, high):
     assert (floor.low, floor.high) == (pytest.approx(low), pytest.approx(high))
 
 
-def test_the_stored_rounding_is_the_floor_where_the_reference_itself_is_missing(folder):
+def test_stored_rounding_is_the_noise_floor_without_the_references_own_result(folder):
     add(folder, "q")
     comparison = built(folder)
     assert comparison.noise_floor.high == 2.1e-6
-    assert comparison.noise_floor.words == "BF16 in vllm, rounding"
+    assert comparison.noise_floor.source_names == "BF16 in vllm, rounding"
     assert built(folder, "kld_max").noise_floor.high == 3e-4
-    assert built(folder, "kld_p99").noise_floor is None, "nothing tells it"
+    assert built(folder, "kld_p99").noise_floor is None, "no file has it"
     add(folder, "BF16", "full precision", 16.0, 1e-6, role="reference")
     assert built(folder).noise_floor.high == {p.record.label: p.y for p in built(folder).points}["BF16"]
 
 
-def test_no_floor_without_a_reference_and_for_other_figures(folder):
+def test_no_noise_floor_without_full_precision_or_for_other_metrics(folder):
     add(folder, "q", rounding=False)
     assert built(folder).noise_floor is None
     add(folder, "BF16", "full precision", 16.0, 1e-6, role="reference")
     assert built(folder, "token_perplexity").noise_floor is None
 
 
-def test_another_model_in_full_precision_is_no_noise(folder):
+def test_another_model_in_full_precision_does_not_define_the_noise_floor(folder):
     for label, bpw in (("BF16", 16.0), ("q", 4.0), ("r", 5.0)):
         add(folder, label, "full precision" if label == "BF16" else "GGUF", bpw, rounding=False)
     add(folder, "small", "full precision", 16.0, 0.9, rounding=False, layer_parameters=1_000_000)
-    assert built(folder).noise_floor.words == "BF16 in vllm"
+    assert built(folder).noise_floor.source_names == "BF16 in vllm"
 
 
 def test_full_precision_alone_is_drawn_as_points(folder):
@@ -170,7 +170,7 @@ def test_full_precision_alone_is_drawn_as_points(folder):
     assert drawing.noise_floor is None
 
 
-def test_there_is_no_change_against_a_floor(folder, compare):
+def test_divergences_have_no_column_relative_to_a_baseline(folder, compare):
     fill(folder, samples=False)
     out = compare("table", folder.path, "--metric", "kld", "--format", "json")
     assert {r["relative_to_reference"] for r in out.json} == {None}
@@ -180,7 +180,7 @@ def test_there_is_no_change_against_a_floor(folder, compare):
 # ------------------------------------------------------------------ plot and table
 
 
-def test_a_divergence_is_drawn_on_a_logarithmic_axis_unless_told(folder, compare, tmp_path):
+def test_divergences_have_a_logarithmic_axis_by_default(folder, compare, tmp_path):
     fill(folder, samples=False)
     content, _ = divergent("exact", bpw=7.0)
     content["results"][TASK]["kld,none"] = -1e-9
@@ -194,7 +194,7 @@ def test_a_divergence_is_drawn_on_a_logarithmic_axis_unless_told(folder, compare
     assert "not drawn" not in linear.err
 
 
-def test_nothing_above_zero_needs_no_logarithm(folder):
+def test_divergences_without_positive_values_have_a_linear_axis(folder):
     content, _ = divergent("exact", rounding=False)
     content["results"][TASK]["kld,none"] = 0.0
     folder.write(content)
@@ -213,19 +213,19 @@ def test_same_input_same_bytes(folder, compare, tmp_path, suffix, extra):
     assert (tmp_path / f"a.{suffix}").read_bytes() == (tmp_path / f"b.{suffix}").read_bytes()
 
 
-def test_the_picture_says_what_the_band_is(folder, compare, tmp_path):
+def test_plot_caption_explains_the_noise_floor_band(folder, compare, tmp_path):
     from compare.plot.captions import texts
 
     fill(folder, samples=False)
     comparison = built(folder)
-    said = texts(comparison, arrange(comparison, None), None)
-    assert "reference: BF16 in vllm 0.26.0 (bfloat16)" in said.subtitle
-    assert "noise floor" in " ".join(said.caption)
-    assert "BF16 in vllm, rounding; BF16 GGUF in llama.cpp" in " ".join(said.caption)
-    assert "GGUF Q8_0" in said.caption[-1]
+    around = texts(comparison, arrange(comparison, None), None)
+    assert "reference: BF16 in vllm 0.26.0 (bfloat16)" in around.subtitle
+    assert "noise floor" in " ".join(around.caption)
+    assert "BF16 in vllm, rounding; BF16 GGUF in llama.cpp" in " ".join(around.caption)
+    assert "GGUF Q8_0" in around.caption[-1]
 
 
-def test_the_table_of_a_divergence_has_what_stands_beside_it(folder, compare):
+def test_table_of_a_divergence_has_the_columns_beside_it(folder, compare):
     content, _ = divergent("q")
     content["results"][TASK].update({"kld_median,none": 0.0123, "kld_p99,none": 0.4567, "top1_agreement,none": 0.8765,
                                      "ppl_ratio,none": 1.0432})  # fmt: skip
@@ -245,13 +245,13 @@ def test_the_table_of_a_divergence_has_what_stands_beside_it(folder, compare):
     assert "Median" not in compare("table", folder.path, "--metric", "kld_p99", "--format", "md").out
 
 
-def test_who_is_noise_stands_in_the_table(folder, compare):
+def test_table_marks_models_within_the_noise_floor(folder, compare):
     fill(folder, samples=False)
     lines = compare("table", folder.path, "--metric", "kld", "--format", "md").out.splitlines()
-    said = {line.split(" | ")[0].strip("| "): line for line in lines if line.startswith("| ")}
-    assert "| floor |" in said["BF16"]
-    assert "| within |" in said["GGUF Q8\\_0"]
-    assert "within" not in said["GGUF Q6\\_K"]
+    rows = {line.split(" | ")[0].strip("| "): line for line in lines if line.startswith("| ")}
+    assert "| floor |" in rows["BF16"]
+    assert "| within |" in rows["GGUF Q8\\_0"]
+    assert "within" not in rows["GGUF Q6\\_K"]
 
 
 def test_metrics_of_different_columns_make_one_csv(folder, compare):
@@ -262,17 +262,17 @@ def test_metrics_of_different_columns_make_one_csv(folder, compare):
     assert all(bool(row["kld_median"]) == (row["metric"] == "kld,none") for row in rows)
 
 
-def test_what_several_metrics_have_to_say_is_said_once(folder, compare):
+def test_notices_of_several_metrics_appear_once(folder, compare):
     fill(folder, samples=False)
     out = compare("table", folder.path, "--metric", "kld", "--metric", "top1_agreement")
-    assert out.err.count("within the noise floor") == 2, "one a metric"
+    assert out.err.count("within the noise floor") == 2, "one per metric"
     assert out.err.count("top1_agreement: within the noise floor") == 1
 
 
-# ------------------------------------------------------------------ what strangers may write
+# ------------------------------------------------------------------ untrusted content
 
 
-def said(**changes):
+def divergence_block(**changes):
     content, _ = divergent()
     block = content["configs"][TASK]["metadata"]["divergence"]
     for path, value in changes.items():
@@ -284,14 +284,14 @@ def said(**changes):
     return read_divergence({"divergence": block})
 
 
-def test_sound_content_is_read():
-    found = said()
-    assert found.role == "comparison"
-    assert found.quantile(50) == dict(found.quantiles)[50] > 0
-    assert found.histogram.total == 8000
-    assert sum(n * w for n, w in zip(found.histogram.densities(), [0.25] * 48, strict=True)) == pytest.approx(1.0)
-    assert [b.low for b in found.buckets] == [0, 0.25, 0.5, 0.75, 0.95]
-    assert sum(b.tokens for b in found.buckets) == 8000
+def test_sound_divergence_is_read():
+    divergence = divergence_block()
+    assert divergence.role == "comparison"
+    assert divergence.quantile(50) == dict(divergence.quantiles)[50] > 0
+    assert divergence.histogram.total == 8000
+    assert sum(n * w for n, w in zip(divergence.histogram.densities(), [0.25] * 48, strict=True)) == pytest.approx(1.0)
+    assert [b.low for b in divergence.buckets] == [0, 0.25, 0.5, 0.75, 0.95]
+    assert sum(b.tokens for b in divergence.buckets) == 8000
 
 
 @pytest.mark.parametrize(
@@ -320,15 +320,15 @@ def test_sound_content_is_read():
         ({"by_confidence": [{}] * 10_000}, "buckets"),
     ],
 )
-def test_unsound_content_is_nothing(change, lost):
-    found = said(**change)
-    assert not getattr(found, lost)
-    assert getattr(said(), lost)
+def test_unsound_divergence_values_are_left_out(change, lost):
+    divergence = divergence_block(**change)
+    assert not getattr(divergence, lost)
+    assert getattr(divergence_block(), lost)
 
 
 @pytest.mark.parametrize("value", [None, 1, "x", [], {}, {"reference": 1}, {"reference": {"id": ["x"]}}])
 @pytest.mark.parametrize("command", [("table",), ("plot", "-o", "OUT.png"), ("report", "-o", "OUT.html")])
-def test_a_broken_block_stops_nothing(folder, compare, tmp_path, value, command):
+def test_a_malformed_divergence_block_does_not_stop_a_command(folder, compare, tmp_path, value, command):
     content = result()
     content["results"][TASK]["kld,none"] = 0.1
     content["configs"][TASK]["metadata"]["divergence"] = value

@@ -1,4 +1,4 @@
-"""`compare table --versus`: differences in pairs, against scipy's own tests and tables worked by hand."""
+"""`compare table --versus`: paired differences, checked against scipy's tests and tables worked by hand."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ import pytest
 from scipy import stats
 
 from compare.comparison.significance import blocks_of, bootstrap, holm, mcnemar
+from compare.metrics import mean
 from tests.compare.conftest import sha
 from tests.compare.divergence_files import TASK, divergent, fill, write, write_samples
 from tests.compare.harness_files import suite
-
-MEAN = lambda total, count: total / count  # noqa: E731
-
 
 # ------------------------------------------------------------------ the statistics
 
@@ -27,47 +25,46 @@ def rows(values, counts=None):
 
 
 @pytest.mark.parametrize("blocks", [5, 8, 60, 3000])
-def test_the_interval_of_a_mean_is_the_paired_t_interval(blocks):
-    """For equal counts the bootstrap's error of a mean is the standard error in closed form: scipy has the interval."""
+def test_interval_of_a_mean_equals_scipys_paired_t_interval(blocks):
+    """For equal counts the bootstrap error of a mean has a closed form, the standard error that scipy uses."""
     rng = np.random.default_rng(blocks)
     shared = rng.normal(0, 5, blocks)
     a, b = shared + rng.normal(0.3, 1, blocks), shared + rng.normal(0, 1, blocks)
-    found, expected = bootstrap(rows(a), rows(b), MEAN), stats.ttest_rel(a, b)
+    paired, expected = bootstrap(rows(a), rows(b), mean), stats.ttest_rel(a, b)
     interval = expected.confidence_interval(0.95)
-    assert found.difference == pytest.approx((a - b).mean(), rel=1e-12)
-    assert (found.low, found.high) == (pytest.approx(interval.low, abs=0.06), pytest.approx(interval.high, abs=0.06))
-    assert found.p == pytest.approx(expected.pvalue, abs=0.03)
-    assert found.high - found.low == pytest.approx(interval.high - interval.low, rel=0.05)
+    assert paired.value == pytest.approx((a - b).mean(), rel=1e-12)
+    assert (paired.low, paired.high) == (pytest.approx(interval.low, abs=0.06), pytest.approx(interval.high, abs=0.06))
+    assert paired.p == pytest.approx(expected.pvalue, abs=0.03)
+    assert paired.high - paired.low == pytest.approx(interval.high - interval.low, rel=0.05)
     apart = stats.ttest_ind(a, b).confidence_interval(0.95)
-    assert found.high - found.low < 0.6 * (apart.high - apart.low), "what both share cancels"
+    assert paired.high - paired.low < 0.6 * (apart.high - apart.low), "the common part cancels"
 
 
-def test_the_difference_of_two_perplexities_by_the_delta_method():
+def test_difference_of_two_perplexities_agrees_with_the_delta_method():
     """Var(exp x̄ − exp ȳ) ≈ Var of the mean of e^x̄ x − e^ȳ y, blocks weighing by their tokens."""
     rng = np.random.default_rng(4)
     counts = rng.integers(900, 1100, 40).astype(float)
     base = rng.normal(2.2, 0.2, 40)
     a, b = base + rng.normal(0.05, 0.02, 40), base + rng.normal(0, 0.02, 40)
-    found = bootstrap(rows(a * counts, counts), rows(b * counts, counts), lambda t, c: np.exp(t / c))
+    paired = bootstrap(rows(a * counts, counts), rows(b * counts, counts), lambda t, c: np.exp(t / c))
     weights = counts / counts.sum()
     x, y = (a * weights).sum(), (b * weights).sum()
-    assert found.difference == pytest.approx(math.exp(x) - math.exp(y), rel=1e-12)
+    assert paired.value == pytest.approx(math.exp(x) - math.exp(y), rel=1e-12)
     influence = weights * (math.exp(x) * (a - x) - math.exp(y) * (b - y))
     error = math.sqrt((influence**2).sum() * 40 / 39)
     half = stats.t.ppf(0.975, 39) * error
-    assert found.high - found.difference == pytest.approx(half, rel=0.04)
+    assert paired.high - paired.value == pytest.approx(half, rel=0.04)
 
 
 @pytest.mark.parametrize("blocks", [5, 6, 10])
-def test_few_blocks_are_covered(blocks):
-    """1,500 samples of a true difference of 0.2: the interval holds it 95 times in a hundred, which the percentiles of
-    the same resamples miss by far."""
+def test_interval_from_few_blocks_has_its_nominal_coverage(blocks):
+    """1,500 samples of a true difference of 0.2: 95 % of the intervals contain it, unlike percentile intervals."""
     rng = np.random.default_rng(blocks)
     covered = percentile = 0
     for _ in range(1500):
         a, b = rng.normal(0.2, 1, blocks), rng.normal(0, 0.3, blocks)
-        found = bootstrap(rows(a), rows(b), MEAN)
-        covered += found.low <= 0.2 <= found.high
+        paired = bootstrap(rows(a), rows(b), mean)
+        covered += paired.low <= 0.2 <= paired.high
         means = (a - b)[rng.integers(blocks, size=(400, blocks))].mean(axis=1)
         low, high = np.percentile(means, [2.5, 97.5])
         percentile += low <= 0.2 <= high
@@ -77,57 +74,60 @@ def test_few_blocks_are_covered(blocks):
 
 def test_equal_models_are_not_told_apart():
     values = np.arange(6.0)
-    found = bootstrap(rows(values), rows(values), MEAN)
-    assert (found.difference, found.low, found.high, found.p) == (0, 0, 0, 1)
-    shifted = bootstrap(rows(values + 1), rows(values), MEAN)
-    assert shifted.difference == 1
+    paired = bootstrap(rows(values), rows(values), mean)
+    assert (paired.value, paired.low, paired.high, paired.p) == (0, 0, 0, 1)
+    shifted = bootstrap(rows(values + 1), rows(values), mean)
+    assert shifted.value == 1
     assert shifted.p < 1e-9
 
 
-def test_below_five_blocks_there_is_no_verdict():
-    found = bootstrap(rows(np.arange(4.0)), rows(np.arange(4.0) + 1), MEAN)
-    assert (found.difference, found.low, found.high, found.p) == (-1, None, None, None)
+def test_fewer_than_five_blocks_give_no_interval():
+    paired = bootstrap(rows(np.arange(4.0)), rows(np.arange(4.0) + 1), mean)
+    assert (paired.value, paired.low, paired.high, paired.p) == (-1, None, None, None)
 
 
-def test_windows_that_fill_no_block_join_the_last():
+def test_leftover_windows_join_the_last_block():
     table = blocks_of([(float(i), 1.0) for i in range(11)], 4)
     assert table.tolist() == [[0 + 1 + 2 + 3, 4], [4 + 5 + 6 + 7 + 8 + 9 + 10, 7]]
     assert blocks_of([(1.0, 2.0)] * 3, 4).tolist() == [[3, 6]]
 
 
-def test_mcnemar_by_hand():
+def test_mcnemar_worked_by_hand():
     """10 documents that only the first has right, 2 that only the second has, of 100: p = 2 · Σ C(12, 0…2) / 2¹²."""
     a = [1.0] * 60 + [1.0] * 10 + [0.0] * 2 + [0.0] * 28
     b = [1.0] * 60 + [0.0] * 10 + [1.0] * 2 + [0.0] * 28
-    found = mcnemar(a, b)
-    assert found.difference == pytest.approx(0.08)
-    assert found.p == pytest.approx(2 * (1 + 12 + 66) / 2**12, rel=1e-12)
+    paired = mcnemar(a, b)
+    assert paired.value == pytest.approx(0.08)
+    assert paired.p == pytest.approx(2 * (1 + 12 + 66) / 2**12, rel=1e-12)
     # Bonett and Price: 11 and 3 of 102
     p12, p21 = 11 / 102, 3 / 102
     half = 1.959964 * math.sqrt((p12 + p21 - (p12 - p21) ** 2) / 102)
-    assert (found.low, found.high) == (pytest.approx(8 / 102 - half, rel=1e-5), pytest.approx(8 / 102 + half, rel=1e-5))
+    assert (paired.low, paired.high) == (
+        pytest.approx(8 / 102 - half, rel=1e-5),
+        pytest.approx(8 / 102 + half, rel=1e-5),
+    )
     other = mcnemar(b, a)
-    assert (other.difference, other.p) == (-found.difference, found.p)
+    assert (other.value, other.p) == (-paired.value, paired.p)
 
 
 def test_mcnemar_without_a_discordant_pair():
-    found = mcnemar([1.0, 0.0] * 50, [1.0, 0.0] * 50)
-    assert (found.difference, found.p) == (0, 1)
-    assert found.low < 0 < found.high
+    paired = mcnemar([1.0, 0.0] * 50, [1.0, 0.0] * 50)
+    assert (paired.value, paired.p) == (0, 1)
+    assert paired.low < 0 < paired.high
 
 
-def test_the_interval_of_a_share_is_covered():
-    """True difference 0.03 of 200 documents, answers of both models going together."""
+def test_interval_of_a_share_has_its_nominal_coverage():
+    """True difference 0.03 over 200 documents, with correlated models."""
     rng = np.random.default_rng(1)
     covered = 0
     for _ in range(2000):
         kind = rng.choice(4, size=200, p=[0.5, 0.08, 0.05, 0.37])  # both, only first, only second, neither
-        found = mcnemar((kind <= 1).astype(float).tolist(), ((kind == 0) | (kind == 2)).astype(float).tolist())
-        covered += found.low <= 0.03 <= found.high
+        paired = mcnemar((kind <= 1).astype(float).tolist(), ((kind == 0) | (kind == 2)).astype(float).tolist())
+        covered += paired.low <= 0.03 <= paired.high
     assert 0.94 < covered / 2000 < 0.98
 
 
-def test_holm_by_hand():
+def test_holm_worked_by_hand():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([]) == []
     assert holm([0.9, 0.8]) == [1.0, 1.0]
@@ -141,8 +141,8 @@ def json_of(out):
     return out.by_label()
 
 
-def test_differences_in_pairs_on_windows(folder, compare):
-    """The same blocks by hand: 20 windows in fives of four, summed; scipy's paired test of their means."""
+def test_paired_differences_over_windows(folder, compare):
+    """By hand: 20 windows in five blocks of four, summed; then scipy's paired test of their means."""
     contents = {}
     for number, (label, size) in enumerate((("base", 0.01), ("near", 0.0101), ("far", 0.08))):
         contents[label] = divergent(label, size=size, seed=number)
@@ -154,13 +154,13 @@ def test_differences_in_pairs_on_windows(folder, compare):
     }
     for label in ("near", "far"):
         expected = stats.ttest_rel(means[label], means["base"])
-        interval, found = expected.confidence_interval(0.95), records[label]
-        assert found["difference"] == pytest.approx(expected.statistic * expected._standard_error, rel=1e-9)
-        assert found["difference_high"] - found["difference_low"] == pytest.approx(
+        interval, record = expected.confidence_interval(0.95), records[label]
+        assert record["difference"] == pytest.approx(expected.statistic * expected._standard_error, rel=1e-9)
+        assert record["difference_high"] - record["difference_low"] == pytest.approx(
             interval.high - interval.low, rel=0.03
         )
-        assert found["p"] == pytest.approx(expected.pvalue, rel=0.15)
-        assert "5 blocks of 4 windows" in found["versus_method"]
+        assert record["p"] == pytest.approx(expected.pvalue, rel=0.15)
+        assert "5 blocks of 4 windows" in record["versus_method"]
     assert (records["far"]["verdict"], records["far"]["separated"]) == ("worse", True)
     assert (records["near"]["verdict"], records["near"]["separated"]) == ("not told apart", False)
     assert records["far"]["p_holm"] == pytest.approx(2 * records["far"]["p"])
@@ -168,7 +168,7 @@ def test_differences_in_pairs_on_windows(folder, compare):
     assert records["base"]["verdict"] == "baseline"
 
 
-def test_direction_makes_better_or_worse(folder, compare):
+def test_direction_of_the_metric_decides_better_or_worse(folder, compare):
     for number, (label, size) in enumerate((("base", 0.002), ("far", 0.08))):
         write(folder, *divergent(label, size=size, seed=number))
     for metric in ("top1_agreement", "token_perplexity", "kld"):
@@ -178,7 +178,7 @@ def test_direction_makes_better_or_worse(folder, compare):
         assert records["base"]["verdict"] == "better", metric
 
 
-def test_every_format(folder, compare, tmp_path):
+def test_every_format_has_the_pairs(folder, compare, tmp_path):
     fill(folder)
     chosen = ("--metric", "kld", "--metric", "top1_agreement", "--versus", "q4_k_m")
     terminal = compare("table", folder.path, *chosen).out
@@ -195,7 +195,7 @@ def test_every_format(folder, compare, tmp_path):
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 200])
-def test_a_narrow_terminal_loses_no_verdict(folder, compare, monkeypatch, width):
+def test_a_narrow_terminal_shows_every_verdict(folder, compare, monkeypatch, width):
     fill(folder)
     monkeypatch.setenv("COLUMNS", str(width))
     for versus in ([], ["--versus", "q4_k_m"]):
@@ -211,7 +211,7 @@ def test_a_narrow_terminal_loses_no_verdict(folder, compare, monkeypatch, width)
             assert out.count(" worse") == sum(record["verdict"] == "worse" for record in records)
 
 
-def test_too_few_windows(folder, compare):
+def test_too_few_windows_give_no_verdict(folder, compare):
     for number, (label, size) in enumerate((("base", 0.01), ("far", 0.08))):
         write(folder, *divergent(label, size=size, seed=number, windows=16))
     out = compare("table", folder.path, "--metric", "kld", "--versus", "base", "--format", "json")
@@ -222,7 +222,7 @@ def test_too_few_windows(folder, compare):
     assert "allow no verdict" in compare("table", folder.path, "--metric", "kld", "--versus", "base").out
 
 
-def test_samples_that_are_missing_are_named(folder, compare):
+def test_missing_samples_are_named(folder, compare):
     write(folder, *divergent("base", seed=1))
     write(folder, *divergent("b", size=0.05, seed=2))
     bare = write(folder, divergent("c", size=0.05, seed=3)[0])
@@ -230,17 +230,17 @@ def test_samples_that_are_missing_are_named(folder, compare):
     assert json_of(out)["b"]["verdict"] == "worse"
     assert json_of(out)["c"]["difference"] is None
     (line,) = [line for line in out.err.splitlines() if "no pair: c" in line]
-    assert f"{bare.parent}/samples_{TASK}_{bare.stem.removeprefix('results_')}.jsonl is not there" in line
+    assert f"{bare.parent}/samples_{TASK}_{bare.stem.removeprefix('results_')}.jsonl does not exist" in line
     assert "--log_samples" in line
     nothing = compare("table", folder.path, "--metric", "kld", "--versus", "c")
     assert nothing.code == 2
     assert nothing.out == ""
-    assert nothing.err.splitlines()[-1].startswith("compare: --versus c: no pair can be made: ")
+    assert nothing.err.splitlines()[-1].startswith("compare: --versus c: no pair can be formed: ")
     assert "--log_samples" in nothing.err
 
 
-def test_the_date_of_a_file_named_otherwise(folder, compare):
-    """The harness puts it behind the name of an output path that ends in .json."""
+def test_samples_beside_a_file_with_its_own_name(folder, compare):
+    """The harness appends the date to the name of an output path that ends in .json."""
     for number, label in enumerate(("base", "b")):
         content, lines = divergent(label, size=0.01 * (number + 1), seed=number)
         date = f"2026-11-24T10-00-0{number}.123456"
@@ -252,8 +252,8 @@ def test_the_date_of_a_file_named_otherwise(folder, compare):
 
 
 @pytest.mark.parametrize("path", ["out", "out/own.json"])
-def test_files_that_the_harness_itself_named(tmp_path, compare, path):
-    """Its own tracker writes results and samples, into a folder, and beside a file that was named."""
+def test_samples_written_by_the_harness_are_located(tmp_path, compare, path):
+    """Its own tracker writes results and samples, into a folder or beside a named file."""
     from lm_eval.loggers import EvaluationTracker
 
     for number, label in enumerate(("base", "b")):
@@ -276,19 +276,19 @@ def test_files_that_the_harness_itself_named(tmp_path, compare, path):
         (lambda lines: lines[3]["kld"].update(nonfinite=2), "window 3: 2 log-probabilities are not finite"),
         (lambda lines: lines[3]["kld"].update(total=None), "window 3: some log-probabilities are not finite"),
         (lambda lines: lines[3]["kld"].update(window="x"), "has no window"),
-        (lambda lines: lines[3].update(doc=7), "window 3 does not say where it lies"),
-        (lambda lines: lines.append(lines[3]), "line 21: document 3 stands there twice"),
+        (lambda lines: lines[3].update(doc=7), "window 3 lacks start, end or first_target"),
+        (lambda lines: lines.append(lines[3]), "line 21: document 3 appears twice"),
         (lambda lines: lines[3].update(kld=[1, 2, 3]), "line 4: kld is not a finite number"),
-        (lambda lines: lines[3]["kld"].update(total=9999.0), "they are of another run"),
-        (lambda lines: [line.pop("kld") for line in lines], "hold no kld; they hold kld, token_perplexity"),
+        (lambda lines: lines[3]["kld"].update(total=9999.0), "they belong to another run"),
+        (lambda lines: [line.pop("kld") for line in lines], "have no kld; they have kld, token_perplexity"),
     ],
 )
-def test_samples_that_do_not_fit(folder, compare, damage, reason):
+def test_samples_that_do_not_match_are_refused(folder, compare, damage, reason):
     write(folder, *divergent("base", seed=1))
     write(folder, *divergent("other", size=0.05, seed=3))
     content, lines = divergent("b", size=0.05, seed=2)
     damage(lines)
-    if len(lines) == 19:  # a run of fewer windows, sound in itself
+    if len(lines) == 19:  # a consistent run of fewer windows
         content["results"][TASK]["kld,none"] = sum(line["kld"]["total"] for line in lines) / 400 / 19
     write(folder, content, lines)
     out = compare("table", folder.path, "--metric", "kld", "--versus", "base", "--format", "json")
@@ -299,7 +299,7 @@ def test_samples_that_do_not_fit(folder, compare, damage, reason):
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[1]\n", b"\xff\xfe\n", b"[" * 100_000, b"null\n"])
-def test_files_of_samples_that_are_none(folder, compare, text):
+def test_malformed_sample_files_are_refused(folder, compare, text):
     write(folder, *divergent("base", seed=1))
     file = write(folder, *divergent("b", size=0.05, seed=2))
     beside = next(file.parent.glob("samples_*.jsonl"))
@@ -311,7 +311,7 @@ def test_files_of_samples_that_are_none(folder, compare, text):
     assert "Traceback" not in out.err
 
 
-def test_other_tokens_and_other_references_make_no_pair(folder, compare):
+def test_results_over_other_tokens_or_references_form_no_pair(folder, compare):
     write(folder, *divergent("base", seed=1))
     write(folder, *divergent("same", size=0.05, seed=2))
     write(folder, *divergent("tokens", size=0.05, seed=3, tokens="other"))
@@ -327,11 +327,11 @@ def test_other_tokens_and_other_references_make_no_pair(folder, compare):
     assert json_of(perplexity)["reference"]["verdict"] == "worse", "a perplexity needs no reference"
 
 
-def test_labels_that_are_none_or_several(folder, compare):
+def test_unknown_and_ambiguous_labels_are_refused(folder, compare):
     fill(folder)
     several = compare("table", folder.path, "--metric", "kld", "--versus", "exl3")
     assert several.code == 1
-    assert "several models are called that: EXL3 3.0bpw, EXL3 4.0bpw" in several.err
+    assert "several models have such a label: EXL3 3.0bpw, EXL3 4.0bpw" in several.err
     nobody = compare("table", folder.path, "--metric", "kld", "--versus", "GGUF Q4_M")
     assert nobody.code == 1
     assert "did you mean GGUF Q4_K_M" in nobody.err
@@ -355,7 +355,7 @@ def add_task(folder, label, task, metric, values, figure, **keywords):
     return write(folder, content, documents(task, values, metric), task)
 
 
-def test_accuracies_by_mcnemar(folder, compare):
+def test_accuracies_are_tested_by_mcnemar(folder, compare):
     rng = np.random.default_rng(3)
     base = (rng.random(300) < 0.6).astype(float)
     other = np.where(rng.random(300) < 0.85, base, 0.0)
@@ -372,7 +372,7 @@ def test_accuracies_by_mcnemar(folder, compare):
     assert (records["same"]["verdict"], records["same"]["p"]) == ("not told apart", 1.0)
 
 
-def test_other_figures_by_a_bootstrap_over_documents(folder, compare):
+def test_other_figures_are_bootstrapped_over_documents(folder, compare):
     rng = np.random.default_rng(3)
     base = rng.random(80)
     other = base + rng.normal(0.02, 0.05, 80)
@@ -385,8 +385,8 @@ def test_other_figures_by_a_bootstrap_over_documents(folder, compare):
     assert "80 documents" in record["other"]["versus_method"]
 
 
-def test_rolling_perplexities(folder, compare):
-    """Pairs of log-likelihood and words, as the harness logs them of wikitext."""
+def test_rolling_perplexities_are_bootstrapped_over_documents(folder, compare):
+    """(log-likelihood, words) per document, as the harness logs them for wikitext."""
     rng = np.random.default_rng(3)
     words = rng.integers(500, 5000, 62).astype(float)
     hard = rng.normal(2.5, 0.2, 62)
@@ -401,19 +401,19 @@ def test_rolling_perplexities(folder, compare):
     assert record["difference"] == pytest.approx(record["value"] - record["value"] / math.exp(0.03), rel=0.05)
 
 
-def test_a_group_is_its_documents(folder, compare):
-    """mmlu of nine subtasks: 1,450 documents, each subtask's in a file of its own."""
+def test_a_group_pairs_the_documents_of_its_subtasks(folder, compare):
+    """mmlu with nine subtasks: 1,450 documents, one file per subtask."""
     truth = {}
     for number, label in enumerate(("base", "other")):
         content, rng, values = suite(label, tasks=("mmlu",)), np.random.default_rng(5), {}
         file = folder.write(content)
-        for task, said in content["configs"].items():
+        for task, config in content["configs"].items():
             count = content["n-samples"][task]["effective"]
-            found = (rng.random(count) < 0.6).astype(float)
-            values[task] = found * (rng.random(count) < 1 - 0.1 * number)
+            correct = (rng.random(count) < 0.6).astype(float)
+            values[task] = correct * (rng.random(count) < 1 - 0.1 * number)
             write_samples(file, documents(task, values[task].tolist()), task)
             content["results"][task]["acc,none"] = float(values[task].mean())
-            assert said["task"] == task
+            assert config["task"] == task
         truth[label] = np.concatenate(list(values.values()))
         content["results"]["mmlu"]["acc,none"] = content["groups"]["mmlu"]["acc,none"] = float(truth[label].mean())
         file.write_text(json.dumps(content))
@@ -435,7 +435,7 @@ def test_a_group_is_its_documents(folder, compare):
         (lambda line: line.update(acc=float("nan")), "acc is not a finite number"),
     ],
 )  # fmt: skip
-def test_other_documents_make_no_pair(folder, compare, damage, reason):
+def test_other_documents_form_no_pair(folder, compare, damage, reason):
     values = [1.0, 0.0] * 20
     for label in ("base", "good", "bad"):
         add_task(folder, label, "hellaswag", "acc", values, 0.5)
@@ -448,7 +448,7 @@ def test_other_documents_make_no_pair(folder, compare, damage, reason):
     assert reason in out.err
 
 
-def test_the_filter_that_was_asked_for(folder, compare):
+def test_samples_of_the_chosen_filter_are_used(folder, compare):
     for label, strict, flexible in (("base", 1.0, 0.0), ("other", 0.0, 1.0)):
         content = suite(label, tasks=("gsm8k",), limit=40)
         content["results"]["gsm8k"].update(
@@ -463,15 +463,15 @@ def test_the_filter_that_was_asked_for(folder, compare):
         assert json_of(compare("table", folder.path, *chosen))["other"]["verdict"] == verdict
 
 
-def test_a_figure_that_is_no_mean_of_documents_is_not_taken_for_one(folder, compare):
+def test_a_figure_that_samples_do_not_add_up_to_is_refused(folder, compare):
     for label in ("base", "other"):
         add_task(folder, label, "hellaswag", "acc", [1.0, 0.0] * 20, 0.9)
     out = compare("table", folder.path, "--metric", "hellaswag/acc", "--versus", "base")
     assert out.code == 2
-    assert "make 0.5, the result file says 0.9" in out.err
+    assert "give 0.5, but the result file has 0.9" in out.err
 
 
-def test_a_mean_of_tasks_has_no_pairs(folder, compare):
+def test_versus_refuses_a_mean_of_tasks(folder, compare):
     for label in ("base", "other"):
         folder.write(suite(label, tasks=("hellaswag",)))
     chosen = ("--metric", "hellaswag/acc", "--metric", "hellaswag/acc_norm", "--mean", "--versus", "base")
@@ -481,7 +481,7 @@ def test_a_mean_of_tasks_has_no_pairs(folder, compare):
 
 
 @pytest.mark.parametrize("name", ["../../secret", "a/b", "a\0b", "x" * 300])
-def test_a_task_names_no_file_elsewhere(folder, compare, name):
+def test_a_task_name_cannot_lead_to_another_folder(folder, compare, name):
     for label in ("base", "other"):
         content, _ = divergent(label)
         for key in ("results", "configs", "higher_is_better", "n-samples"):

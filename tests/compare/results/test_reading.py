@@ -1,4 +1,4 @@
-"""Whatever lies in the folder: what can be used is, the rest is named."""
+"""Reading result folders: usable files are read, all others are named with the reason."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BROKEN = {
 }
 
 
-def test_broken_files_are_named_and_the_rest_is_used(folder, compare):
+def test_unusable_files_are_named_and_the_others_are_read(folder, compare):
     folder.add("good")
     for name, data in BROKEN.items():
         folder.raw(name, data)
@@ -44,7 +44,7 @@ def test_broken_files_are_named_and_the_rest_is_used(folder, compare):
 
 
 @pytest.mark.parametrize("command", [["table"], ["plot", "-o", "x.png"]])
-def test_nothing_usable_is_exit_code_2(folder, compare, command, monkeypatch, tmp_path):
+def test_no_usable_file_is_exit_code_2(folder, compare, command, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     folder.raw("results_bad.json", b"{")
     out = compare(command[0], folder.path, *command[1:])
@@ -54,7 +54,7 @@ def test_nothing_usable_is_exit_code_2(folder, compare, command, monkeypatch, tm
     assert not (tmp_path / "x.png").exists()
 
 
-def test_a_queue_is_not_waited_for(folder):
+def test_a_named_pipe_is_not_read(folder):
     os.mkfifo(folder.path / "results_pipe.json")
     (problem,) = read_results([folder.path]).problems
     assert "regular file" in problem.reason
@@ -76,7 +76,7 @@ def test_unreadable_file_is_named(folder, compare, monkeypatch):
     assert f"skipped: {locked}: Permission denied" in out.err
 
 
-def test_figures_that_are_none(folder):
+def test_null_nan_and_text_figures_are_none(folder):
     content = result(ppl=float("nan"), stderr="N/A")
     content["results"]["wiki2_strided"] |= {"a,none": None, "b,none": True, "c,none": "text", "d,none": float("inf")}
     (record,) = read_file(folder.write(content))
@@ -86,7 +86,7 @@ def test_figures_that_are_none(folder):
     assert record.metric("d,none").value is None
 
 
-def test_wrong_types_in_quantization_are_unknown(folder):
+def test_wrong_types_in_the_quantization_block_are_unknown(folder):
     content = result(layer_bpw="4.5", head_bpw=True, vram_gb=-1, weight_bytes=[1], notes="x", family=7, kernel={})
     (record,) = read_file(folder.write(content))
     q = record.quantization
@@ -96,7 +96,7 @@ def test_wrong_types_in_quantization_are_unknown(folder):
 
 
 @pytest.mark.parametrize(
-    ("said", "expected"),
+    ("arguments", "expected"),
     [
         ("pretrained=/m/SmolLM2,dtype=float32", {"pretrained": "/m/SmolLM2", "dtype": "float32"}),
         ({"pretrained": "x", "n": 3}, {"pretrained": "x", "n": "3"}),
@@ -105,8 +105,8 @@ def test_wrong_types_in_quantization_are_unknown(folder):
         ([1], {}),
     ],
 )
-def test_model_arguments(said, expected):
-    assert model_arguments(said) == expected
+def test_model_arguments(arguments, expected):
+    assert model_arguments(arguments) == expected
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_model_arguments(said, expected):
         ("pretrained=/m/repo,gguf_file=a-Q4_K_M.gguf,dtype=float32", "unknown"),
     ],
 )
-def test_stock_models(folder, model_args, family):
+def test_quantization_is_inferred_without_the_block(folder, model_args, family):
     content = result(quantized=False)
     content["config"] |= {"model": "hf", "model_args": model_args}
     (record,) = read_file(folder.write(content))
@@ -131,7 +131,7 @@ def test_stock_models(folder, model_args, family):
     assert record.label.startswith("hf ")
 
 
-def test_a_rerun_replaces_the_older_and_says_so(folder, compare):
+def test_a_rerun_replaces_the_older_result_and_is_reported(folder, compare):
     new = folder.add("m", ppl=8.0, date=2_000.0)
     old = folder.add("m", ppl=9.0, date=1_000.0)
     out = compare("table", folder.path, "--format", "json")
@@ -139,7 +139,7 @@ def test_a_rerun_replaces_the_older_and_says_so(folder, compare):
     assert f"{new} (1970-01-01 00:33:20 UTC) replaces {old}" in out.err
 
 
-def test_equal_labels_of_different_checkpoints_stay_two(folder, compare):
+def test_equal_labels_of_different_checkpoints_become_distinct(folder, compare):
     for family, scheme in (("GGUF", "Q4_0"), ("GGUF", "Q4_1")):
         folder.add("4 bit", family, scheme, 4.5, 8.0)
     out = compare("table", folder.path, "--format", "json")
@@ -147,7 +147,7 @@ def test_equal_labels_of_different_checkpoints_stay_two(folder, compare):
     assert "re-run" not in out.err
 
 
-def test_a_file_named_twice_is_one(folder, compare):
+def test_a_file_given_twice_is_read_once(folder, compare):
     file = folder.add()
     out = compare("table", folder.path, file, file.parent, "--format", "json")
     assert len(out.json) == 1
@@ -167,7 +167,7 @@ JSON = st.recursive(
      "config.model_args", "config.quantization.label", "configs.wiki2_strided", "configs.wiki2_strided.metadata",
      "results.wiki2_strided", "configs.wiki2_strided.metadata.windows", "config.quantization.notes"]
 ))  # fmt: skip
-def test_junk_anywhere_is_read_or_refused(tmp_path: Path, junk, where):
+def test_junk_in_any_place_is_read_or_refused(tmp_path: Path, junk, where):
     content = result()
     *parents, last = where.split(".")
     target = content
@@ -180,8 +180,8 @@ def test_junk_anywhere_is_read_or_refused(tmp_path: Path, junk, where):
     assert len(reading.records) >= 1 or len(reading.problems) == 1
 
 
-def test_a_file_of_the_stock_harness(tmp_path, monkeypatch):
-    """Written by lm-eval itself: its dummy model on a three-line task."""
+def test_a_file_written_by_the_harness(tmp_path, monkeypatch):
+    """lm-eval writes the file: its dummy model on a task of three lines."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     import lm_eval

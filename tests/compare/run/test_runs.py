@@ -173,7 +173,7 @@ def test_a_reference_is_what_others_are_measured_against(workshop: Workshop) -> 
     from compare.results.reading import read_results
 
     records = read_results([workshop.results]).records
-    assert [r.label for r in records if r.is_reference] == ["Model c"]
+    assert [r.label for r in records if r.is_baseline] == ["Model c"]
     assert {r.quantization.family for r in records} == {"NVFP4"}  # a reference keeps its own
 
 

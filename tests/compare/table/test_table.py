@@ -1,4 +1,4 @@
-"""`compare table` on files as the harness writes them."""
+"""`compare table` on result files as the harness writes them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from tests.compare.conftest import fill_with_ladders
 
 
-def test_json_holds_the_contract_fields(folder, compare):
+def test_json_has_the_documented_fields(folder, compare):
     folder.add("EXL3 4.0bpw", "EXL3", "exl3", 4.037704, 25.8657, 1.25, head_bpw=6.021160, vram_gb=0.09855)
     (record,) = compare("table", folder.path, "--format", "json").json
     expected = {
@@ -24,7 +24,7 @@ def test_json_holds_the_contract_fields(folder, compare):
     assert record["file"].endswith(".json")
 
 
-def test_relative_to_reference_is_worked_by_hand(folder, compare):
+def test_relative_to_baseline_worked_by_hand(folder, compare):
     folder.add("BF16", "full precision", "bfloat16", 16.0, 20.0)
     folder.add("Q4", "GGUF", "Q4_0", 4.5, 21.0)
     records = compare("table", folder.path, "--format", "json").by_label()
@@ -33,7 +33,7 @@ def test_relative_to_reference_is_worked_by_hand(folder, compare):
     assert "+5.00%" in compare("table", folder.path).out
 
 
-def test_family_order_then_bits(folder, compare):
+def test_rows_are_sorted_by_family_then_bits(folder, compare):
     for label, family, bpw in (("g8", "GGUF", 8.5), ("e4", "EXL3", 4.0), ("g2", "GGUF", 2.6), ("x", "Mystery", 3.0)):
         folder.add(label, family, label, bpw, 10 - bpw / 2)
     folder.add("bf", "full precision", "bfloat16", 16.0, 5.0)
@@ -43,7 +43,7 @@ def test_family_order_then_bits(folder, compare):
 @pytest.mark.parametrize(
     ("metric", "order"), [("token_perplexity", ["b", "c", "a"]), ("top1_accuracy", ["a", "c", "b"])]
 )
-def test_sort_by_metric_puts_the_best_first_whichever_way_is_up(folder, compare, metric, order):
+def test_sort_by_metric_puts_the_best_first_in_either_direction(folder, compare, metric, order):
     from tests.compare.conftest import result
 
     for label, ppl, accuracy in (("a", 9.0, 0.6), ("b", 7.0, 0.4), ("c", 8.0, 0.5)):
@@ -54,7 +54,7 @@ def test_sort_by_metric_puts_the_best_first_whichever_way_is_up(folder, compare,
     assert [r["label"] for r in out.json] == order
 
 
-def test_csv_and_markdown(folder, compare, tmp_path):
+def test_csv_and_markdown_escape_labels(folder, compare, tmp_path):
     folder.add("Q4|K *M* <b>", "GGUF", "Q4_K_M", 4.85, 8.5)
     folder.add("=HYPERLINK(1)", "GGUF", "Q2_K", 2.6, 9.5)
     rows = list(csv.DictReader(io.StringIO(compare("table", folder.path, "--format", "csv").out)))
@@ -65,7 +65,7 @@ def test_csv_and_markdown(folder, compare, tmp_path):
     assert r"| Q4\|K \*M\* \<b\> |" in target.read_text()
 
 
-def test_output_json_file_is_written_whole(folder, compare, tmp_path):
+def test_output_file_leaves_no_temporary_file(folder, compare, tmp_path):
     folder.add()
     target = tmp_path / "out.json"
     target.write_text("old")
@@ -74,7 +74,7 @@ def test_output_json_file_is_written_whole(folder, compare, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["results", "out.json"] or len(list(tmp_path.iterdir())) == 2
 
 
-def test_mask_keeps_labels_that_contain_a_part_case_ignored(folder, compare):
+def test_mask_keeps_labels_that_contain_a_part_in_any_case(folder, compare):
     fill_with_ladders(folder)
     out = compare("table", folder.path, "--format", "json", "--mask", "exl3 ;Q4_k")
     assert {r["label"] for r in out.json} == {f"EXL3 {b}" for b in ("2.0", "2.5", "3.0", "4.0", "5.0")} | {
@@ -85,13 +85,13 @@ def test_mask_keeps_labels_that_contain_a_part_case_ignored(folder, compare):
     assert "EXL3 2.0" in nothing.err
 
 
-def test_limits_name_what_they_leave_out(folder, compare):
+def test_limits_name_the_models_left_out(folder, compare):
     fill_with_ladders(folder)
     out = compare("table", folder.path, "--format", "json", "--max-x", 5.5, "--max-y", 12)
     left = {line.split(": ")[2] for line in out.err.splitlines() if "left out" in line}
     assert left == {"EXL2 2.25", "EXL3 2.0", "EXL2 6.0", "GGUF Q5_K_M", "GGUF Q6_K"}
     assert not left & {r["label"] for r in out.json}
-    assert "BF16" in {r["label"] for r in out.json}, "a reference has no place on x to be beyond"
+    assert "BF16" in {r["label"] for r in out.json}, "a baseline is a line without a place on x"
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_limits_name_what_they_leave_out(folder, compare):
         ("v [4.0]", "v [4.0]"),
     ],
 )
-def test_labels_are_text(folder, compare, label, printed):
+def test_labels_are_shown_as_text(folder, compare, label, printed):
     folder.add(label)
     (record,) = compare("table", folder.path, "--format", "json").json
     assert record["label"] == printed
@@ -120,7 +120,7 @@ def test_labels_are_text(folder, compare, label, printed):
     assert "\x1b" not in terminal.out
 
 
-def test_help_loads_nothing_heavy():
+def test_help_imports_no_heavy_package():
     import subprocess
     import sys
 
@@ -133,7 +133,7 @@ def test_help_loads_nothing_heavy():
     assert done.returncode == 0, done.stderr
 
 
-def test_table_loads_no_engine_and_no_matplotlib(folder):
+def test_table_imports_no_engine_and_no_matplotlib(folder):
     import subprocess
     import sys
 

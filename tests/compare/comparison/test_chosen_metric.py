@@ -12,7 +12,7 @@ import pytest
 
 from compare.comparison.mean import mean
 from compare.results.reading import read_file, read_results
-from compare.results.records import Metric
+from compare.results.records import MetricValue
 from tests.compare.conftest import result
 from tests.compare.harness_files import SUBTASKS, fill, suite
 
@@ -21,7 +21,7 @@ NORM = ("--metric", "hellaswag/acc_norm")
 
 
 def write_tasks(folder) -> None:
-    """A group in a group, whose own name comes first, and a group without figures; documents in one local file."""
+    """Writes tasks over one local file: a group in a group, the outer name first, and a group without figures."""
     docs = folder / "docs.jsonl"
     docs.write_text("".join(json.dumps({"q": q, "gold": i % 2}) + "\n" for i, q in enumerate("abcdefg")))
     common = (
@@ -45,7 +45,7 @@ def write_tasks(folder) -> None:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """A file that lm-eval itself wrote: its dummy model on groups, limited to 5 of 7 documents."""
+    """A result file written by lm-eval: its dummy model on groups, limited to 5 of 7 documents."""
     folder = tmp_path_factory.mktemp("harness")
     write_tasks(folder)
     with pytest.MonkeyPatch.context() as patch:
@@ -70,9 +70,8 @@ def written(tmp_path_factory):
     return file
 
 
-def test_groups_of_a_file_that_the_harness_wrote(written):
-    """What the harness leaves out for a group is taken from its subtasks. When this fails because the file says more,
-    compare/results/groups.py may be needed no longer."""
+def test_groups_of_a_harness_file_take_missing_values_from_subtasks(written):
+    """The harness leaves out values of a group; once it no longer does, compare/results/groups.py may be obsolete."""
     content = json.loads(written.read_text())
     assert "zoo" not in content["higher_is_better"], "lm-eval 0.4.13: the outer group comes before the inner ones"
     assert "zoo" not in content["n-samples"]
@@ -86,8 +85,8 @@ def test_groups_of_a_file_that_the_harness_wrote(written):
     assert records["zoo_stem"].alias == "stem"
 
 
-def test_our_files_have_the_harness_structure(written):
-    """`harness_files` against the real one: the same keys at the top, in a task, in a group."""
+def test_simulated_files_have_the_structure_of_harness_files(written):
+    """Compares `harness_files` with a real file: the same keys at the top, in a task, in a group."""
     real, ours = json.loads(written.read_text()), suite()
     assert set(ours) <= set(real)
     assert set(ours["results"]["mmlu"]) == set(real["results"]["zoo"])
@@ -98,7 +97,7 @@ def test_our_files_have_the_harness_structure(written):
         assert (inner, outer) == ("zoo_stem" in real[key], "zoo" in real[key]), key
 
 
-def test_subtasks_of_a_file_that_the_harness_wrote(written, compare):
+def test_subtasks_of_a_harness_file(written, compare):
     out = compare("table", written, "--metric", "zoo/acc", "--subtasks", "--format", "json")
     assert [r["task"] for r in out.json] == ["zoo_stem", "zoo_other"]
     bag = compare("table", written, "--metric", "bag/exact_match", "--subtasks", "--format", "json")
@@ -106,7 +105,7 @@ def test_subtasks_of_a_file_that_the_harness_wrote(written, compare):
 
 
 @pytest.mark.parametrize(
-    ("wanted", "task", "metric", "value"),
+    ("asked", "task", "metric", "value"),
     [
         ("mmlu/acc", "mmlu", "acc,none", None),
         ("mmlu_stem/acc", "mmlu_stem", "acc,none", None),
@@ -117,17 +116,17 @@ def test_subtasks_of_a_file_that_the_harness_wrote(written, compare):
         ("word_perplexity", "wikitext", "word_perplexity,none", 9.5),
     ],
 )
-def test_metrics_by_name(folder, compare, wanted, task, metric, value):
+def test_metric_names_with_task_filter_or_alias(folder, compare, asked, task, metric, value):
     content = suite("m")
     folder.write(content)
-    (row,) = compare("table", folder.path, "--metric", wanted, "--format", "json").json
+    (row,) = compare("table", folder.path, "--metric", asked, "--format", "json").json
     assert (row["task"], row["metric"]) == (task, metric)
     assert row["value"] == (content["results"][task][metric] if value is None else pytest.approx(value))
     assert row["higher_is_better"] is (task != "wikitext")
 
 
-def test_a_limited_group_stands_apart(folder, compare):
-    """The group's own entry has no n-samples: its subtasks' count."""
+def test_a_group_with_another_limit_is_kept_apart(folder, compare):
+    """The group's own entry has no n-samples, so those of its subtasks count."""
     for label in ("a", "b"):
         folder.write(suite(label, tasks=("mmlu",)))
     folder.write(suite("few", tasks=("mmlu",), limit=50))
@@ -142,7 +141,7 @@ def test_a_limited_group_stands_apart(folder, compare):
         {"system_instruction": "Think.", "system_instruction_sha": "ab" * 32},
     ],
 )
-def test_other_prompts_stand_apart(folder, compare, change):
+def test_results_with_other_prompts_are_kept_apart(folder, compare, change):
     for label in ("a", "b"):
         folder.write(suite(label))
     folder.write(suite("c") | change)
@@ -150,7 +149,7 @@ def test_other_prompts_stand_apart(folder, compare, change):
     assert {label: row["comparable"] for label, row in rows.items()} == {"a": True, "b": True, "c": False}
 
 
-def test_generation_arguments_matter_to_generation_only(folder, compare):
+def test_generation_arguments_separate_only_generation_tasks(folder, compare):
     for label in ("a", "b", "c"):
         content = suite(label)
         content["config"]["gen_kwargs"] = {"max_gen_toks": 8} if label == "c" else {}
@@ -159,8 +158,8 @@ def test_generation_arguments_matter_to_generation_only(folder, compare):
     assert compare("table", folder.path, *NORM, "--format", "json").by_label()["c"]["comparable"]
 
 
-def test_generation_arguments_matter_to_groups_of_such_tasks(folder, compare):
-    """bbh, say: a group has no output type of its own, its subtasks have."""
+def test_generation_arguments_separate_groups_of_generation_tasks(folder, compare):
+    """As in bbh: a group has no output type, but its subtasks have."""
     for label in ("a", "b", "c"):
         content = suite(label, tasks=("mmlu",))
         for config in content["configs"].values():
@@ -171,7 +170,7 @@ def test_generation_arguments_matter_to_groups_of_such_tasks(folder, compare):
     assert {label: row["comparable"] for label, row in rows.items()} == {"a": True, "b": True, "c": False}
 
 
-def test_another_bos_stands_apart(folder, compare):
+def test_results_with_another_bos_rule_are_kept_apart(folder, compare):
     for label in ("a", "b", "c"):
         content = suite(label)
         content["config"]["quantization"]["bos"] = {"add_bos_token": False if label == "c" else None}
@@ -182,8 +181,8 @@ def test_another_bos_stands_apart(folder, compare):
 @pytest.mark.parametrize(
     ("metric", "best", "order"), [("mmlu/acc", "good", ["good", "bad"]), ("word_perplexity", "bad", ["bad", "good"])]
 )
-def test_pareto_budget_and_order_follow_the_file(folder, compare, metric, best, order):
-    """The same two models; perplexities made to say the opposite of accuracies, so that the direction decides."""
+def test_pareto_budget_and_order_follow_the_direction_in_the_file(folder, compare, metric, best, order):
+    """Two models whose perplexities contradict their accuracies, so that the direction decides."""
     for label, quality, perplexity in (("bad", 0.6, 8.0), ("good", 1.0, 20.0)):
         content = suite(label, bpw=4.0, quality=quality)
         content["results"]["wikitext"]["word_perplexity,none"] = perplexity
@@ -195,20 +194,20 @@ def test_pareto_budget_and_order_follow_the_file(folder, compare, metric, best, 
     assert f"of context: {best}," in out.err
 
 
-def test_contradicting_directions_are_unknown_and_said(folder, compare):
+def test_contradicting_directions_are_unknown_and_reported(folder, compare):
     for label, higher in (("a", True), ("b", False)):
         content = suite(label)
         content["higher_is_better"]["hellaswag"]["acc_norm"] = higher
         folder.write(content)
     out = compare("table", folder.path, *NORM, "--format", "json")
     assert [row["higher_is_better"] for row in out.json] == [None, None]
-    assert "some files say higher is better, others lower" in out.err
+    assert "some files say that higher is better, others lower" in out.err
 
 
 # ------------------------------------------------------------------ several metrics
 
 
-def test_the_table_of_several_metrics(folder, compare):
+def test_table_of_several_metrics_has_a_section_for_each(folder, compare):
     fill(folder)
     out = compare("table", folder.path, *ACC, *MATCH, "--format", "json")
     assert {row["task"] for row in out.json} == {"mmlu", "gsm8k"}
@@ -219,7 +218,7 @@ def test_the_table_of_several_metrics(folder, compare):
     assert [row["task"] for row in rows] == ["mmlu"] * 8 + ["gsm8k"] * 8
 
 
-def test_small_multiples(folder, compare, tmp_path):
+def test_plot_of_several_metrics_has_a_panel_for_each(folder, compare, tmp_path):
     fill(folder)
     metrics = (*ACC, *MATCH, *NORM, "--metric", "wikitext/word_perplexity")
     for target in ("a.svg", "b.svg", "a.png"):
@@ -234,7 +233,7 @@ def test_small_multiples(folder, compare, tmp_path):
 
 
 def panels_of(folder, *metrics, **options):
-    """The figure of several metrics, and nothing left without a label."""
+    """The figure of several metrics, in which every point has a label."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     from compare.comparison.build import build_comparisons
@@ -244,8 +243,8 @@ def panels_of(folder, *metrics, **options):
     from compare.plot.pictures import panels as multiples
     from compare.plot.series import arrange
 
-    found = build_comparisons(read_results([folder.path]).records, Options(metrics=metrics, **options))
-    panels = [(comparison, arrange(comparison, False)) for comparison in found]
+    comparisons = build_comparisons(read_results([folder.path]).records, Options(metrics=metrics, **options))
+    panels = [(comparison, arrange(comparison, False)) for comparison in comparisons]
     with style_sheet(style.LIGHT):
         figure = multiples.new_figure(panels)
         FigureCanvasAgg(figure)
@@ -257,8 +256,8 @@ def panels_of(folder, *metrics, **options):
 @pytest.mark.parametrize(
     ("count", "options"), [(2, {}), (3, {}), (5, {"axis": "memory", "budget": 4.5, "context": 4096})]
 )
-def test_panels_cover_neither_each_other_nor_the_texts(folder, count, options):
-    """Real geometry: axes with their tick and axis labels, and every text of the figure, keep apart."""
+def test_panels_and_texts_do_not_overlap(folder, count, options):
+    """Measures the drawn axes, with their tick and axis labels, and every text of the figure."""
     fill(folder)
     metrics = ("mmlu/acc", "gsm8k/exact_match", "hellaswag/acc", "hellaswag/acc_norm", "wikitext/bits_per_byte")
     figure = panels_of(folder, *metrics[:count], **options)
@@ -274,7 +273,7 @@ def test_panels_cover_neither_each_other_nor_the_texts(folder, count, options):
     assert "8 models" in labels
 
 
-def test_more_panels_than_can_be_read(folder, compare, tmp_path):
+def test_too_many_panels_are_refused(folder, compare, tmp_path):
     content = suite(tasks=("hellaswag",))
     for number in range(13):
         content["results"]["hellaswag"][f"m{number},none"] = 0.5
@@ -285,7 +284,7 @@ def test_more_panels_than_can_be_read(folder, compare, tmp_path):
     assert "13 metrics are more than one picture can show (12)" in out.err.splitlines()[-1]
 
 
-def test_a_metric_that_nothing_can_be_drawn_of_is_said(folder, compare, tmp_path):
+def test_a_metric_without_drawable_points_is_reported(folder, compare, tmp_path):
     content = suite()
     content["results"]["hellaswag"]["acc_norm,none"] = None
     folder.write(content)
@@ -295,7 +294,7 @@ def test_a_metric_that_nothing_can_be_drawn_of_is_said(folder, compare, tmp_path
     assert "wrote" in out.err.splitlines()[-1]
 
 
-def test_pages_of_several_metrics(folder, compare, tmp_path):
+def test_plot_page_and_report_of_several_metrics(folder, compare, tmp_path):
     import xml.etree.ElementTree as ElementTree
 
     fill(folder)
@@ -320,14 +319,14 @@ def test_pages_of_several_metrics(folder, compare, tmp_path):
         (["--subtasks"], "name it: --metric GROUP/METRIC"),
         (["--metric", "gsm8k/exact_match", "--subtasks"], "expected GROUP/METRIC; groups: mmlu, mmlu_humanities"),
         (["--metric", "mmlu/f1", "--subtasks"], "no subtask of mmlu has f1"),
-        (["--metric", "mmlu/acc", "--mean"], "--mean is of several"),
+        (["--metric", "mmlu/acc", "--mean"], "--mean needs at least two metrics"),
         (["--metric", "mmlu/acc", "--metric", "word_perplexity", "--mean"], "different direction"),
         (["--metric", "bits_per_byte", "--metric", "word_perplexity", "--mean"], "different scales"),
-        (["--metric", "mmlu/acc", "--metric", "mmlu_stem/acc", "--mean"], "both hold mmlu_abstract_algebra"),
-        (["--metric", "hellaswag/acc", "--metric", "hellaswag/acc_norm", "--mean"], "both hold hellaswag"),
+        (["--metric", "mmlu/acc", "--metric", "mmlu_stem/acc", "--mean"], "both contain mmlu_abstract_algebra"),
+        (["--metric", "hellaswag/acc", "--metric", "hellaswag/acc_norm", "--mean"], "both contain hellaswag"),
     ],
 )
-def test_what_cannot_be_asked_for_is_one_clear_line(folder, compare, arguments, words):
+def test_invalid_metric_requests_give_one_line(folder, compare, arguments, words):
     folder.write(suite())
     out = compare("table", folder.path, *arguments)
     assert out.code in (1, 2)
@@ -339,14 +338,16 @@ def test_what_cannot_be_asked_for_is_one_clear_line(folder, compare, arguments, 
 
 
 def test_mean_worked_by_hand():
-    figure = mean([Metric(0.4, 0.03), Metric(0.6, 0.04), Metric(0.8, 0.12)])
+    figure = mean([MetricValue(0.4, 0.03), MetricValue(0.6, 0.04), MetricValue(0.8, 0.12)])
     assert figure.value == pytest.approx(0.6, rel=1e-15)
     assert figure.stderr == pytest.approx(0.13 / 3, rel=1e-15)  # √(9 + 16 + 144) = 13
-    assert mean([Metric(0.4, 0.03), Metric(0.6)]) == Metric(0.5, None), "an error that is missing is not zero"
-    assert mean([Metric(0.4, 0.03), Metric(None, 0.04)]) == Metric(None, None)
+    assert mean([MetricValue(0.4, 0.03), MetricValue(0.6)]) == MetricValue(0.5, None), (
+        "an error that is missing is not zero"
+    )
+    assert mean([MetricValue(0.4, 0.03), MetricValue(None, 0.04)]) == MetricValue(None, None)
 
 
-def test_mean_of_tasks_says_what_it_is_over(folder, compare, tmp_path):
+def test_mean_of_tasks_names_its_tasks(folder, compare, tmp_path):
     fill(folder)
     out = compare("table", folder.path, *ACC, *MATCH, *NORM, "--mean", "--format", "json")
     row = out.by_label()["EXL3 4.0bpw"]
@@ -367,7 +368,7 @@ def test_mean_of_tasks_says_what_it_is_over(folder, compare, tmp_path):
 
 
 def test_mean_of_subtasks_is_not_the_group(folder, compare):
-    """Each subtask counts alike in the mean; the harness' group weighs them by their samples."""
+    """The mean weighs all subtasks equally; the harness' group weighs them by their samples."""
     content = suite("m", tasks=("mmlu",))
     folder.write(content)
     out = compare("table", folder.path, *ACC, "--subtasks", "--mean", "--format", "json")
@@ -376,7 +377,7 @@ def test_mean_of_subtasks_is_not_the_group(folder, compare):
     assert out.json[0]["value"] != pytest.approx(content["results"]["mmlu"]["acc,none"], rel=1e-6)
 
 
-def test_a_task_that_one_model_lacks_is_left_out_by_name(folder, compare):
+def test_a_task_that_one_model_lacks_is_left_out_of_the_mean_and_named(folder, compare):
     fill(folder)
     folder.write(suite("late", "EXL2", 4.2, 0.97, tasks=("mmlu", "gsm8k")))
     out = compare("table", folder.path, *ACC, *MATCH, *NORM, "--mean", "--format", "json")
@@ -393,7 +394,7 @@ def test_a_task_that_one_model_lacks_is_left_out_by_name(folder, compare):
     assert len(masked.json[0]["averaged"]) == 3
 
 
-def test_models_without_any_of_the_tasks_do_not_count(folder, compare):
+def test_models_without_any_of_the_tasks_do_not_limit_the_mean(folder, compare):
     fill(folder)
     folder.add("perplexity only", "GGUF", "x", 4.0, 9.0)
     out = compare("table", folder.path, *ACC, *MATCH, "--mean", "--format", "json")
@@ -401,7 +402,7 @@ def test_models_without_any_of_the_tasks_do_not_count(folder, compare):
     assert "left out" not in out.err
 
 
-def test_no_common_tasks(folder, compare):
+def test_mean_without_common_tasks_is_refused(folder, compare):
     folder.write(suite("a", tasks=("mmlu",)))
     folder.write(suite("b", tasks=("gsm8k",)))
     out = compare("table", folder.path, *ACC, *MATCH, "--mean")
@@ -409,7 +410,7 @@ def test_no_common_tasks(folder, compare):
     assert "none is in every model's results" in out.err
 
 
-def test_a_missing_error_makes_the_means_error_null(folder, compare):
+def test_a_missing_standard_error_makes_that_of_the_mean_null(folder, compare):
     for label, stderr in (("a", 0.01), ("b", "N/A")):
         content = suite(label)
         content["results"]["hellaswag"]["acc_norm_stderr,none"] = stderr
@@ -430,7 +431,7 @@ def test_a_null_figure_makes_the_mean_null_and_is_not_drawn(folder, compare, tmp
     assert "not drawn: nan: mean of 2 tasks is not a finite number" in out.err
 
 
-def test_means_over_other_samples_stand_apart(folder, compare):
+def test_means_over_other_samples_are_kept_apart(folder, compare):
     for label in ("a", "b"):
         folder.write(suite(label))
     folder.write(suite("few", limit=20))
@@ -438,8 +439,8 @@ def test_means_over_other_samples_stand_apart(folder, compare):
     assert {label: row["comparable"] for label, row in rows.items()} == {"a": True, "b": True, "few": False}
 
 
-def test_tasks_of_separate_runs_meet_by_model(folder, compare, tmp_path):
-    """One file a task, as many people evaluate; the report gives a command for each run."""
+def test_mean_joins_separate_runs_of_one_model(folder, compare, tmp_path):
+    """One file per task, as people often evaluate; the report gives a command for each run."""
     for label, bpw in (("a", 4.0), ("b", 5.0)):
         for task in ("mmlu", "gsm8k"):
             folder.write(suite(label, bpw=bpw, tasks=(task,)))
@@ -452,14 +453,14 @@ def test_tasks_of_separate_runs_meet_by_model(folder, compare, tmp_path):
     assert "Mean over" in report
 
 
-def test_namesakes_keep_one_label_in_all_tasks(folder, compare):
+def test_models_with_equal_labels_get_the_same_distinct_labels_in_all_tasks(folder, compare):
     for scheme in ("Q4_0", "Q4_1"):
         folder.write(suite("4 bit", scheme=scheme))
     rows = compare("table", folder.path, *ACC, *MATCH, "--mean", "--format", "json").by_label()
     assert set(rows) == {"4 bit (Q4_0)", "4 bit (Q4_1)"}
 
 
-def test_csv_of_a_mean_has_its_tasks(folder, compare):
+def test_csv_of_a_mean_has_a_column_per_task(folder, compare):
     fill(folder)
     rows = list(
         csv.DictReader(io.StringIO(compare("table", folder.path, *ACC, *MATCH, "--mean", "--format", "csv").out))
@@ -480,7 +481,7 @@ def test_window_tasks_and_harness_tasks_in_one_picture(folder, compare, tmp_path
 
 
 @pytest.mark.parametrize("tree", [{"a": ["b"], "b": ["a"]}, {"a": ["a"]}, {"a": [1, None]}, {"a": "b"}, [1], None])
-def test_hostile_group_trees(folder, compare, tree):
+def test_circular_and_malformed_group_trees_do_not_crash(folder, compare, tree):
     content = suite("m", tasks=("hellaswag",))
     content["results"]["a"] = {"acc,none": 0.5}
     content["group_subtasks"] = tree
@@ -489,8 +490,8 @@ def test_hostile_group_trees(folder, compare, tree):
     assert compare("table", folder.path, "--metric", "a/acc", "--subtasks").code in (0, 1, 2)
 
 
-def test_figures_made_of_nan_are_null_and_said(folder, compare, tmp_path):
-    """The harness takes the first of NaN choices for the model's answer; the adapter counts them in the result file."""
+def test_figures_from_nan_loglikelihoods_are_null_and_reported(folder, compare, tmp_path):
+    """The harness picks the first of NaN choices as the model's; the adapter counts them in the result file."""
     folder.write(suite("sound", bpw=4.0))
     folder.write(suite("nan", bpw=5.0, nan_loglikelihoods=7, notes=["7 of 400 log-likelihoods are NaN"]))
     for metric, value in (("mmlu/acc", None), ("hellaswag/acc", None), ("word_perplexity", None), (MATCH[1], 0.55)):

@@ -1,4 +1,4 @@
-"""Stock harness models say nothing of quantization. What their arguments allow to conclude, and no more."""
+"""Quantization of results without such a block (the harness' own models), inferred from the model arguments."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ _QUANTIZED_NAME = re.compile(
 ASSUMED = "assumed full precision from its dtype: a stock model's result file does not say"
 
 
-def stock_quantization(config: dict[str, Any], arguments: dict[str, str], checkpoint: str) -> Quantization:
-    """Full precision if a 16- or 32-bit dtype is stated and neither arguments nor name speak of quantization.
+def infer_quantization(config: dict[str, Any], arguments: dict[str, str], checkpoint: str) -> Quantization:
+    """Full precision if a 16- or 32-bit dtype is given and neither arguments nor name indicate quantization.
 
-    Bits per weight stay unknown. A quantized checkpoint that hides both in its config cannot be told from here,
-    which is why the record carries `ASSUMED` as a note.
+    Bits per weight stay unknown. A quantized checkpoint that shows only in its own config.json is not recognized,
+    so the record has `ASSUMED` as a note.
     """
     model = config.get("model")
     engine = model if isinstance(model, str) else ""
-    stated = arguments.get("dtype") or config.get("model_dtype") or ""
-    dtype = _FULL_DTYPES.get(str(stated).removeprefix("torch."))
+    given = arguments.get("dtype") or config.get("model_dtype") or ""
+    dtype = _FULL_DTYPES.get(str(given).removeprefix("torch."))
     quantized = any(
         _QUANTIZING_ARGUMENTS.search(key) and value.lower() not in ("false", "none", "")
         for key, value in arguments.items()
