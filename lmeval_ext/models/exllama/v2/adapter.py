@@ -76,6 +76,7 @@ class ExLlamaV2Model(ExLlamaLM):
     """
 
     engine_name = "exllamav2"
+    engine_packages = ("exllamav2",)
     engine: ExLlamaV2Engine
 
     def load(

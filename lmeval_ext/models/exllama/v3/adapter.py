@@ -58,6 +58,7 @@ class ExLlamaV3(ExLlamaLM):
     """
 
     engine_name = "exllamav3"
+    engine_packages = ("exllamav3",)
     engine: ExLlamaV3Engine
 
     def load(
