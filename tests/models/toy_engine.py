@@ -1,6 +1,6 @@
 """A test engine in one file: all that the contract asks for, on a table of bigram logits.
 
-README.md in lmeval_ext/models describes the steps. tests/models/test_toy_engine.py registers it by one entry-point line:
+lmeval_ext/models/README.md describes the steps. test_toy_engine.py registers it by one entry-point line:
 
     [lm_eval.models]
     toy = tests.models.toy_engine:Toy
@@ -25,7 +25,7 @@ from lmeval_ext.requests import WindowRequest, WindowScores
 
 
 class Toy(Observed, TokenLM):
-    """logits of the next token = bigrams[last token]; `pretrained` is a folder with model.safetensors and a tokenizer."""
+    """Logits of the next token are bigrams[last token]; pretrained: a folder with model.safetensors and a tokenizer."""
 
     engine_packages = ("safetensors",)
     context_argument = "max_length"
