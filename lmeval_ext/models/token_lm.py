@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jinja2
@@ -24,7 +24,7 @@ class TokenLM(Adapter):
     """Tokenizing, log-likelihoods and chat templates, with the meaning they have in the harness' `hf`.
 
     Beside the four members of `Adapter`, an engine implements `max_length` and sets `tokenizer`. It overrides
-    `generate_until` if it generates text, and `_loglikelihood_tokens` if it can compute a shared context once.
+    `generate_until` if it generates text, and `score_choices` if it can compute a shared context once.
 
     tokenizer: a Transformers tokenizer; None if the engine's own vocabulary is used, in which case `encode_text`,
     `tok_decode`, `token_text`, `eot_token_id`, `bos_token_id` and `render_chat` are overridden. add_bos_token,
@@ -92,26 +92,35 @@ class TokenLM(Adapter):
 
     # ------------------------------------------------------------------ log-likelihoods
 
-    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **kwargs: Any) -> Any:
-        """Scores the harness' triples (key, context ids, continuation ids) as windows, cut on the left as in `hf`.
+    def score_choices(self, requests: Sequence[Any]) -> Iterator[tuple[int, tuple[float, bool]]]:
+        """Scores the harness' own requests; yields (index of the request, (log-likelihood, whether it is greedy)).
 
-        Returns (sum of log-probabilities, all targets greedy) per request. Task windows pass through to `Adapter`.
+        requests: triples as `complete_requests` returns them; of context and continuation together, the last
+        max_length + 1 tokens count. Results may come in any order. Here each request is a window of its own; an engine
+        that can compute a shared context once overrides this.
         """
-        if not requests or isinstance(requests[0], WindowRequest):
-            return super()._loglikelihood_tokens(requests)
         windows = []
-        for _, context, continuation in self.complete_requests(requests):
+        for _, context, continuation in requests:
             ids = (context + continuation)[-(self.max_length + 1) :]  # the last token is only predicted
             windows.append(window_request("", ids, len(ids) - len(continuation), {}, (None, None, None)))
-        with tqdm(total=len(windows), disable=disable_tqdm, desc="Running loglikelihood requests") as self.bar:
-            try:
-                scores = self.score_windows(windows)
-            finally:
-                self.bar = None
-        results = [(s.loglikelihood, s.is_greedy) for s in scores]
-        for (key, *_), result in zip(requests, results, strict=True):
-            if key is not None:  # rolling windows have none; the harness stores their sum
-                self.cache_hook.add_partial("loglikelihood", key, result)
+        self.bar = tqdm(disable=True)  # the caller's bar counts requests
+        try:
+            scores = self.score_windows(windows)
+        finally:
+            self.bar = None
+        yield from enumerate((s.loglikelihood, s.is_greedy) for s in scores)
+
+    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **kwargs: Any) -> Any:
+        if requests and isinstance(requests[0], WindowRequest):
+            return super()._loglikelihood_tokens(requests)
+        requests = self.complete_requests(requests)
+        results: list[tuple[float, bool] | None] = [None] * len(requests)
+        with tqdm(total=len(requests), disable=disable_tqdm, desc="Running loglikelihood requests") as bar:
+            for index, result in self.score_choices(requests):
+                results[index] = result
+                if requests[index][0] is not None:
+                    self.cache_hook.add_partial("loglikelihood", requests[index][0], result)
+                bar.update()
         return results
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
