@@ -332,7 +332,7 @@ def test_v2_runner_rows_and_targets() -> None:
 
 
 def test_private_names_of_vllm_are_still_there() -> None:
-    """`vllm_runners.py` rests on these; where one goes, scoring falls back and this test says why."""
+    """`runners.py` relies on these; if one is gone, scoring falls back to prompt_logprobs, and this test names it."""
     from vllm.v1.worker import gpu_model_runner as v1
     from vllm.v1.worker.gpu import input_batch
     from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
