@@ -1,21 +1,22 @@
-"""What the hook does to lm-eval: register our models lazily, index our tasks.
+"""The steps that the hook adds to lm-eval: register models lazily, index our tasks.
 
-Besides this file, `requests.py` (the scoring method) and `tasks/perplexity.py` (a Task that skips the base class'
-constructor) rest on names of the harness that are not public. Tried with lm-eval 0.4.13; `tests/core` fails when one
-of them changes.
+Besides this file, `models/harness_models.py` (the scoring method) and `tasks/perplexity.py` (a Task that skips the base
+class's constructor) rely on names of the harness that are not public. Tested with lm-eval 0.4.13; `tests/core` fails
+when one of them changes.
 """
 
 from __future__ import annotations
 
 import functools
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 TASKS = Path(__file__).parent / "tasks"
 
-# The same rows as [project.entry-points."lm_eval.models"] in pyproject.toml (a test compares them).
-# A table, because scanning installed metadata at every `import lm_eval.models` costs tens of milliseconds.
+# The same rows as [project.entry-points."lm_eval.models"] in pyproject.toml (a test compares them). A table, because
+# scanning installed metadata at every `import lm_eval.models` costs tens of milliseconds.
 MODELS = {
     "vllm_nvfp4": "lmeval_ext.models.vllm.adapter:VLLMQuantized",
     "hf_quant": "lmeval_ext.models.hf.adapter:HFQuantized",
@@ -28,36 +29,49 @@ MODELS = {
 
 
 def register_models(_module: ModuleType) -> None:
-    """Register our models, lazily, after the harness registered its own.
+    """Registers our models, lazily, after the harness has registered its own.
 
-    Does nothing where the harness reads entry points itself (`load_plugins`, merged upstream in
-    August 2026), and leaves a name alone that the harness already owns.
+    Models of other packages in the entry-point group `lm_eval.models` are registered when a name is asked for that
+    nobody knows. A name that the harness owns stays its own. Where the harness reads entry points itself
+    (`load_plugins`, merged upstream in August 2026), no model is registered here.
     """
     from lm_eval.api import registry
 
-    from lmeval_ext import output_guard as results
+    from lmeval_ext import output_guard
     from lmeval_ext.errors import install_excepthook
 
     install_excepthook()
-    results.guard()
+    output_guard.guard()
     if hasattr(registry, "load_plugins"):
         return
+    models: Any = registry.model_registry
     for name, target in MODELS.items():
-        if name not in registry.model_registry:
-            registry.model_registry.register(name, target=target)
+        if name not in models:
+            models.register(name, target=target)
+    get = models.get
+
+    @functools.wraps(get)
+    def get_installed(alias: str, *default: Any, **keywords: Any) -> Any:
+        if alias not in models:
+            for point in entry_points(group="lm_eval.models"):
+                if point.name not in models:
+                    models.register(point.name, target=point.value)
+        return get(alias, *default, **keywords)
+
+    models.get = get_installed
 
 
 def register_tasks(manager: ModuleType) -> None:
-    """Index our task folder wherever the harness indexes its default tasks.
+    """Indexes our task folder wherever the harness indexes its default tasks.
 
-    Our folder goes *before* the harness' own, and later folders win there: a task name that upstream
-    or the user's `--include_path` owns stays theirs.
+    Our folder goes *before* the harness' own, and later folders win there: a task name that upstream or the user's
+    `--include_path` owns stays theirs.
     """
-    from lmeval_ext import output_guard as results
+    from lmeval_ext import output_guard
     from lmeval_ext.errors import install_excepthook
 
-    install_excepthook()  # a mistake in --output_path shows before any model is loaded
-    results.guard()
+    install_excepthook()  # here too: a mistake in --output_path is reported before any model is loaded
+    output_guard.guard()
     index: Any = manager.TaskIndex
     defaults = Path(manager.__file__ or "").parent
     build = index.build

@@ -1,4 +1,4 @@
-"""Errors that a user can mend: one line that names the cause and the fix, no traceback."""
+"""Errors that a user can fix: one line that names the cause and the fix, without a traceback."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from types import TracebackType
 
 
 class UserError(ValueError):
-    """Bad input. The message names the file or argument, what was expected, and the fix.
+    """Invalid input. The message names the file or argument, what was expected, and the fix.
 
-    A subclass of ValueError, so that programs that call the harness can catch it as they would any
-    bad argument; on the command line `install_excepthook` shows the message alone.
+    A subclass of ValueError, so that programs that call the harness can catch it like any invalid argument; on the
+    command line `install_excepthook` shows the message alone.
     """
 
 
 class MissingEngineError(UserError, ImportError):
-    """An engine that is not installed: the message says what to install and which extra has it."""
+    """An engine is not installed; the message names the package to install and the extra that contains it."""
 
 
 def install_excepthook() -> None:
-    """Show an uncaught UserError as one line on stderr; Python then exits with code 1 as for any other.
+    """Shows an uncaught UserError as one line on stderr; Python still exits with code 1.
 
-    Everything else goes to the hook that was there. `LMEVAL_EXT_TRACEBACK=1` shows tracebacks again.
+    All other errors go to the previous hook. `LMEVAL_EXT_TRACEBACK=1` shows tracebacks again.
     """
     previous = sys.excepthook
     if getattr(previous, "_lmeval_ext", False):
@@ -39,6 +39,6 @@ def install_excepthook() -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """An engine's error as one line."""
+    """The first line of an error's message; its type's name if the message is empty."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

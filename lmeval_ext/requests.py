@@ -1,4 +1,4 @@
-"""The contract between tasks and models: a window to score, and its scores.
+"""What tasks and models exchange: a window to score, and its scores.
 
 A `WindowRequest` is an `Instance` of the harness that is also the triple `(None, context_ids, continuation_ids)`, so
 every token-level model of the harness can score it (`models/harness_models.py`). Stock models return `(loglikelihood,
@@ -27,7 +27,7 @@ class WindowRequest(Instance):
 
     @property
     def context_ids(self) -> list[int]:
-        """Tokens that are seen only; at least one."""
+        """Tokens that are context only; at least one."""
         return self.arguments[1]
 
     @property
@@ -37,12 +37,12 @@ class WindowRequest(Instance):
 
     @property
     def ids(self) -> list[int]:
-        """The whole window."""
+        """All tokens of the window."""
         return self.context_ids + self.target_ids
 
     @property
     def args(self) -> tuple[Any, ...]:
-        """What --log_samples writes: the description; ids would double the file and are fingerprinted anyway."""
+        """The description, for --log_samples: ids would double the file, and their fingerprint is in the result."""
         return (self.arguments[0],)
 
     def __iter__(self) -> Iterator[Any]:
@@ -69,7 +69,7 @@ def window_request(
 
 
 class WindowScores(NamedTuple):
-    """A model's answer for one window, in what --log_samples can write.
+    """A model's scores of one window, in types that --log_samples can write.
 
     loglikelihood: float64 sum, natural log. is_greedy: all targets are the model's first choice.
     logprobs: float32 values, one per target. greedy: whether each target is the model's first choice. divergence: from
@@ -88,26 +88,26 @@ class WindowScores(NamedTuple):
     def of(
         cls, logprobs: npt.ArrayLike, greedy: npt.ArrayLike, divergence: Mapping[str, npt.ArrayLike] | None = None
     ) -> WindowScores:
-        """From arrays of one value a target."""
+        """From arrays of one value per target."""
         values = np.asarray(logprobs, dtype=np.float32)
         matches = np.asarray(greedy, dtype=bool)
         if values.shape != matches.shape or values.ndim != 1:
             raise ValueError(f"logprobs {values.shape} and greedy {matches.shape} must be equal and flat")
         total = float(values.sum(dtype=np.float64))
-        columns = None if divergence is None else {name: TokenColumn(found) for name, found in divergence.items()}
+        columns = None if divergence is None else {name: TokenColumn(column) for name, column in divergence.items()}
         return cls(total, bool(matches.all()), _ten_digits(values).tolist(), matches.tolist(), columns)
 
 
 class TokenColumn:
-    """One value a target, float32 or bool; as text, a list.
+    """One value per target, float32 or bool; as text, a list.
 
-    --log_samples alone wants the list (the harness writes `str` of what is no list itself). To make the lists of a
+    Only --log_samples needs the list (the harness writes `str` of a value that is not a list). Making the lists of a
     divergence takes as long as a GPU takes to score the window in a small model.
     """
 
     def __init__(self, values: npt.ArrayLike) -> None:
-        found = np.asarray(values)
-        self.values = found.astype(bool if found.dtype == bool else np.float32)  # a copy: views keep whole batches
+        array = np.asarray(values)
+        self.values = array.astype(bool if array.dtype == bool else np.float32)  # a copy: views keep whole batches
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
         if copy is False and dtype not in (None, self.values.dtype):
@@ -128,7 +128,7 @@ class TokenColumn:
 
 
 def _ten_digits(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    """float32 values as float64 of ten significant digits: they read back as the same float32, and print half as long.
+    """Rounds float32 values to ten significant digits: they print half as long, and read back as the same float32.
 
     An integer below 2^53 over a power of ten is the double nearest to that decimal, which `repr` then prints as such.
     """
@@ -140,7 +140,7 @@ def _ten_digits(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
 
 
 def check_length(windows: Sequence[WindowRequest], limit: int, why: str = "") -> None:
-    """Raises UserError where a window has more than `limit` tokens."""
+    """Raises UserError if a window has more than `limit` tokens; `why` explains the limit."""
     longest = max(len(w.ids) for w in windows)
     if longest > limit:
         raise UserError(
@@ -151,7 +151,7 @@ def check_length(windows: Sequence[WindowRequest], limit: int, why: str = "") ->
 
 
 def same_shape(windows: Sequence[WindowRequest]) -> list[list[int]]:
-    """Indices of windows that can share a batch without padding: same length, same scored part."""
+    """Groups indices of windows that fit one batch without padding: same length, same scored part."""
     groups: dict[tuple[int, int], list[int]] = {}
     for i, w in enumerate(windows):
         groups.setdefault((len(w.context_ids), len(w.target_ids)), []).append(i)
@@ -159,12 +159,12 @@ def same_shape(windows: Sequence[WindowRequest]) -> list[list[int]]:
 
 
 def window_key(ids: Sequence[int], n_context: int) -> str:
-    """What a window is known by: its token ids, and from which on they are scored."""
+    """Identifies a window by its token ids and the position from which they are scored."""
     return hashlib.sha256(np.array([n_context, *ids], dtype="<i8").tobytes()).hexdigest()[:32]
 
 
 def key_of(window: WindowRequest) -> str:
-    """`window_key` of a task's window, worked out once."""
+    """`window_key` of a task's window, computed once."""
     known: str | None = getattr(window, "_key", None)
     if known is None:
         known = window_key(window.ids, len(window.context_ids))

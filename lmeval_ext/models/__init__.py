@@ -1,1 +1,1 @@
-"""Adapters: one file an engine, and the small contract they share (`base`)."""
+"""Adapters: one folder per engine behind one small contract; README.md says what each file does."""

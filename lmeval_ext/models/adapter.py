@@ -1,7 +1,8 @@
-"""The contract: what an engine must offer so that the harness can evaluate it, and what every adapter gets for that.
+"""The contract: what an engine must implement so that the harness can evaluate it, and what every adapter inherits.
 
-An adapter implements the four abstract members of `Adapter`. Engines that have no harness class of their own build on
-`TokenLM` (token_lm.py); engines whose distributions can be stored or measured add `Observed` (observed.py).
+An adapter implements the four abstract members of `Adapter`. An engine without a harness class of its own builds on
+`TokenLM` (token_lm.py); an engine whose distributions can be stored or measured adds `Observed` (observed.py).
+README.md in this folder lists the steps.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 class Adapter(TemplateLM):
     """A harness model that scores token windows and describes itself in the result file.
 
-    It stands before the harness class in the bases (`class HFQuantized(Observed, HFLM)`): windows are scored here, all
+    It comes before the harness class in the bases (`class HFQuantized(Observed, HFLM)`): windows are scored here, all
     other requests pass through to the harness class.
     """
 
@@ -42,29 +43,30 @@ class Adapter(TemplateLM):
 
     @abstractmethod
     def score_windows(self, windows: Sequence[WindowRequest]) -> list[WindowScores]:
-        """Natural-log probabilities in float32 of the target tokens of each window, in order.
+        """Scores the target tokens of each window, in order: natural-log probabilities in float32.
 
-        All windows are known to fit the model's context and vocabulary.
+        All windows fit the model's context and vocabulary. The last token of a window is only predicted, so an engine
+        has to be fed the tokens before it alone.
         """
 
     @abstractmethod
     def describe(self) -> Quantization:
-        """The model, the engine and what it ran on. Begin with `record.from_storage`."""
+        """Describes the model, the engine and the device for the result file. Begin with `record.from_storage`."""
 
     @property
     @abstractmethod
     def vocabulary(self) -> int:
-        """Size of the model's vocabulary: token ids are below it, and the softmax runs over it."""
+        """Size of the model's vocabulary: all token ids are below it, and the softmax runs over it."""
 
     @abstractmethod
     def checkpoint(self) -> str | None:
-        """The model's file or folder; None if it is not local."""
+        """Path of the model's file or folder; None if it is not local."""
 
     # ------------------------------------------------------------------ token windows
 
     @property
     def window_limit(self) -> int:
-        """The most tokens that a window may have."""
+        """The most tokens that a window of a task may have."""
         return int(self.max_length)
 
     def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
@@ -74,7 +76,7 @@ class Adapter(TemplateLM):
         return self.score_checked(requests)
 
     def score_checked(self, windows: Sequence[WindowRequest]) -> list[WindowScores]:
-        """Scores windows that fit. `Observed` measures divergence here."""
+        """Scores windows that are known to fit. `Observed` overrides it to measure divergence."""
         return self.score_timed(windows)
 
     def score_timed(self, windows: Sequence[WindowRequest]) -> list[WindowScores]:
@@ -87,7 +89,7 @@ class Adapter(TemplateLM):
 
     @contextlib.contextmanager
     def progress(self, total: int) -> Iterator[Callable[[int], Any]]:
-        """A progress bar over `total` windows; yields a function that takes how many more are done."""
+        """Shows a progress bar over `total` windows; yields a function that takes how many more are done."""
         if self.bar is not None:
             yield self.bar.update
             return
@@ -97,11 +99,12 @@ class Adapter(TemplateLM):
     # ------------------------------------------------------------------ the harness' own requests
 
     def complete_requests(self, requests: Sequence[Any], limit: int | None = None) -> list[Any]:
-        """The harness' triples (key, context ids, continuation ids), ready to be scored.
+        """Completes the harness' triples (key, context ids, continuation ids) so that they can be scored.
 
-        A context without tokens (white space alone: the harness moves it to the continuation) gets the prefix token,
-        as an empty one does. limit: the most tokens of a continuation; default max_length, as in `hf`.
-        Raises UserError for a continuation that is empty (its characters went into the context's last token) or longer.
+        A context without tokens gets the prefix token, as an empty text does: of a context of white space alone, the
+        harness moves all to the continuation. limit: the most tokens of a continuation; default max_length, as in
+        `hf`. Raises UserError for a continuation that is longer, or that is empty because its characters became part
+        of the context's last token.
         """
         limit = int(self.max_length if limit is None else limit)
         complete = []
@@ -114,7 +117,7 @@ class Adapter(TemplateLM):
         return complete
 
     def check_new_tokens(self, max_new: int) -> int:
-        """Returns `max_new`, the most tokens of an answer. Raises UserError if it leaves no room for a prompt."""
+        """Returns `max_new`, the most tokens to generate. Raises UserError if it leaves no room for a prompt."""
         limit = int(self.max_length)
         if not 0 < max_new < limit:
             raise UserError(
@@ -124,13 +127,13 @@ class Adapter(TemplateLM):
         return max_new
 
     def loglikelihood(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the harness class; NaN log-likelihoods are counted and reported in the result."""
+        """Scores as the harness class does; NaN log-likelihoods are counted and reported in the result."""
         results = super().loglikelihood(requests, *args, **kwargs)
         self._count_nan([total for total, _ in results])
         return results
 
     def loglikelihood_rolling(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
-        """As `loglikelihood`."""
+        """Scores as the harness class does; NaN log-likelihoods are counted and reported in the result."""
         results = super().loglikelihood_rolling(requests, *args, **kwargs)
         self._count_nan(results)
         return results
@@ -141,8 +144,8 @@ class Adapter(TemplateLM):
         self._nan_loglikelihoods += nan
         if nan:
             logger.error(
-                "%d of %d log-likelihoods are NaN: the figures made from them mean nothing (damaged weights, or a "
-                "dtype that overflows); the result says so, and compare shows them as unknown",
+                "%d of %d log-likelihoods are NaN, so the figures made from them mean nothing (damaged weights, or a "
+                "dtype that overflows); the result file says so, and compare shows these figures as unknown",
                 nan,
                 len(totals),
             )
@@ -150,11 +153,11 @@ class Adapter(TemplateLM):
     # ------------------------------------------------------------------ the result file
 
     def bos_rule(self) -> dict[str, Any] | None:
-        """What `tok_encode` puts before a text; None if the tokenizer fails on the probe.
+        """Reports what `tok_encode` puts before a text; None if the tokenizer fails on the probe.
 
         before_text: ids placed before a text, unless that text begins with the prefix token's own text.
-        prefix_token_id: what stands for an empty context, and before a text whose whole log-likelihood is taken.
-        add_bos_token: the argument; None: as the tokenizer does by itself.
+        prefix_token_id: the context of a text that has none, and of a text whose whole log-likelihood is taken.
+        add_bos_token: the argument of that name; None: the tokenizer's own default.
         """
         try:
             plain, complete = (list(self.tok_encode("a", add_special_tokens=s)) for s in (False, None))
@@ -165,24 +168,24 @@ class Adapter(TemplateLM):
                 "add_bos_token": getattr(self, "add_bos_token", None),
             }
         except Exception as error:  # scores exist by now and must not be lost
-            logger.warning("what the tokenizer puts before a text is unknown: %s", first_line(error))
+            logger.warning("the ids that the tokenizer puts before a text are unknown: %s", first_line(error))
             return None
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness writes into `config` of the result file; ours is under `quantization`."""
+        """Returns what the harness writes into `config` of the result file; our part is `quantization`."""
         inherited: dict[str, Any] = getattr(super(), "get_model_info", dict)()
         try:
             facts = self.describe()
         except Exception as error:  # scores exist by now and must not be lost
-            logger.exception("the model's description failed; its figures are null")
+            logger.exception("describing the model failed; its figures are null in the result file")
             name = type(self).__name__
             facts = Quantization(self.label or name, name, None, notes=[f"unknown: {first_line(error)}"])
         facts.bos = self.bos_rule()
         if self._nan_loglikelihoods:
             facts.nan_loglikelihoods = self._nan_loglikelihoods
             facts.notes.append(
-                f"{self._nan_loglikelihoods} of {self._loglikelihoods} log-likelihoods are NaN: figures made of them "
-                "mean nothing"
+                f"{self._nan_loglikelihoods} of {self._loglikelihoods} log-likelihoods are NaN: figures made from "
+                "them mean nothing"
             )
         if self._window_seconds:
             facts.tokens_per_second = self._window_tokens / self._window_seconds
@@ -196,5 +199,5 @@ def check_windows(windows: Sequence[WindowRequest], limit: int, vocabulary: int)
     if largest >= vocabulary:
         raise UserError(
             f"token id {largest} is beyond this model's vocabulary of {vocabulary}: the text was tokenized for another "
-            "model; set tokenizer= to this model's own"
+            "model; set tokenizer= to the tokenizer of this model"
         )

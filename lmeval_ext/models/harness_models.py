@@ -1,7 +1,7 @@
-"""Token windows on every model of the harness, its own ones included.
+"""Token windows on every model of the harness, including the harness' own.
 
-`evaluate()` looks up a request's type on the model, as a method, by name. Ours is `score_token_windows`, which
-importing this module adds to the harness' `LM`.
+`evaluate()` calls the method of a model that has the name of the request's type. Ours is `score_token_windows`;
+importing this module adds it to the harness' `LM`.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from lmeval_ext.requests import REQUEST_TYPE, WindowRequest, check_length
 
 @functools.cache
 def spare_positions() -> dict[str, int]:
-    """Positions of the context that a window must leave free, by module of the harness' own models.
+    """Positions of the context that a window has to leave free, by module of the harness' own models.
 
-    Each engine's folder may have a `stock.py` with such a table, `SPARE_POSITIONS`; it imports nothing.
+    Each engine's folder may have a `stock.py` with such a table, `SPARE_POSITIONS`; that file imports nothing.
     """
-    found: dict[str, int] = {}
+    table: dict[str, int] = {}
     for file in sorted(Path(__file__).parent.glob("*/stock.py")):
-        found |= importlib.import_module(f"{__package__}.{file.parent.name}.stock").SPARE_POSITIONS
-    return found
+        table |= importlib.import_module(f"{__package__}.{file.parent.name}.stock").SPARE_POSITIONS
+    return table
 
 
 def score_token_windows(model: Any, requests: list[WindowRequest]) -> Any:
-    """Method of every `LM`: the model's own token-level scoring, once the windows are known to fit.
+    """Scores windows by the model's own token-level method, after a check of their lengths; a method of every `LM`.
 
-    Raises UserError if the model scores no tokens, or a window is longer than its context: stock models would drop the
-    window's start, and score other positions than the result says.
+    Raises UserError if the model does not score tokens, or if a window is longer than its context: stock models would
+    drop the window's start, and score other positions than the result file says.
     """
     # Underscored in lm-eval 0.4.13, but the method that TemplateLM declares abstract and every token-level model
     # implements; tests/tasks/test_perplexity.py fails when it goes.

@@ -1,4 +1,4 @@
-"""Finding a checkpoint, naming it, and saying why it does not load."""
+"""Finds and names a checkpoint, and explains why it does not load."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from lmeval_ext.storage import StorageError, inspect
 
 
 def explain_load(error: Exception, pretrained: Any, hint: str = "") -> UserError:
-    """A loading error as one line, with what the checkpoint's headers show to be wrong, if they do.
+    """Turns a loading error into one line; damage that the checkpoint's headers show comes first.
 
-    The engine's own traceback is chained to it: LMEVAL_EXT_TRACEBACK=1 shows both.
+    The caller chains the engine's own error to it; LMEVAL_EXT_TRACEBACK=1 shows both.
     """
     if isinstance(error, UserError):
         return error
@@ -30,7 +30,7 @@ def explain_load(error: Exception, pretrained: Any, hint: str = "") -> UserError
 
 
 def local_checkpoint(pretrained: Any, revision: str | None = None) -> str | None:
-    """The file or folder behind `pretrained`: itself, or the hub's snapshot in the local cache. None if neither."""
+    """Path of `pretrained`: itself, or the hub's snapshot in the local cache. None if neither exists."""
     if not isinstance(pretrained, str):
         return None
     if Path(pretrained).exists():
@@ -44,5 +44,5 @@ def local_checkpoint(pretrained: Any, revision: str | None = None) -> str | None
 
 
 def default_label(pretrained: Any) -> str:
-    """The checkpoint's own name, where no `label=` is given."""
+    """The checkpoint's own name, for a model without `label=`."""
     return Path(pretrained).resolve().name if isinstance(pretrained, str) else type(pretrained).__name__

@@ -1,7 +1,8 @@
 """References: what an adapter adds so that its distributions can be stored, or measured against stored ones.
 
-An engine in this process shows its logits to `observe` while it scores windows. An engine in other processes overrides
-`observe_windows`, `take_states`, `write_head` and `stop_observing`. `lmeval_ext.divergence` does the rest.
+An engine in this process passes its logits to `scores_of` (or `observe`) while it scores windows. An engine whose
+logits stay in other processes overrides `observe_windows`, `take_states`, `write_head` and `stop_observing`.
+`lmeval_ext.divergence` does the rest.
 """
 
 from __future__ import annotations
@@ -29,21 +30,29 @@ class Observed(Adapter):
     The constructor calls `take_reference_arguments` with its keyword arguments.
     """
 
+    # Facts for `compare run`, which reads them in the source of the class that an entry point names, without importing
+    # it: they stand there as literals. A class with `engine_packages` is taken to accept label= and reference=.
+    engine_packages: tuple[str, ...]  # distributions of the engine; the first one installed enters a result's key
+    stock_models: tuple[str, ...] = ()  # models of the harness that this one can replace
+    context_argument: str | None = None  # the argument that sizes the context, if it has to be given
+    needs_tokenizer: bool = False  # whether it needs the data spec's tokenizer as its own tokenizer= argument
+
     # Arguments of this engine that do not change its distributions: places, sizes of batches and of memory. All other
-    # arguments are part of a reference's identity.
+    # arguments are part of a reference's identity. tests/models/test_neutral_arguments.py lists both kinds.
     neutral_arguments: frozenset[str] = frozenset()
-    # What the engine can show of a window: its final hidden states, which are small and exact, or its logits alone
-    reference_modes: tuple[str, ...] = ("hidden", "logits")
+    # What the engine passes to `observe`: "hidden", its final hidden states, which are small and exact, if there is an
+    # `output_head`; "logits" alone otherwise. The first one is the default of save_reference=.
+    reference_modes: tuple[str, ...] = ("logits",)
     reference_arguments = ReferenceArguments()
     observer: Observer | None = None  # reads the logits of windows while they are scored
     _observed_head: OutputHead | None = None
 
     def take_reference_arguments(self, arguments: dict[str, Any]) -> None:
-        """Removes reference=, save_reference=, … from `arguments` and keeps them. Raises UserError for bad ones."""
+        """Moves reference=, save_reference=, … from `arguments` to this model. Raises UserError for invalid ones."""
         self.reference_arguments = ReferenceArguments.take(arguments, self.neutral_arguments)
 
     def score_checked(self, windows: Sequence[WindowRequest]) -> list[WindowScores]:
-        """Scores windows; with a reference, each `WindowScores` has its divergence."""
+        """Scores windows; with a reference, each `WindowScores` holds its divergence."""
         if not self.reference_arguments.active:
             return self.score_timed(windows)
         try:
@@ -55,11 +64,21 @@ class Observed(Adapter):
             ) from error
         return session.score(self, windows)
 
-    def observe(self, window: WindowRequest, hidden: Any, logits: Any, targets: Any) -> dict[str, Any] | None:
-        """Shows all scored tokens of one window to the observer; returns `WindowScores.divergence`, None without one.
+    def scores_of(self, window: WindowRequest, logits: Any, targets: Any, hidden: Any = None) -> WindowScores:
+        """Scores of one window from its logits, which the observer sees too.
 
-        hidden: [targets, width] final hidden states, or None. logits: [targets, ≥ vocabulary]. targets: int64
-        [targets]. All are torch tensors.
+        logits: [targets, ≥ vocabulary], row i predicting target i. targets: int64 [targets]. hidden: [targets, width]
+        final hidden states, or None. All are torch tensors.
+        """
+        from lmeval_ext.models.target_logprobs import logprobs_of_targets
+
+        logprobs, greedy = logprobs_of_targets(logits, targets, self.vocabulary)
+        return WindowScores.of(logprobs, greedy, self.observe(window, hidden, logits, targets))
+
+    def observe(self, window: WindowRequest, hidden: Any, logits: Any, targets: Any) -> dict[str, Any] | None:
+        """Passes all scored tokens of one window to the observer, if there is one; tensors as for `scores_of`.
+
+        Returns `WindowScores.divergence`, None without an observer.
         """
         if self.observer is None:
             return None
@@ -69,15 +88,15 @@ class Observed(Adapter):
         span = WindowSpan(key_of(window), 0, len(targets))
         return fetched(self.observer.observe([span], hidden, logits, targets.to(logits.device)))
 
-    # ------------------------------------------------------------------ what an engine may say about itself
+    # ------------------------------------------------------------------ what an engine may override
 
     def scoring_order(self, windows: Sequence[WindowRequest]) -> list[int]:
-        """Indices in the order in which `score_windows` reaches them; a reference is read ahead in this order."""
+        """Indices of windows in the order in which `score_windows` scores them; a reference is read ahead in it."""
         return list(range(len(windows)))
 
     @property
     def windows_at_once(self) -> int:
-        """Windows per call of `score_windows` while a reference is written; more keep a GPU busy."""
+        """Windows per call of `score_windows` while a reference is written; several keep a GPU busy."""
         return 1
 
     @property
@@ -87,17 +106,17 @@ class Observed(Adapter):
 
     @property
     def logits_device(self) -> torch.device | None:
-        """Where logits will be, if known before scoring: the reference is copied there meanwhile."""
+        """Device of the logits, if known before scoring: the reference is copied there meanwhile."""
         return None
 
     def output_head(self) -> OutputHead:
-        """The model's output matrix and what follows it. Raises UserError if there is none to show."""
-        raise NotImplementedError
+        """The model's output matrix and what follows it, for mode "hidden". Raises UserError if it is not dense."""
+        raise NotImplementedError(f"{type(self).__name__}: reference_modes has 'hidden', but there is no output_head")
 
     # ------------------------------------------------------------------ the life of an observer
 
     def observe_windows(self, plan: ObservationPlan) -> dict[str, Any]:
-        """Observes windows scored from now on. Returns `head_facts` if the plan needs them, else {}."""
+        """Observes the windows that are scored from now on. Returns `head_facts` if the plan needs them, else {}."""
         from lmeval_ext.divergence.plan import cut_head, head_facts
 
         head = cut_head(self.output_head(), self.vocabulary) if plan.needs_head else None
@@ -110,7 +129,7 @@ class Observed(Adapter):
         store.write_head(self._observed_head)
 
     def take_states(self, tokens: dict[str, int]) -> dict[str, dict[str, Any]]:
-        """Tensors kept from each window while a plan saves them; tokens: scored tokens per window key."""
+        """Tensors that were kept from each window while a plan saves them. tokens: scored tokens per window key."""
         from lmeval_ext.divergence.observer import Saving
 
         assert isinstance(self.observer, Saving)

@@ -1,4 +1,4 @@
-"""`Quantization`: what a result file says about the model that was run."""
+"""`Quantization`: the description of the model in a result file."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ GIB = 1024**3
 
 @dataclass
 class Quantization:
-    """`config.quantization` of a result file: what was run, how many bits it has, what it took.
+    """`config.quantization` of a result file: the model that was run, its bits, and the memory it took.
 
     Bits per weight and sizes follow `lmeval_ext.storage.StorageInfo`. weight_vram_gb: measured GiB that loading took.
     peak_vram_gb: measured GiB of weights and activations, without the engine's preallocated KV pool (kv_pool_gb).
     layer_parameters: logical elements of the decoder's matrices, the same for every quantization of one model.
-    kv_bytes_per_token: what a token takes in a KV cache of kv_cache_dtype (`lmeval_ext.storage.kv_cache`). bos: the
-    rule by which texts of the harness' own requests became tokens, as `Adapter.bos_rule` gives it; token windows
-    have their own, in the task's metadata. nan_loglikelihoods: answers that were NaN, of which the harness makes
-    accuracies all the same. None: unknown; `notes` says why.
+    kv_bytes_per_token: bytes per token of a KV cache of kv_cache_dtype (`lmeval_ext.storage.kv_cache`). bos: the rule
+    by which texts of the harness' own requests become tokens (`Adapter.bos_rule`); token windows have their own, in the
+    task's metadata. nan_loglikelihoods: log-likelihoods that were NaN, from which the harness computes accuracies
+    nevertheless. None: unknown; `notes` says why.
     """
 
     label: str
@@ -57,9 +57,9 @@ class Quantization:
 def from_storage(
     path: str | None, cache_types: tuple[str | int | None, str | int | None] = (None, None), **facts: Any
 ) -> Quantization:
-    """A Quantization with the figures that the checkpoint's headers give; nulls and the reason where they do not.
+    """A Quantization with the figures from the checkpoint's headers; None and a note for figures they do not give.
 
-    cache_types: of keys and values in the engine's KV cache, as for `kv_cache`; None: the checkpoint's own.
+    cache_types: types of keys and values in the engine's KV cache, as for `kv_cache`; None: the checkpoint's own.
     """
     if path is None:
         return Quantization(**facts, notes=["bits per weight unknown: the checkpoint is not a local file or folder"])
@@ -85,7 +85,7 @@ def from_storage(
 
 
 def quantized_at_load(facts: Quantization, method: str) -> Quantization:
-    """The description of a checkpoint that the engine quantized while loading: its headers say nothing of that."""
+    """Corrects the description of a checkpoint that the engine quantized at load, which its headers do not show."""
     facts.family = facts.scheme = method
     facts.layer_bpw = facts.head_bpw = facts.vram_gb = facts.file_bpw = facts.weight_bytes = None
     facts.notes.append(f"bits per weight unknown: quantized at load ({method}), not in the checkpoint")

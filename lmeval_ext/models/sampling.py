@@ -1,4 +1,4 @@
-"""Generation arguments of the harness, as engines that sample by themselves take them."""
+"""The harness' generation arguments, for engines that sample by themselves."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from lmeval_ext.errors import UserError
 
-# Arguments of the harness and of Transformers that change nothing in these engines, with their accepted values
+# Arguments of the harness and of Transformers without an effect in these engines, and the values that are accepted
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "do_sample": (True, False, None),
     "use_cache": (True, False, None),
@@ -24,9 +24,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 def known_arguments(
     kwargs: dict[str, Any], known: Collection[str], engine: str, shown: Collection[str]
 ) -> dict[str, Any]:
-    """The arguments of `kwargs` that decide how tokens are sampled; the neutral ones are checked and left out.
+    """Returns the arguments of `kwargs` that affect sampling; the neutral ones are checked and left out.
 
-    known: names that the engine takes; shown: those that the message lists. Raises UserError for others.
+    known: names that the engine takes. shown: names that the message lists. Raises UserError for all others.
     """
     given = dict(kwargs)
     for name, allowed in _NEUTRAL.items():
@@ -43,7 +43,7 @@ def known_arguments(
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen; temperature 0 takes the likeliest. Zero top_k and min_p, and top_p 1, are off."""
+    """How the next token is chosen. Temperature 0 takes the likeliest; top_k 0, min_p 0 and top_p 1 are off."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -55,7 +55,7 @@ class Sampling:
 
     @classmethod
     def of(cls, kwargs: dict[str, Any], engine: str) -> Sampling:
-        """From the harness' normalized generation arguments. Raises UserError for one that `engine` does not have."""
+        """From the harness' normalized generation arguments. Raises UserError for one that `engine` does not take."""
         names = cls.__dataclass_fields__
         given = known_arguments(kwargs, names, engine, names)
         if kwargs.get("do_sample") and given.get("temperature") is None:

@@ -1,6 +1,6 @@
-"""Which log-likelihood requests share what, and in which batches they go: token ids in, plans out, no tensors.
+"""Groups log-likelihood requests that share tokens, and batches the groups; on token ids alone, without tensors.
 
-Choices of one question share their whole context; questions of one few-shot task share its examples.
+Choices of one question share their complete context; questions of one few-shot task share its examples.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-_WORTHWHILE = 16  # shared tokens below which a forward of their own costs more than it saves
-_NEIGHBOUR = 0.5  # part of a context that neighbours must share
+_WORTHWHILE = 16  # for fewer shared tokens, a forward of their own costs more than it saves
+_NEIGHBOUR = 0.5  # least part of a context that neighbours have to share
 
 
 @dataclass
 class Group:
-    """Requests with one context.
+    """Requests with the same context.
 
-    context: its tokens but the last. tails: what is fed after it, each once: the context's last token and all of a
-    continuation but its last. wanted: for each tail, the requests that read it, as (request, target tokens).
+    context: its tokens but the last. tails: the tokens to feed after it, each tail once: the context's last token, and
+    a continuation without its last token. wanted: for each tail, its requests, as (request, target tokens).
     """
 
     context: tuple[int, ...]
@@ -34,16 +34,16 @@ class Group:
 
 
 class Batch(NamedTuple):
-    """Groups for one call of `Engine.branch`; fits: whether the engine can take them."""
+    """Groups for one call of `Engine.branch`. fits: whether the engine can run them."""
 
     groups: list[Group]
     fits: bool
 
 
 def group_requests(requests: Sequence[Any], max_length: int) -> list[Group]:
-    """Groups of the harness' triples (key, context ids, continuation ids), cut on the left as its `hf` does it.
+    """Groups the harness' triples (key, context ids, continuation ids), cut on the left as its `hf` does.
 
-    They have at least one token of context, and 1 to max_length of continuation (`Adapter.complete_requests`).
+    Triples have at least one token of context, and 1 to max_length of continuation (`Adapter.complete_requests`).
     """
     groups: dict[tuple[int, ...], Group] = {}
     for index, (_, context, continuation) in enumerate(requests):
@@ -56,7 +56,7 @@ def group_requests(requests: Sequence[Any], max_length: int) -> list[Group]:
 
 
 def split_groups(groups: Sequence[Group]) -> tuple[list[Group], list[Group]]:
-    """(groups that share enough within or with each other, sorted so that those are neighbours; the others)"""
+    """Splits into groups that share enough tokens, sorted so that those that share are neighbours, and all others."""
     ordered = sorted(groups, key=lambda g: g.context)
     common = [common_prefix(a.context, b.context) for a, b in itertools.pairwise(ordered)]
     shared: list[Group] = []
@@ -72,7 +72,7 @@ def split_groups(groups: Sequence[Group]) -> tuple[list[Group], list[Group]]:
 def shared_batches(
     groups: Sequence[Group], budget: int, fits: Callable[[list[Sequence[int]], list[Any]], bool]
 ) -> Iterator[Batch]:
-    """Neighbours in batches of at most `budget` tokens that are not shared, as the engine can take them."""
+    """Yields batches of neighbours with at most `budget` tokens that are not shared, if the engine can run them."""
     batch: list[Group] = []
     prefix, tokens = 0, 0
     for group in groups:
@@ -100,7 +100,7 @@ def _fits(groups: list[Group], fits: Callable[[list[Sequence[int]], list[Any]], 
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many leading tokens two sequences share."""
+    """Number of leading tokens that two sequences share."""
     n = 0
     for x, y in zip(a, b, strict=False):
         if x != y:

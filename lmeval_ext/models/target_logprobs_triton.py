@@ -1,4 +1,4 @@
-"""The fused kernel behind `target_logprobs` on a GPU. Tried with Triton 3.6 on an H200."""
+"""The fused kernel behind `target_logprobs` on a GPU. Tested with Triton 3.6 on an H200."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def _row(logits, row_stride, targets, logprobs, greedy, vocabulary, BLOCK: tl.co
     row = tl.program_id(0).to(tl.int64)
     logits += row * row_stride
     columns = tl.arange(0, BLOCK)
-    # Pass 1: each lane's largest logit and where it first stood
+    # Pass 1: each lane's largest logit and its first position
     best = tl.full((BLOCK,), float("-inf"), tl.float32)
     where = tl.full((BLOCK,), 0, tl.int32)
     for start in range(0, vocabulary, BLOCK):
@@ -24,7 +24,7 @@ def _row(logits, row_stride, targets, logprobs, greedy, vocabulary, BLOCK: tl.co
         best = tl.maximum(best, x)
     top = tl.max(best, axis=0)
     first = tl.min(tl.where(best == top, where, vocabulary), axis=0)
-    # Pass 2: the row is in the cache now; sums by lane keep rounding errors small
+    # Pass 2, with the row in the cache: sums per lane keep rounding errors small
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocabulary, BLOCK):
         at = start + columns

@@ -12,7 +12,7 @@ import transformers
 
 from lmeval_ext.divergence import head as module
 from lmeval_ext.divergence.head import OutputHead, logit_settings
-from lmeval_ext.models.hf.states import captured_states
+from lmeval_ext.models.hf.scoring import captured_states
 
 WIDTH, VOCABULARY = 48, 301
 

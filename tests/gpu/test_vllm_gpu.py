@@ -110,12 +110,10 @@ def test_same_numbers_as_prompt_logprobs(model: Any) -> None:
     """In the same steps both read the same 16-bit logits: what is left is rounding of float32 log-softmax."""
     from lmeval_ext.models.vllm.client import ScoringPrompt
 
-    assert model._engine is not None, model._why_not_engine
+    assert model.describe().scoring == "engine"
     prompts = [ScoringPrompt(ids, 1) for ids in texts(model, 8, 2048)]
-    ours = np.concatenate([s.logprobs for s in model._score(prompts, False, False)]).astype(float)
-    engine, model._engine = model._engine, None
-    theirs = np.concatenate([s.logprobs for s in model._score(prompts, False, False)]).astype(float)
-    model._engine = engine
+    ours = np.concatenate([s.logprobs for s in model.score_prompts(prompts)]).astype(float)
+    theirs = np.concatenate([s.logprobs for s in model.score_by_vllm(prompts)]).astype(float)
     print(f"max |difference| {np.abs(ours - theirs).max():.2e}, mean {np.mean(ours - theirs):.2e}")
     assert np.abs(ours - theirs).max() < 1e-4
     assert np.exp(-ours.mean()) == pytest.approx(np.exp(-theirs.mean()), rel=1e-5)
@@ -137,8 +135,8 @@ def test_a_window_in_other_company_is_the_same_but_for_rounding(model: Any) -> N
     from lmeval_ext.models.vllm.client import ScoringPrompt
 
     prompts = [ScoringPrompt(ids, 1) for ids in texts(model, 8, 2048)]
-    together = np.concatenate([s.logprobs for s in model._score(prompts, False, False)]).astype(float)
-    alone = np.concatenate([model._score([p], False, False)[0].logprobs for p in prompts]).astype(float)
+    together = np.concatenate([s.logprobs for s in model.score_prompts(prompts)]).astype(float)
+    alone = np.concatenate([model.score_prompts([p])[0].logprobs for p in prompts]).astype(float)
     print(f"perplexity together {np.exp(-together.mean()):.6f}, alone {np.exp(-alone.mean()):.6f}")
     print(f"a token: rms {np.std(together - alone):.3f}, max {np.abs(together - alone).max():.3f}")
     assert np.exp(-together.mean()) == pytest.approx(np.exp(-alone.mean()), rel=2e-3)
@@ -151,8 +149,8 @@ def test_choices_share_a_cached_context(model: Any) -> None:
     for i, ids in enumerate(texts(model, 6, 400)):
         context = ids[: 16 * (10 + i)]  # on a block's border: the worst case
         prompts += [ScoringPrompt(context + ids[350 : 350 + n], len(context)) for n in (1, 4, 9, 30)]
-    shared = [float(s.logprobs.sum()) for s in model._score(prompts, True, False)]
-    fresh = [float(s.logprobs.sum()) for s in model._score(prompts, False, False)]
+    shared = [float(s.logprobs.sum()) for s in model.score_prompts(prompts, reuse_prefixes=True)]
+    fresh = [float(s.logprobs.sum()) for s in model.score_prompts(prompts)]
     np.testing.assert_allclose(shared, fresh, rtol=1e-2, atol=0.5)
 
 

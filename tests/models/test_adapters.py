@@ -260,14 +260,14 @@ def test_gguf_vocabulary_is_the_tokenizers(tiny_gguf: Path, tiny_llama: Path) ->
     assert (differences == 0).mean() > 0.98
 
 
-def test_reference_kernel_is_compressed_tensors_arithmetic() -> None:
+def test_emulated_kernel_equals_compressed_tensors_arithmetic() -> None:
     """A W4A4 layer in our kernel, in float32, against the format's own library: weight × fake-quantized input."""
     from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8
     from compressed_tensors.quantization import preset_name_to_scheme
     from compressed_tensors.quantization.lifecycle.forward import fake_quantize
     from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 
-    from lmeval_ext.models.vllm.cpu_kernel import reference_kernel
+    from lmeval_ext.models.vllm.cpu_kernel import emulated_kernel
 
     generator = torch.Generator().manual_seed(0)
     values = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.5, -6.0])
@@ -286,7 +286,7 @@ def test_reference_kernel_is_compressed_tensors_arithmetic() -> None:
     layer.weight = torch.nn.Parameter(pack_fp4_to_uint8(codes), requires_grad=False)
     layer.weight_scale = torch.nn.Parameter(scales, requires_grad=False)
     layer.weight_global_scale = torch.nn.Parameter(1 / weight_divisor, requires_grad=False)  # vLLM's loader inverts it
-    kernel = reference_kernel()
+    kernel = emulated_kernel()
     kernel.process_weights_after_loading(layer)
     torch.testing.assert_close(layer.weight.data, weight)
     torch.testing.assert_close(kernel.apply_weights(layer, x), x @ weight.T)  # weight-only: no input scale

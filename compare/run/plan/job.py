@@ -11,7 +11,8 @@ from typing import Any
 from compare.results.label_index import Presentation
 from compare.run.plan.fingerprint import fingerprint
 from compare.run.plan.window_tasks import window_tasks
-from compare.run.specs.engines import OURS, PATH_ARGUMENTS, engine_version
+from compare.run.specs.engine_facts import measured_models
+from compare.run.specs.engines import PATH_ARGUMENTS, engine_version
 from compare.run.specs.paths import exists
 
 
@@ -77,7 +78,7 @@ class Job:
 
     def arguments(self, output: Path) -> list[str]:
         """The arguments of `lm_eval`; it writes its result file into `output`."""
-        args = {"label": self.label, **self.args} if self.model in OURS else dict(self.args)
+        args = {"label": self.label, **self.args} if self.model in measured_models() else dict(self.args)
         if self.divergence is not None:
             args["save_reference" if self.divergence.writes else "reference"] = str(self.divergence.folder)
         words = ["run", "--model", self.model]

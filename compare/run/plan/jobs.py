@@ -10,7 +10,8 @@ from typing import Any
 from compare.errors import CompareError
 from compare.results.label_index import Presentation
 from compare.run.plan.job import Job
-from compare.run.specs.engines import LOAD_FNS, PATH_ARGUMENTS, TAKES_TOKENIZER
+from compare.run.specs.engine_facts import measured_models
+from compare.run.specs.engines import LOAD_FNS, PATH_ARGUMENTS
 from compare.run.specs.loading import Entry
 from compare.run.specs.paths import absolute, resolve, trained_context
 from compare.run.specs.schema import DataSpec, GuideModel, HarnessOptions
@@ -22,8 +23,7 @@ _TASK_OF = {"wiki2": "wiki2_strided", "wikitext2": "wiki2_strided", "sample": "s
 _OTHER_TEXT = "text_strided"
 STRIDED = frozenset({*_TASK_OF.values(), _OTHER_TEXT})
 
-# compare_q loads a model for `window + 512` tokens; the argument that says so
-_SIZE_ARGUMENT = {"vllm_nvfp4": "max_model_len", "llamacpp": "max_length"}
+# compare_q loads a model for `window + 512` tokens
 _HEADROOM = 512
 
 
@@ -64,10 +64,11 @@ class RunSettings:
         args, missing = resolve(args, folder)
         tasks = self._tasks(entry)
         metadata = self._metadata(tasks)
-        if "tokenizer" in metadata and model in TAKES_TOKENIZER:
+        facts = measured_models().get(model)
+        if "tokenizer" in metadata and facts is not None and facts.needs_tokenizer:
             args.setdefault("tokenizer", metadata["tokenizer"])
         if isinstance(spec, GuideModel) and STRIDED.issuperset(tasks):
-            self._size(model, args, metadata)
+            self._size(facts.context_argument if facts is not None else None, args, metadata)
         bits = spec.override_vram_bits
         name = str(args.get("pretrained", model)).rstrip("/")
         shown = Presentation(
@@ -149,8 +150,8 @@ class RunSettings:
             raise CompareError(f"{self.data_file}: {missing}")
         return resolved
 
-    def _size(self, model: str, args: dict[str, Any], metadata: dict[str, Any]) -> None:
-        name, eval_len = _SIZE_ARGUMENT.get(model), metadata.get("eval_len")
+    def _size(self, name: str | None, args: dict[str, Any], metadata: dict[str, Any]) -> None:
+        eval_len = metadata.get("eval_len")
         if name is None or eval_len is None or name in args:
             return
         size = eval_len + _HEADROOM * (2 if metadata.get("chat_template") else 1)

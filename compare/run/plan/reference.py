@@ -15,7 +15,7 @@ from compare.errors import CompareError
 from compare.run.plan.fingerprint import fingerprint
 from compare.run.plan.job import Job, ReferenceRole
 from compare.run.plan.reference_folder import is_complete, is_store, writers
-from compare.run.specs.engines import OURS, OURS_FOR
+from compare.run.specs.engine_facts import measured_models, replacement
 from compare.text import and_more
 
 _HOW = (
@@ -89,8 +89,9 @@ def _unfit(job: Job) -> str:
     """Why `job` cannot write a reference; empty where it can."""
     if job.unavailable:
         return job.unavailable
-    if job.model not in OURS:
-        return f"model {job.model} writes no reference; use {OURS_FOR.get(job.model) or and_more(list(OURS), 9)}"
+    if job.model not in measured_models():
+        use = replacement(job.model) or and_more(list(measured_models()), 9)
+        return f"model {job.model} writes no reference; use {use}"
     if not job.windows:
         return (
             f"none of its tasks scores token windows ({', '.join(job.tasks)}); give a data spec, or add one such task"
@@ -152,8 +153,8 @@ def measured(jobs: Sequence[Job], reference: PlannedReference) -> tuple[list[Job
 def _immeasurable(job: Job, source: Job | None) -> str | None:
     if {"reference", "save_reference"}.intersection(job.args):
         return "its own arguments name a reference"
-    if job.model not in OURS:
-        use = OURS_FOR.get(job.model)
+    if job.model not in measured_models():
+        use = replacement(job.model)
         return f"model {job.model} measures none" + (f"; use {use}" if use else "")
     if not job.windows:
         return f"no task with token windows ({', '.join(job.tasks)})"

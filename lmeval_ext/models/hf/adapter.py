@@ -1,8 +1,8 @@
-"""`hf_quant`: whatever Transformers loads, on the harness' `HFLM`.
+"""`hf_quant`: all models that Transformers loads, on the harness' `HFLM`.
 
-Tried with transformers 5.19 and lm-eval 0.4.13. Quantized checkpoints are loaded as their config.json says and
+Tested with transformers 5.19 and lm-eval 0.4.13. Quantized checkpoints are loaded as their config.json says and
 with nothing added: `dequantize=True` silently drops the activation quantization of a W4A4 checkpoint from
-compressed-tensors 0.20 on. EXL3 and EXL2, unknown to Transformers, are decoded first (`hf_decoded`).
+compressed-tensors 0.20 on. EXL3 and EXL2, unknown to Transformers, are decoded first (decoded.py).
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from lmeval_ext.models.loading import default_label, local_checkpoint
 from lmeval_ext.models.observed import Observed
 from lmeval_ext.models.record import GIB, Quantization, from_storage, quantized_at_load
 from lmeval_ext.models.shared_contexts import group_requests, split_groups
-from lmeval_ext.models.target_logprobs import logprobs_of_targets
 from lmeval_ext.requests import WindowRequest, WindowScores, same_shape
 from lmeval_ext.tokens import ending_tokens, special_tokens
 
@@ -33,9 +32,9 @@ try:
     from lmeval_ext.decoding.checkpoint import exl_method
     from lmeval_ext.divergence.head import OutputHead, logit_settings
     from lmeval_ext.models.hf.decoded import DecodingClass, dense_config
-    from lmeval_ext.models.hf.load_checks import CheckedClass, quant_method
+    from lmeval_ext.models.hf.loading import FLOATS, CheckedClass, quant_method, unify_dtype
+    from lmeval_ext.models.hf.scoring import captured_states
     from lmeval_ext.models.hf.shared_contexts import NotShared, SharedContexts, can_share
-    from lmeval_ext.models.hf.states import captured_states
 except ImportError as error:
     raise MissingEngineError(
         f"hf_quant needs torch and Transformers ({first_line(error)}); install them: pip install 'lmeval-ext[quant]'"
@@ -44,20 +43,21 @@ from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-
 
 class HFQuantized(Observed, HFLM):
-    """Transformers checkpoints: dense, compressed-tensors, AWQ, GPTQ, bitsandbytes, VPTQ, AQLM, …; EXL3, EXL2.
+    """Runs Transformers checkpoints: dense, compressed-tensors, AWQ, GPTQ, bitsandbytes, VPTQ, AQLM, …; EXL3, EXL2.
 
-    Arguments as in the harness' `hf`, and: label= names the model in tables and plots; device defaults to a GPU
-    where there is one; softmax_dtype to float32 (the harness' default takes bfloat16 log-softmax of bfloat16
-    models, and sums come out rounded to whole numbers); multimodal=True loads a model that also sees pictures whole,
-    to run its text part; reference= and save_reference= measure divergence (docs/metrics.md). Weights are read from
-    safetensors only, never pickles. EXL3 and EXL2 are decoded to dense weights at load, by default float32 on a CPU and
-    float16 elsewhere.
+    Arguments are those of the harness' `hf`, and label=, the model's name in tables and plots. device defaults to a
+    GPU if there is one; softmax_dtype to float32 (with the harness' default, bfloat16 models have log-softmax in
+    bfloat16, and sums are rounded to whole numbers). multimodal=True loads a model that also sees pictures, with all
+    its parts, and runs its text part. reference= and save_reference= measure divergence (docs/metrics.md). Weights are
+    read from safetensors only, never from pickles. EXL3 and EXL2 are decoded to dense weights at load, by default to
+    float32 on a CPU and float16 elsewhere.
     """
 
+    engine_packages = ("transformers",)
+    stock_models = ("hf", "huggingface", "hf-multimodal")
+    reference_modes = ("hidden", "logits")
     neutral_arguments = frozenset({"use_safetensors", "softmax_dtype"})
     _config: Any  # the harness': the model's config
     batch_size_per_gpu: Any  # the harness': rows, or "auto"
@@ -72,7 +72,7 @@ class HFQuantized(Observed, HFLM):
     ) -> None:
         self.label = label or default_label(pretrained)
         self.take_reference_arguments(kwargs)
-        self._decoded: str | None = None  # the folder, if its weights are decoded at load
+        self._decoded: str | None = None  # the checkpoint's folder, if its weights are decoded at load
         if multimodal:
             self.AUTO_MODEL_CLASS = transformers.AutoModelForImageTextToText
         kwargs.setdefault("softmax_dtype", "float32")
@@ -86,12 +86,12 @@ class HFQuantized(Observed, HFLM):
         except Exception as error:
             raise explain(error, pretrained, kwargs.get("tokenizer")) from error
         self._gguf_file = kwargs.get("gguf_file")
-        # Models that know it run the output matrix on the positions that predict a target, and on no other
+        # With this argument, models run the output matrix only on the positions that predict a target
         self._keeps = "logits_to_keep" in inspect.signature(self.model.forward).parameters
-        _unify_dtype(self.model)
+        unify_dtype(self.model)
 
-    # The two hooks of HFLM (0.4.13) through which EXL3 and EXL2 become dense weights: the harness asks Transformers
-    # for the quantizer of the config that the first leaves, and calls from_pretrained in the second.
+    # The two hooks of HFLM (0.4.13) through which EXL3 and EXL2 become dense weights: the first sets the config, by
+    # which the harness asks Transformers for a quantizer; the second calls from_pretrained.
     def _get_config(self, pretrained: str, **kwargs: Any) -> None:
         super()._get_config(pretrained, **kwargs)
         folder = None if kwargs.get("gguf_file") else local_checkpoint(pretrained, kwargs.get("revision"))
@@ -132,9 +132,8 @@ class HFQuantized(Observed, HFLM):
 
         with self.progress(len(windows)) as done:
             if self.batch_size == "auto":  # halved until it fits; windows that are done are kept
-                most = (
-                    int(self.max_batch_size or 64) if self.device.type == "cuda" else 1
-                )  # no CPU says "out of memory"
+                # A CPU does not report that its memory is too small, so it starts at 1
+                most = int(self.max_batch_size or 64) if self.device.type == "cuda" else 1
                 find_executable_batch_size(run, starting_batch_size=most)(done)
             else:
                 run(int(self.batch_size), done)
@@ -142,7 +141,7 @@ class HFQuantized(Observed, HFLM):
 
     @torch.inference_mode()
     def _score(self, windows: Sequence[WindowRequest]) -> list[WindowScores]:
-        """Windows of one shape, in one forward. The last token predicts nothing and is left out."""
+        """Scores windows of one shape in one forward. The last token of each predicts nothing and is left out."""
         ids = torch.tensor([w.ids for w in windows], device=self.device)
         kept = len(windows[0].target_ids)
         with torch.autocast(
@@ -153,10 +152,7 @@ class HFQuantized(Observed, HFLM):
                 logits = self.model(input_ids=ids[:, :-1], use_cache=False, **keep).logits
         logits, targets = logits[:, -kept:], ids[:, -kept:]
         return [
-            WindowScores.of(
-                *logprobs_of_targets(logits[i], targets[i], self.vocabulary),
-                self.observe(window, states[-1][i, -kept:] if states else None, logits[i], targets[i]),
-            )
+            self.scores_of(window, logits[i], targets[i], states[-1][i, -kept:] if states else None)
             for i, window in enumerate(windows)
         ]
 
@@ -172,8 +168,8 @@ class HFQuantized(Observed, HFLM):
     def output_head(self) -> OutputHead:
         layer = self.model.get_output_embeddings()
         weight = getattr(layer, "weight", None)
-        if not isinstance(weight, torch.Tensor) or weight.dtype not in _FLOATS:
-            raise UserError(f"{self.label}: its output matrix is quantized or hidden; use reference_mode=logits")
+        if not isinstance(weight, torch.Tensor) or weight.dtype not in FLOATS:
+            raise UserError(f"{self.label}: the output matrix is quantized or out of reach; use reference_mode=logits")
         bias = getattr(layer, "bias", None)
         return OutputHead(weight.data, None if bias is None else bias.data, *logit_settings(self.config))
 
@@ -185,20 +181,20 @@ class HFQuantized(Observed, HFLM):
         if not requests or isinstance(requests[0], WindowRequest) or self.backend != "causal":
             return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
         requests = self.complete_requests(requests)
-        # Of requests with the same tokens but other borders between context and continuation, the harness (0.4.13)
-        # scores the wrong ones where it answers them from one row of logits; what that saves, sharing saves as well.
+        # The harness' logits cache (0.4.13) scores the wrong tokens for requests that have the same tokens but another
+        # border between context and continuation; sharing contexts saves as much.
         self.logits_cache = False
-        answers: list[tuple[float, bool] | None] = [None] * len(requests)
+        results: list[tuple[float, bool] | None] = [None] * len(requests)
         with tqdm(total=len(requests), disable=disable_tqdm, desc="Scoring choices of shared contexts") as progress:
-            for i, answer in self._shared(requests):
-                answers[i] = answer
+            for i, result in self._shared(requests):
+                results[i] = result
                 if requests[i][0] is not None:
-                    self.cache_hook.add_partial("loglikelihood", requests[i][0], answer)
+                    self.cache_hook.add_partial("loglikelihood", requests[i][0], result)
                 progress.update()
-        rest = [i for i, answer in enumerate(answers) if answer is None]
+        rest = [i for i, result in enumerate(results) if result is None]
         if rest:
             kept = self.batch_size_per_gpu
-            if self._rounds_in_company:
+            if self._rounds_by_batch:
                 self.batch_size_per_gpu, override_bs = 1, 1
             try:
                 others = super()._loglikelihood_tokens(
@@ -206,23 +202,25 @@ class HFQuantized(Observed, HFLM):
                 )
             finally:
                 self.batch_size_per_gpu = kept
-            for i, answer in zip(rest, others, strict=True):
-                answers[i] = answer
-        return answers
+            for i, result in zip(rest, others, strict=True):
+                results[i] = result
+        return results
 
     @property
-    def _rounds_in_company(self) -> bool:
-        """16-bit products of a CPU differ with the rows beside them, and batches save nothing there: one row at a time
-        has the same scores whatever the batch size."""
+    def _rounds_by_batch(self) -> bool:
+        """Whether results depend on the other rows of a batch: 16-bit products on a CPU do.
+
+        Batches save no time there, so rows go one at a time and have the same scores for every batch size.
+        """
         return self.device.type == "cpu" and self.model.dtype in (torch.bfloat16, torch.float16)
 
     def _shared(self, requests: Any) -> Iterator[tuple[int, tuple[float, bool]]]:
-        """Answers to the requests that share a context with others, where the model allows it."""
+        """Yields (index, result) of the requests that share a context with others, if the model allows sharing."""
         if self.peft or not can_share(self.model.config):
             return
         groups, _ = split_groups(group_requests(requests, self.max_length))
         rows = 64 if str(self.batch_size).startswith("auto") else int(self.batch_size)
-        rows = 1 if self._rounds_in_company else rows
+        rows = 1 if self._rounds_by_batch else rows
         shared = SharedContexts(self.model, self.vocabulary, self._keeps, self.device)
         try:
             with torch.autocast(
@@ -231,7 +229,7 @@ class HFQuantized(Observed, HFLM):
                 for group in groups:
                     yield from shared.score(group, rows)
         except (NotShared, torch.cuda.OutOfMemoryError) as reason:
-            logger.info("contexts are computed for every choice (%s)", type(reason).__name__)
+            logger.info("the context is computed again for every choice (%s)", type(reason).__name__)
 
     def tok_batch_encode(
         self,
@@ -240,7 +238,7 @@ class HFQuantized(Observed, HFLM):
         left_truncate_len: int | None = None,
         truncation: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prompts to generate from, each encoded as `tok_encode` does it, whatever it shares a batch with."""
+        """Encodes prompts to generate from, each as `tok_encode` does, whatever else is in the batch."""
         if self.backend != "causal" or truncation:
             return super().tok_batch_encode(strings, padding_side, left_truncate_len, truncation)
         rows = [self.tok_encode(s, left_truncate_len=left_truncate_len) or [self.prefix_token_id] for s in strings]
@@ -248,14 +246,16 @@ class HFQuantized(Observed, HFLM):
         return batch["input_ids"], batch["attention_mask"]
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs: Any) -> torch.Tensor:
-        """As the harness' `hf`; what a row goes on with after a special token that stops it, while other rows of its
-        batch are still at work, is padding."""
-        made = super()._model_generate(context, max_length=max_length, stop=stop, **kwargs)
+        """Generates as the harness' `hf`, but replaces tokens after a row's stopping special token by padding.
+
+        Such tokens appear while other rows of the batch are not finished yet.
+        """
+        ids = super()._model_generate(context, max_length=max_length, stop=stop, **kwargs)
         ends = sorted(ending_tokens(special_tokens(self.tokenizer), stop))
-        new = made[:, context.shape[1] :]
+        new = ids[:, context.shape[1] :]
         stopped = torch.isin(new, torch.tensor(ends, device=new.device)).long().cumsum(1) > 0
         new[stopped] = self.tokenizer.pad_token_id
-        return made
+        return ids
 
     def describe(self) -> Quantization:
         stored, running = (quant_method(c) for c in (self.config, self.model.config))
@@ -281,23 +281,3 @@ class HFQuantized(Observed, HFLM):
             devices = range(torch.cuda.device_count())
             facts.peak_vram_gb = sum(torch.cuda.max_memory_allocated(d) for d in devices) / GIB
         return facts
-
-
-def _unify_dtype(model: torch.nn.Module) -> None:
-    """Let weights that are decompressed at the first forward have the dtype that the model was loaded in.
-
-    compressed-tensors decompresses FP4 to bfloat16, whatever dtype= asked for, and matrix products of two dtypes
-    fail. Its own hook on the model was registered before this one, so it has run when this one runs, once.
-    """
-
-    def cast(module: torch.nn.Module, _args: Any) -> None:
-        handle.remove()
-        dtype = getattr(module, "dtype", None)
-        for layer in module.modules():
-            weight = getattr(layer, "weight", None)
-            if not isinstance(weight, torch.nn.Parameter) or not hasattr(layer, "quantization_scheme"):
-                continue
-            if dtype in _FLOATS and weight.dtype in _FLOATS:
-                weight.data = weight.data.to(dtype)
-
-    handle = model.register_forward_pre_hook(cast)

@@ -1,6 +1,6 @@
-"""EXL3 and EXL2 checkpoints in Transformers, which knows neither: decoded to dense weights while loading.
+"""EXL3 and EXL2 checkpoints in Transformers, which knows neither: they are decoded to dense weights at load.
 
-Tried with transformers 5.19. The dense weights go through `from_pretrained(None, config=…, state_dict=…)`, so that
+Tested with transformers 5.19. The dense weights go through `from_pretrained(None, config=…, state_dict=…)`, so that
 Transformers renames, stacks experts and places tensors as it does for the unquantized checkpoint.
 """
 
@@ -13,16 +13,16 @@ import torch
 
 from lmeval_ext.decoding.checkpoint import decoded
 from lmeval_ext.errors import UserError
-from lmeval_ext.models.hf.load_checks import some
+from lmeval_ext.models.hf.loading import some
 
 NOTE = "decoded to dense weights at load: sizes are those of the checkpoint, not of what ran"
 
 
 class DecodingClass:
-    """Stands in for a Transformers auto class where the harness calls its `from_pretrained`.
+    """Replaces a Transformers auto class where the harness calls its `from_pretrained`.
 
-    auto_class: the auto class itself; config: the checkpoint's config; device: where to decode. notes: what a result
-    should say of the model that was loaded.
+    auto_class: the auto class itself. config: the checkpoint's config. device: where to decode. notes: for the result
+    file, about the model that was loaded.
     """
 
     def __init__(self, auto_class: Any, config: Any, device: torch.device) -> None:
@@ -30,10 +30,10 @@ class DecodingClass:
         self.notes = [NOTE]
 
     def from_pretrained(self, folder: str, *, dtype: Any, trust_remote_code: bool = False, **kwargs: Any) -> Any:
-        """The model with decoded weights. UserError if weights are missing.
+        """Returns the model with decoded weights. Raises UserError if weights are missing.
 
-        dtype "auto" is float32 on a CPU and float16 elsewhere, whatever the config says: bfloat16 would round what
-        the formats hold. Other arguments go to Transformers.
+        dtype "auto" is float32 on a CPU and float16 elsewhere, whatever the config says: bfloat16 would round the
+        values that the formats hold. Other arguments go to Transformers.
         """
         if kwargs.get("quantization_config") is not None:
             raise UserError(f"{folder}: a decoded checkpoint cannot be quantized again; drop quantization_config=")
@@ -46,22 +46,22 @@ class DecodingClass:
         model_class, config = type(skeleton), skeleton.config
         spread = kwargs.get("device_map") == "auto" or kwargs.get("tp_plan") is not None
         state = decoded(folder, dtype, "cpu" if spread else self.device, shapes)
-        if "lm_head.weight" in state:  # the engines store an output matrix of its own, tied in the original or not
+        if "lm_head.weight" in state:  # the formats store it even if it is tied in the original
             for part in (config, config.get_text_config()):
                 part.tie_word_embeddings = False
         for name in ("revision", "gguf_file", "subfolder", "quantization_config"):
-            kwargs.pop(name, None)  # of a checkpoint to be looked for
+            kwargs.pop(name, None)  # they would make Transformers look for a checkpoint
         model, report = model_class.from_pretrained(
             None, config=config, state_dict=state, dtype=dtype, output_loading_info=True, **kwargs
         )
         _check(report, folder)
-        if unused := sorted(report["unexpected_keys"]):  # as for any checkpoint: vision towers, draft layers
+        if unused := sorted(report["unexpected_keys"]):  # vision towers and draft layers, as for any checkpoint
             self.notes.append(f"{len(unused)} tensors have no place in Transformers' model: {some(unused)}")
         return model
 
 
 def dense_config(config: Any) -> Any:
-    """A copy of a config that says nothing of quantization."""
+    """A copy of a config without its quantization."""
     config = copy.deepcopy(config)
     for part in (config, config.get_text_config()):
         if hasattr(part, "quantization_config"):
@@ -70,7 +70,7 @@ def dense_config(config: Any) -> Any:
 
 
 def _check(report: dict[str, Any], folder: str) -> None:
-    """Transformers fills missing weights with random numbers and only warns; here that is an error."""
+    """Raises UserError if weights are missing: Transformers fills them with random numbers and only warns."""
     if missing := sorted(report["missing_keys"]):
         raise UserError(
             f"{folder} has no {some(missing)}: it is incomplete, or ExLlama lays this architecture out differently "

@@ -1,4 +1,4 @@
-"""Loading errors of Transformers as one line with the next step."""
+"""Loading errors of Transformers, as one line that ends with the next step."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from lmeval_ext.models.loading import explain_load
 
 
 def explain(error: Exception, pretrained: Any, tokenizer: Any = None) -> Exception:
-    """A loading error as something that the user can act on."""
+    """Turns a loading error into one that names the user's next step."""
     text = str(error)
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return UserError(
-            f"{pretrained}: out of GPU memory while loading; use dtype=float16, device=cpu, or parallelize=True over "
-            "several GPUs"
+            f"pretrained={pretrained!r}: out of GPU memory while loading; use dtype=float16, device=cpu, or "
+            "parallelize=True over several GPUs"
         )
     if isinstance(error, ImportError):
-        return MissingEngineError(f"{pretrained}: {first_line(error)}; or pip install 'lmeval-ext[quant]'")
+        return MissingEngineError(f"pretrained={pretrained!r}: {first_line(error)}; or pip install 'lmeval-ext[quant]'")
     missing = None if isinstance(error, UserError) else what_is_missing(pretrained, tokenizer)
     if missing:
         return UserError(missing)
@@ -35,7 +35,7 @@ def explain(error: Exception, pretrained: Any, tokenizer: Any = None) -> Excepti
     return explain_load(error, pretrained)
 
 
-# Any of these makes a tokenizer; those that are JSON can be looked into.
+# Any one of these files is a tokenizer; those in JSON can be checked.
 _TOKENIZERS = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
     "tekken.json", "tiktoken.model",
@@ -43,7 +43,7 @@ _TOKENIZERS = (
 
 
 def what_is_missing(pretrained: Any, tokenizer: Any = None) -> str | None:
-    """Why a local checkpoint folder cannot be loaded, if that can be seen from its small files; None if it cannot.
+    """Explains why a local checkpoint folder cannot be loaded, if its small files show it; None otherwise.
 
     tokenizer: the argument of that name; with one, the folder needs no tokenizer of its own.
     """
@@ -51,16 +51,16 @@ def what_is_missing(pretrained: Any, tokenizer: Any = None) -> str | None:
     if folder is None or not folder.is_dir():
         return None
     if not (folder / "config.json").is_file():
-        return f"pretrained={pretrained!r}: no config.json there; copy it from where the weights come from"
+        return f"pretrained={pretrained!r}: no config.json there; copy it from the place the weights come from"
     if tokenizer:
         return None
-    found = [folder / name for name in _TOKENIZERS if (folder / name).is_file()]
-    if not found:
+    tokenizers = [folder / name for name in _TOKENIZERS if (folder / name).is_file()]
+    if not tokenizers:
         return (
             f"pretrained={pretrained!r}: no tokenizer there ({', '.join(_TOKENIZERS[:2])}, …); copy it from the "
             "original model, or name one with tokenizer="
         )
-    for path in (*found, folder / "tokenizer_config.json"):
+    for path in (*tokenizers, folder / "tokenizer_config.json"):
         if path.suffix == ".json" and path.is_file():
             try:
                 json.loads(path.read_bytes())

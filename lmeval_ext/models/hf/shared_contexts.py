@@ -1,6 +1,6 @@
-"""Multiple choice on a Transformers model: a context is computed once, and its choices on top of its keys and values.
+"""Multiple choice on a Transformers model: each context is computed once, its choices from its keys and values.
 
-The harness' `hf` runs a context again for every choice of more than one token. Tried with transformers 5.19.
+The harness' `hf` runs a context again for every choice of more than one token. Tested with transformers 5.19.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from transformers import DynamicCache
 from lmeval_ext.models.shared_contexts import Group, common_prefix
 from lmeval_ext.models.target_logprobs import logprobs_of_targets
 
-Answer = tuple[float, bool]
+Result = tuple[float, bool]  # sum of log-probabilities, all targets greedy
 
-# Rotary embeddings whose frequencies depend on how long the sequence is: parts would be computed for another length.
+# Rotary embeddings whose frequencies depend on the length of the sequence, which is another one for a part of it.
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
 def can_share(config: Any) -> bool:
-    """Whether a causal model of this config gives the same in parts as whole; its cache is checked as it comes.
+    """Whether a causal model of this config gives the same result in parts; its cache is checked during scoring.
 
-    Models that also see pictures count positions in ways of their own.
+    Models that also see pictures do not: they count positions in their own ways.
     """
     text = config.get_text_config()
     if text is not config:
@@ -36,30 +36,30 @@ def can_share(config: Any) -> bool:
 
 def _items(tree: Any) -> Iterator[tuple[Any, Any]]:
     for key, value in tree.items():
-        if isinstance(value, dict):  # one set a kind of layer
+        if isinstance(value, dict):  # one set per kind of layer
             yield from _items(value)
         yield key, value
 
 
 class NotShared(Exception):
-    """This model's cache is not plain keys and values of every position: sliding windows, recurrent layers, …"""
+    """The model's cache is not plain keys and values of every position: sliding windows, recurrent layers, …"""
 
 
 class SharedContexts:
-    """Scores groups of requests; what neighbouring contexts share (few-shot examples) is computed once, too.
+    """Scores groups of requests; tokens that neighbouring contexts share (few-shot examples) are computed once, too.
 
-    model: a causal language model. keeps: whether its forward takes `logits_to_keep`. vocabulary: what the softmax
-    runs over.
+    model: a causal language model. keeps: whether its forward takes `logits_to_keep`. vocabulary: number of logits in
+    the softmax.
     """
 
     def __init__(self, model: Any, vocabulary: int, keeps: bool, device: torch.device) -> None:
         self._model, self._vocabulary, self._keeps, self._device = model, vocabulary, keeps, device
         self._ids: tuple[int, ...] = ()
-        self._held: list[tuple[torch.Tensor, torch.Tensor]] = []  # keys and values of _ids, a pair a layer
+        self._held: list[tuple[torch.Tensor, torch.Tensor]] = []  # keys and values of _ids, one pair per layer
 
     @torch.inference_mode()
-    def score(self, group: Group, rows: int) -> Iterator[tuple[int, Answer]]:
-        """(request, answer) for each request of a group, `rows` of its tails at a time."""
+    def score(self, group: Group, rows: int) -> Iterator[tuple[int, Result]]:
+        """Yields (request, result) for each request of a group, `rows` of its tails at a time."""
         self._advance(group.context)
         order = sorted(range(len(group.tails)), key=lambda i: -len(group.tails[i]))
         for start in range(0, len(order), rows):
@@ -78,7 +78,7 @@ class SharedContexts:
                     yield request, (float(logprobs.sum(dtype=np.float64)), bool(greedy.all()))
 
     def _advance(self, context: Sequence[int]) -> None:
-        """Hold keys and values of `context`, those of the last one kept as far as both are the same."""
+        """Holds keys and values of `context`; those of its common beginning with the previous one are kept."""
         kept = common_prefix(self._ids, context)
         self._held = [(k[:, :, :kept], v[:, :, :kept]) for k, v in self._held] if kept else []
         self._ids = tuple(context[:kept])
@@ -90,7 +90,7 @@ class SharedContexts:
 
     def _cache(self, rows: int, length: int) -> Any:
         if not length:
-            return None  # the model makes one of the kind that it needs
+            return None  # the model creates the kind that it needs
         cache = DynamicCache()
         for layer, (keys, values) in enumerate(self._held):
             cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), layer)
@@ -102,10 +102,10 @@ class SharedContexts:
 
 
 def _keys_and_values(cache: Any, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Keys and values [1, heads, length, dim] of each layer. Raises NotShared where that is not what a layer has."""
+    """Keys and values [1, heads, length, dim] of each layer. Raises NotShared for a layer with any other cache."""
     layers = getattr(cache, "layers", None) or []
-    found = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers]
+    pairs = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers]
     plain = all(type(layer).__name__ == "DynamicLayer" for layer in layers)
-    if not found or not plain or any(k is None or v is None or k.shape[-2] != length for k, v in found):
+    if not pairs or not plain or any(k is None or v is None or k.shape[-2] != length for k, v in pairs):
         raise NotShared
-    return found
+    return pairs

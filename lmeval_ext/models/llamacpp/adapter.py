@@ -44,7 +44,9 @@ class LlamaCpp(Observed, TokenLM):
     type_v (names of ggml types, such as q8_0), rope_freq_base, …
     """
 
-    reference_modes = ("logits",)
+    engine_packages = ("llama-cpp-python",)
+    context_argument = "max_length"
+    needs_tokenizer = True
     neutral_arguments = frozenset({"n_ctx", "n_threads", "n_threads_batch", "n_batch", "n_ubatch", "verbose"})
     texts_at_once = 1  # an interrupted run keeps the texts that are done
 

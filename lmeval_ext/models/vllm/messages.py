@@ -1,4 +1,4 @@
-"""vLLM's loading errors as one line with the next step."""
+"""vLLM's loading errors, as one line that ends with the next step."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from lmeval_ext.models.loading import explain_load
 
 
 def check_checkpoint(pretrained: str) -> None:
+    """Raises UserError for a path that is not a checkpoint folder; hub ids pass."""
     path = Path(pretrained).expanduser()
     looks_local = path.is_absolute() or pretrained.startswith((".", "~")) or path.exists()
     if looks_local and not (path / "config.json").is_file():
@@ -18,7 +19,7 @@ def check_checkpoint(pretrained: str) -> None:
         )
 
 
-# Substrings of vLLM's messages (0.26–0.32) and what the user can do about them.
+# Substrings of vLLM's messages (0.26–0.32), and the user's next step.
 _HINTS = (
     (("No available memory for the cache blocks",), "raise gpu_memory_utilization or lower max_model_len"),
     (("estimated maximum model length", "larger than the available KV cache"), "lower max_model_len"),
@@ -34,12 +35,12 @@ _HINTS = (
      "give a checkpoint folder or a hub id that can be reached"),
     (("does not recognize this architecture",), "this vLLM's Transformers does not know the model"),
     (("Engine core initialization failed",),
-     "the engine's own error stands above; if it is memory, lower max_model_len or gpu_memory_utilization"),
+     "the engine's own error is printed above; if it is about memory, lower max_model_len or gpu_memory_utilization"),
 )  # fmt: skip
 
 
 def explain(error: Exception, pretrained: str) -> Exception:
-    """vLLM's error as one line with the user's next step."""
+    """Turns vLLM's error into one line that ends with the user's next step."""
     text = str(error)
     for needles, hint in _HINTS:
         if any(needle in text for needle in needles) and not isinstance(error, UserError):

@@ -1,12 +1,12 @@
-"""Where vLLM's model runners meet our scorer: every private name of vLLM that scoring rests on.
+"""Connects vLLM's model runners to our scorer: every private name of vLLM that scoring relies on is here.
 
 vLLM has two runners. V1 (`gpu_model_runner.GPUModelRunner`, and the CPU's) calls `_get_prompt_logprobs_dict` after each
 step; V2 (`worker.gpu.model_runner`, the default for dense models on a GPU) calls its `prompt_logprobs_worker`. Both
-calls receive the step's hidden states on the ranks that have them. We stand in front of them, do our part, and pass
-the call on, so that `prompt_logprobs` of other requests keep working. Nothing else of the runners is touched.
+calls receive the step's hidden states on the ranks that have them. A wrapper scores our requests and passes the call
+on, so that `prompt_logprobs` of other requests keep working. Nothing else in the runners changes.
 
-Tried with vLLM 0.26 (V1 and V2 on a GPU) and 0.32 (V1 on a CPU); tests/models/vllm/test_scoring.py fails when a name
-changes, and scoring then falls back to `prompt_logprobs`.
+Tested with vLLM 0.26 (V1 and V2 on a GPU) and 0.32 (V1 on a CPU). tests/models/vllm/test_scoring.py fails when a name
+changes; scoring then falls back to `prompt_logprobs`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import torch
 
 from lmeval_ext.divergence.head import OutputHead
 from lmeval_ext.errors import UserError
-from lmeval_ext.models.vllm.scoring import PromptScorer, Span, Step, to_device, wanted_span
+from lmeval_ext.models.vllm.scoring import PromptScorer, Span, Step, scored_span, to_device
 
 
 def install(runner: Any) -> PromptScorer:
-    """Make a runner score what requests ask for. Raises AttributeError where this vLLM's runner is another."""
+    """Adds a scorer to a runner. Raises AttributeError if this vLLM's runner is not one of the two."""
     scorer = PromptScorer(runner.model.compute_logits, int(runner.model_config.get_vocab_size()))
     if hasattr(runner, "prompt_logprobs_worker"):
         if runner.prompt_logprobs_worker is not None:  # only the last pipeline rank has one
@@ -54,7 +54,7 @@ def _v1_step(runner: Any, num_scheduled_tokens: dict[str, int]) -> Step | None:
         if request.sampling_params is None or request.prompt_token_ids is None:
             continue
         first, prompt = request.num_computed_tokens, request.prompt_token_ids
-        span = wanted_span(request.sampling_params.extra_args, first, count, len(prompt))
+        span = scored_span(request.sampling_params.extra_args, first, count, len(prompt))
         if span is None:
             continue
         offset = int(runner.query_start_loc.np[runner.input_batch.req_id_to_index[request_id]])
@@ -67,22 +67,22 @@ def _v1_step(runner: Any, num_scheduled_tokens: dict[str, int]) -> Step | None:
 
 
 class _V2Worker:
-    """Stands in for V2's `PromptLogprobsWorker`; everything that is not ours goes to the original."""
+    """Wraps V2's `PromptLogprobsWorker`; everything but our requests goes to the original."""
 
     def __init__(self, original: Any, scorer: PromptScorer) -> None:
         self._original, self._scorer = original, scorer
-        self._wishes: dict[str, dict[str, Any]] = {}
+        self._extra_args: dict[str, dict[str, Any]] = {}  # of the requests to score
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._original, name)
 
     def add_request(self, req_id: str, req_idx: int, sampling_params: Any) -> None:
-        if wanted_span(sampling_params.extra_args, 0, 1 << 60, 1 << 60):
-            self._wishes[req_id] = sampling_params.extra_args
+        if scored_span(sampling_params.extra_args, 0, 1 << 60, 1 << 60):
+            self._extra_args[req_id] = sampling_params.extra_args
         self._original.add_request(req_id, req_idx, sampling_params)
 
     def remove_request(self, req_id: str) -> None:
-        self._wishes.pop(req_id, None)
+        self._extra_args.pop(req_id, None)
         self._original.remove_request(req_id)
 
     def compute_prompt_logprobs(
@@ -94,7 +94,7 @@ class _V2Worker:
         num_computed_tokens: torch.Tensor,
         prompt_lens: np.ndarray,
     ) -> Any:
-        step = self._step(input_batch, all_token_ids, prompt_lens) if self._wishes else None
+        step = self._step(input_batch, all_token_ids, prompt_lens) if self._extra_args else None
         if step is not None:
             self._scorer.add(hidden_states, step)
         return self._original.compute_prompt_logprobs(
@@ -104,25 +104,25 @@ class _V2Worker:
     def _step(self, batch: Any, all_token_ids: torch.Tensor, prompt_lens: np.ndarray) -> Step | None:
         spans: list[Span] = []
         rows: list[np.ndarray] = []
-        where: list[np.ndarray] = []  # [2, tokens]: row and column in all_token_ids [requests, positions]
+        places: list[np.ndarray] = []  # [2, tokens]: row and column in all_token_ids [requests, positions]
         for i, request_id in enumerate(batch.req_ids):
             slot, first = int(batch.idx_mapping_np[i]), int(batch.num_computed_prefill_tokens_np[i])
             count, prompt = int(batch.num_scheduled_tokens[i]), int(prompt_lens[slot])
-            span = wanted_span(self._wishes.get(request_id), first, count, prompt)
+            span = scored_span(self._extra_args.get(request_id), first, count, prompt)
             if span is None:
                 continue
             tokens = np.arange(span.count)
             spans.append(span)
             rows.append(tokens + (int(batch.query_start_loc_np[i]) + span.start - 1 - first))
-            where.append(np.stack([np.full(span.count, slot), tokens + span.start]))
+            places.append(np.stack([np.full(span.count, slot), tokens + span.start]))
         if not spans:
             return None
-        at = to_device(torch.from_numpy(np.concatenate(where, axis=1)), all_token_ids.device)
+        at = to_device(torch.from_numpy(np.concatenate(places, axis=1)), all_token_ids.device)
         return Step(spans, np.concatenate(rows), all_token_ids[at[0], at[1]].to(torch.int64))
 
 
 def watch_head_input(runner: Any) -> Callable[[], torch.Tensor | None]:
-    """Remember what the model's logits are computed from: some models scale their final hidden states first."""
+    """Records what the logits are computed from, which some models scale first; returns a function that reads it."""
     seen: list[torch.Tensor] = []
 
     def keep(_: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
@@ -134,14 +134,14 @@ def watch_head_input(runner: Any) -> Callable[[], torch.Tensor | None]:
 
 
 def forget_head_input(runner: Any) -> None:
-    """Undo `watch_head_input`."""
+    """Undoes `watch_head_input`."""
     watch = runner.__dict__.pop("lmeval_ext_watch", None)
     if watch is not None:
         watch.remove()
 
 
 def logits_device(runner: Any) -> torch.device | None:
-    """Where its logits are; None for the ranks of a pipeline that have none."""
+    """Device of a runner's logits; None on the ranks of a pipeline that have none."""
     from vllm.distributed import get_pp_group
 
     alone = runner.vllm_config.parallel_config.pipeline_parallel_size == 1
@@ -149,7 +149,7 @@ def logits_device(runner: Any) -> torch.device | None:
 
 
 def output_head(runner: Any) -> OutputHead:
-    """The output matrix and what vLLM's LogitsProcessor does after it. UserError where it is not dense and whole."""
+    """The output matrix, and what vLLM's LogitsProcessor does after it. Raises UserError if quantized or split."""
     processor = _logits_processor(runner)
     seen: list[tuple[Any, Any]] = []
 
@@ -158,7 +158,7 @@ def output_head(runner: Any) -> OutputHead:
         seen.append((given.get("lm_head"), given.get("embedding_bias")))
 
     handle = processor.register_forward_pre_hook(keep, with_kwargs=True)
-    try:  # a model knows which of its layers is the head; it says so when it uses it
+    try:  # only a model knows which of its layers is the head, and passes it to the processor
         width = int(runner.model_config.get_hidden_size())
         with torch.inference_mode():
             runner.model.compute_logits(torch.zeros(1, width, dtype=runner.model_config.dtype, device=runner.device))
@@ -166,9 +166,9 @@ def output_head(runner: Any) -> OutputHead:
         handle.remove()
     layer, bias = seen[0]
     weight = getattr(layer, "weight", None)
-    whole = int(runner.model_config.get_vocab_size())
+    vocabulary = int(runner.model_config.get_vocab_size())
     dense = isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.dtype.itemsize > 1
-    if weight is None or not dense or weight.shape[0] < whole:
+    if weight is None or not dense or weight.shape[0] < vocabulary:
         raise UserError(
             "save_reference=: the output matrix is quantized, or split over GPUs; use reference_mode=logits"
         )
@@ -179,14 +179,14 @@ def output_head(runner: Any) -> OutputHead:
 def _logits_processor(runner: Any) -> torch.nn.Module:
     from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
-    found = [m for m in runner.model.modules() if isinstance(m, LogitsProcessor)]
-    if not found:
-        raise UserError("save_reference=: this model computes its logits in its own way; use --model hf_quant")
-    return found[0]
+    processors = [m for m in runner.model.modules() if isinstance(m, LogitsProcessor)]
+    if not processors:
+        raise UserError("save_reference=: this model computes its logits without vLLM's LogitsProcessor; use hf_quant")
+    return processors[0]
 
 
 def kv_cache_tensors(runner: Any) -> list[torch.Tensor]:
-    """The preallocated KV cache, a tensor or more a layer."""
+    """Tensors of the preallocated KV cache, one or more per layer."""
     return _tensors(runner.kv_caches)
 
 

@@ -1,9 +1,9 @@
 """Scores of prompt tokens, computed inside vLLM's workers from the hidden states of each step.
 
-A request that wants scores says so in `SamplingParams.extra_args`. After each step the runner (`vllm_runners.py`) hands
-over that step's hidden states and which of their rows predict a wanted token; the output matrix runs on those rows
-alone, in chunks, and only a float32 log-probability and a bool per token are kept, on the device, until they are taken.
-So it does not matter how vLLM cuts prompts into steps, nor what else is in a batch.
+A request asks for scores in `SamplingParams.extra_args`. After each step the runner (runners.py) passes that step's
+hidden states, and which of their rows predict a token to score. The output matrix runs on those rows alone, in chunks,
+and only a float32 log-probability and a bool per token are kept, on the device, until `take` returns them. So results
+do not depend on how vLLM cuts prompts into steps, nor on what else is in a batch.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from lmeval_ext.divergence.observer import Observer, WindowSpan, spans_between
 from lmeval_ext.errors import UserError
 from lmeval_ext.models.target_logprobs import target_logprobs
 
-# Key in SamplingParams.extra_args; its value is [index of the request, position of its first scored token], and the
-# window's key where an observer looks at it
+# Key in SamplingParams.extra_args. Its value is [number of the request, position of its first scored token], and the
+# window's key if it is observed.
 EXTRA_ARG = "lmeval_ext_score"
 
-# Logits that exist at one time. On a GPU a product this large is efficient; a CPU is faster within its caches.
+# Bytes of logits at one time. On a GPU a product this large is efficient; a CPU is faster within its caches.
 _LOGITS_BYTES = 256 << 20
 _LOGITS_BYTES_ON_CPU = 16 << 20
 
 
 @dataclass(frozen=True)
 class Span:
-    """Consecutive scored tokens of one request: `count` from position `start` of its prompt.
+    """Consecutive scored tokens of one request: `count` of them from position `start` of its prompt.
 
-    window: which of a window's scored tokens these are, where an observer looks at it.
+    window: which of a window's scored tokens these are, if the window is observed.
     """
 
     request: int
@@ -44,9 +44,9 @@ class Span:
 
 @dataclass
 class Step:
-    """What one engine step adds: its wanted tokens, and which row of its hidden states predicts each.
+    """The scored tokens of one engine step, and which row of its hidden states predicts each.
 
-    rows: int64 [tokens]; targets: int64 [tokens] on the model's device.
+    rows: int64 [tokens]. targets: int64 [tokens], on the model's device.
     """
 
     spans: list[Span]
@@ -59,9 +59,9 @@ class PromptScorer:
     """Collects scores over steps.
 
     compute_logits: hidden states [rows, hidden] to logits [rows, ≥ vocabulary], or to None on the ranks of a
-    vocabulary-sharded head that do not gather them; called by all ranks in the same order. observer: looks at the
-    logits of windows. head_input: what the output matrix was last given; not always the final hidden states. refused:
-    what the observer told the user (UserError), who hears of it from `take`: raised here it would end the engine.
+    vocabulary-sharded head that do not gather them; called by all ranks in the same order. observer: receives the
+    logits of windows. head_input: gives the last input of the output matrix, which is not always the final hidden
+    states. refused: message of the observer's UserError, which `take` returns; raised here it would end the engine.
     """
 
     compute_logits: Callable[[torch.Tensor], torch.Tensor | None]
@@ -75,7 +75,7 @@ class PromptScorer:
     _greedy: list[torch.Tensor] = field(default_factory=list)
 
     def add(self, hidden_states: torch.Tensor, step: Step) -> None:
-        """Score one step, all of it or nothing: an error half way must not shift what comes later.
+        """Scores one step completely or not at all, so that an error in the middle cannot shift later scores.
 
         hidden_states: [≥ rows, hidden], after the final norm.
         """
@@ -91,16 +91,17 @@ class PromptScorer:
             )
             for start in range(0, len(rows), chunk)
         ]
-        found = [part for part in parts if part is not None]
-        if found:
+        chunks = [part for part in parts if part is not None]
+        if chunks:
             self._spans += step.spans
-            self._logprobs += [logprobs for logprobs, _, _ in found]
-            self._greedy += [greedy for _, greedy, _ in found]
-            self._divergences += [divergence for *_, divergence in found if divergence is not None]
+            self._logprobs += [logprobs for logprobs, _, _ in chunks]
+            self._greedy += [greedy for _, greedy, _ in chunks]
+            self._divergences += [divergence for *_, divergence in chunks if divergence is not None]
 
     def _score(
         self, hidden_states: torch.Tensor, targets: torch.Tensor, windows: list[WindowSpan] | None
     ) -> tuple[torch.Tensor, torch.Tensor, TokenDivergence | None] | None:
+        """(logprobs, greedy, divergence) of rows whose logits exist at one time; None on a rank without logits."""
         logits = self.compute_logits(hidden_states)
         if logits is None:
             return None
@@ -115,22 +116,22 @@ class PromptScorer:
             return (*scores, None)
 
     def stop_observing(self) -> None:
-        """And forget what the observer may have told."""
+        """Releases the observer, and discards its message."""
         if self.observer is not None:
             self.observer.close()
         self.observer = self.refused = None
 
     def chunk_rows(self, hidden_states: torch.Tensor) -> int:
-        """Rows whose logits fit into the chunk's bytes; the same on every rank."""
+        """Number of rows whose logits fit into the bytes of one chunk; the same on every rank."""
         budget = _LOGITS_BYTES_ON_CPU if hidden_states.device.type == "cpu" else _LOGITS_BYTES
         return max(16, budget // (self.vocabulary * hidden_states.element_size()))
 
     def take(self) -> dict[str, Any] | None:
-        """All scores so far, and forget them: plain types, for vLLM's message encoder.
+        """Returns all scores so far and discards them; plain types, for vLLM's message encoder.
 
-        spans: [[request, start, count], …]; logprobs: float32 bytes and greedy: bool bytes, of all spans in order; so
-        are the fields of `TokenDivergence`, if an observer looked at all of them. None on a rank without logits.
-        {"refused": message} alone, if the observer had something to tell the user.
+        spans: [[request, start, count], …]. logprobs: float32 bytes, greedy: bool bytes, both of all spans in order;
+        likewise the fields of `TokenDivergence`, if all spans were observed. None on a rank without logits.
+        {"refused": message} alone, if the observer raised a UserError.
         """
         refused, self.refused = self.refused, None
         spans, logprobs, greedy, divergences = self._spans, self._logprobs, self._greedy, self._divergences
@@ -149,22 +150,22 @@ class PromptScorer:
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy on the device that does not wait for the work queued there."""
+    """Copies to the device without waiting for the work that is queued there."""
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def wanted_span(extra_args: dict[str, Any] | None, first: int, count: int, prompt: int) -> Span | None:
+def scored_span(extra_args: dict[str, Any] | None, first: int, count: int, prompt: int) -> Span | None:
     """The scored tokens that the states of positions `first` … `first + count − 1` of a prompt predict.
 
-    The state of position p predicts token p + 1; prompt: its number of tokens. None if nothing is wanted.
+    The state of position p predicts token p + 1. prompt: its number of tokens. None if there are no scored tokens.
     """
     if not extra_args or EXTRA_ARG not in extra_args:
         return None
-    index, wanted_from, *key = extra_args[EXTRA_ARG]
-    start = max(first + 1, wanted_from)
+    number, first_scored, *key = extra_args[EXTRA_ARG]
+    start = max(first + 1, first_scored)
     stop = min(first + count + 1, prompt)
     if start >= stop:
         return None
-    return Span(index, start, stop - start, WindowSpan(key[0], start - wanted_from, stop - start) if key else None)
+    return Span(number, start, stop - start, WindowSpan(key[0], start - first_scored, stop - start) if key else None)

@@ -1,7 +1,7 @@
-"""What runs inside vLLM's workers, next to the weights, through vLLM's `worker_extension_cls`.
+"""Code that runs inside vLLM's workers, next to the weights, through vLLM's `worker_extension_cls`.
 
-Methods are called by name with `LLM.collective_rpc`; names carry our prefix, since vLLM mixes this class into
-its own worker. Tried with vLLM 0.26 (GPU) and 0.32 (CPU).
+Methods are called by name with `LLM.collective_rpc`; the names have our prefix, because vLLM adds this class to the
+bases of its own worker. Tested with vLLM 0.26 (GPU) and 0.32 (CPU).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lmeval_ext.divergence.head import OutputHead
 from lmeval_ext.divergence.observer import Saving
 from lmeval_ext.divergence.plan import ObservationPlan, cut_head, head_facts
 from lmeval_ext.divergence.store import ReferenceStore
-from lmeval_ext.models.vllm import runners as vllm_runners
+from lmeval_ext.models.vllm import runners
 from lmeval_ext.models.vllm.scoring import PromptScorer
 
 
@@ -27,17 +27,17 @@ class WorkerExtension:
     lmeval_ext_head: OutputHead | None
 
     def lmeval_ext_install(self) -> str | None:
-        """Start scoring requests that ask for it. Returns None, or why this vLLM cannot. Twice is as good as once."""
+        """Starts scoring the requests that ask for it. Idempotent. Returns None, or why this vLLM cannot."""
         if hasattr(self, "lmeval_ext_scorer"):
             return None
         try:
-            self.lmeval_ext_scorer = vllm_runners.install(self.model_runner)
+            self.lmeval_ext_scorer = runners.install(self.model_runner)
         except (AttributeError, TypeError) as error:
             return f"{type(error).__name__}: {error}"
         return None
 
     def lmeval_ext_observe(self, plan: dict[str, Any] | None) -> dict[str, Any]:
-        """Observes windows' logits as an `ObservationPlan` (as a dictionary) says; None: stops.
+        """Observes the logits of windows by an `ObservationPlan` (as a dictionary); None stops observing.
 
         Returns `head_facts`, or {}.
         """
@@ -45,23 +45,23 @@ class WorkerExtension:
         scorer.stop_observing()
         scorer.head_input, self.lmeval_ext_head = lambda: None, None
         if plan is None:
-            vllm_runners.forget_head_input(self.model_runner)
+            runners.forget_head_input(self.model_runner)
             return {}
-        wanted = ObservationPlan(**{**plan, "keys": tuple(plan["keys"])})
-        if wanted.save:
-            scorer.head_input = vllm_runners.watch_head_input(self.model_runner)
-        if wanted.needs_head:
-            self.lmeval_ext_head = cut_head(vllm_runners.output_head(self.model_runner), wanted.vocabulary)
-        scorer.observer = wanted.observer(self.lmeval_ext_head, vllm_runners.logits_device(self.model_runner))
+        observed = ObservationPlan(**{**plan, "keys": tuple(plan["keys"])})
+        if observed.save:
+            scorer.head_input = runners.watch_head_input(self.model_runner)
+        if observed.needs_head:
+            self.lmeval_ext_head = cut_head(runners.output_head(self.model_runner), observed.vocabulary)
+        scorer.observer = observed.observer(self.lmeval_ext_head, runners.logits_device(self.model_runner))
         return {} if self.lmeval_ext_head is None else head_facts(self.lmeval_ext_head)
 
     def lmeval_ext_write_head(self, folder: str) -> None:
-        """Write the observed output matrix into the store there."""
+        """Writes the observed output matrix into the store in a folder."""
         assert self.lmeval_ext_head is not None
         ReferenceStore.open(folder).write_head(self.lmeval_ext_head)
 
     def lmeval_ext_take_states(self, tokens: dict[str, int]) -> bytes | None:
-        """What was kept of windows, by key and tensor, as safetensors: {"KEY name": tensor}; None on idle ranks."""
+        """Tensors kept from windows, as safetensors: {"KEY name": tensor}; None on a rank that kept none."""
         observer = self.lmeval_ext_scorer.observer
         if not isinstance(observer, Saving) or not observer.has(tokens):
             return None
@@ -69,29 +69,30 @@ class WorkerExtension:
         return save({f"{key} {name}": t for key, tensors in states.items() for name, t in tensors.items()})
 
     def lmeval_ext_take(self) -> dict[str, Any] | None:
-        """The scores since the last call, as `PromptScorer.take` gives them."""
+        """Returns the scores since the last call, as `PromptScorer.take` does."""
         return self.lmeval_ext_scorer.take()
 
     def lmeval_ext_report(self) -> dict[str, Any]:
-        """kernels: names of the kernels (or quantization methods) of the model's linear layers, sorted.
+        """Facts about kernels and memory.
 
-        dtype: of the weights that are not quantized. kv_pool_bytes: preallocated KV cache. weight_bytes: what loading
-        took, None if unknown. peak_bytes: most GPU memory allocated since start or `lmeval_ext_reset_peak`, None on a
-        CPU.
+        kernels: names of the kernels (or quantization methods) of the model's linear layers, sorted. dtype: of the
+        weights that are not quantized. kv_pool_bytes: size of the preallocated KV cache. weight_bytes: memory that
+        loading took, None if unknown. peak_bytes: most GPU memory allocated since start or `lmeval_ext_reset_peak`,
+        None on a CPU.
         """
         runner = self.model_runner
-        # hybrid models' layers are views of one buffer: each storage counts once
-        pool = {s.data_ptr(): s.nbytes() for s in map(_storage, vllm_runners.kv_cache_tensors(runner))}
+        # The layers of hybrid models are views of one buffer, so each storage counts once
+        pool = {s.data_ptr(): s.nbytes() for s in map(_storage, runners.kv_cache_tensors(runner))}
         return {
             "kernels": sorted(_kernels(runner.get_model() if hasattr(runner, "get_model") else runner.model)),
             "dtype": str(runner.model_config.dtype).removeprefix("torch."),
             "kv_pool_bytes": sum(pool.values()),
-            "weight_bytes": vllm_runners.weight_bytes(runner),
+            "weight_bytes": runners.weight_bytes(runner),
             "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         }
 
     def lmeval_ext_reset_peak(self) -> None:
-        """Measure `peak_bytes` from now on."""
+        """Starts the measurement of `peak_bytes` again."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -108,11 +109,11 @@ def _kernels(model: Any) -> set[str]:
     for module in model.modules():
         method = getattr(module, "quant_method", None)
         if method is None or not (isinstance(module, LinearBase) or "MoE" in type(module).__name__):
-            continue  # attention and embeddings have methods too, but no weights of a quantized layer
+            continue  # attention and embeddings have methods too, but are not quantized layers
         holders = [h for h in (getattr(module, "scheme", None), method) if h is not None]
-        found = {_name(v) for h in holders for v in vars(h).values() if _is_kernel(v)}
+        kernels = {_name(v) for h in holders for v in vars(h).values() if _is_kernel(v)}
         unquantized = type(method).__name__.startswith("Unquantized")
-        names |= found or (set() if unquantized else {type(holders[0]).__name__})
+        names |= kernels or (set() if unquantized else {type(holders[0]).__name__})
     return names
 
 

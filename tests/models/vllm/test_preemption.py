@@ -34,6 +34,6 @@ def test_preempted_prompts_are_scored_all_the_same(tmp_path: Path, monkeypatch: 
         scheduler_reserve_full_isl=False,
     )
     prompts = [ScoringPrompt(random_ids(n, n), 1) for n in (199, 33, 150, 180, 64, 199)]
-    ours = crowded._score(prompts, reuse_prefixes=False, use_tqdm=False)
+    ours = crowded.score_prompts(prompts)
     assert thrown
     assert_equal(ours, own_way(crowded, prompts))

@@ -16,7 +16,7 @@ from lm_eval.api.registry import get_model
 from lmeval_ext.divergence.observer import WindowSpan
 from lmeval_ext.errors import UserError
 from lmeval_ext.models.vllm import scoring as vllm_scoring
-from lmeval_ext.models.vllm.scoring import EXTRA_ARG, PromptScorer, Span, Step, wanted_span
+from lmeval_ext.models.vllm.scoring import EXTRA_ARG, PromptScorer, Span, Step, scored_span
 from tests.conftest import VOCABULARY, make_llama
 
 BLOCK = 32  # tokens in a block of the prefix cache; CPU attention takes multiples of 32
@@ -45,11 +45,7 @@ def random_ids(n: int, seed: int = 0) -> list[int]:
 
 def own_way(model: Any, prompts: list[Any]) -> list[Any]:
     """vLLM's prompt_logprobs on the same engine."""
-    engine, model._engine = model._engine, None
-    try:
-        return model._score(prompts, reuse_prefixes=False, use_tqdm=False)
-    finally:
-        model._engine = engine
+    return list(model.score_by_vllm(prompts))
 
 
 def assert_equal(ours: list[Any], theirs: list[Any]) -> None:
@@ -65,7 +61,7 @@ def test_equals_prompt_logprobs_in_steps_that_cut_and_mix_prompts(model: Any) ->
     prompts = [
         ScoringPrompt(random_ids(n, n), first) for n, first in ((199, 1), (30, 29), (65, 64), (64, 1), (131, 100))
     ]
-    ours = model._score(prompts, reuse_prefixes=False, use_tqdm=False)
+    ours = model.score_prompts(prompts)
     assert [len(s.logprobs) for s in ours] == [198, 1, 1, 63, 31]
     assert_equal(ours, own_way(model, prompts))
 
@@ -79,9 +75,9 @@ def test_choices_that_share_a_cached_context(model: Any) -> None:
         context = random_ids(length, length)
         answers = [random_ids(n, 100 + n) for n in (1, 5, 2 * BLOCK, 2 * BLOCK + 3)]
         prompts = [ScoringPrompt(context + answer, length) for answer in answers]
-        ours = model._score(prompts, reuse_prefixes=True, use_tqdm=False)
+        ours = model.score_prompts(prompts, reuse_prefixes=True)
         assert_equal(ours, own_way(model, prompts))
-        again = model._score(prompts, reuse_prefixes=True, use_tqdm=False)  # all but the last token is cached now
+        again = model.score_prompts(prompts, reuse_prefixes=True)  # all but the last token is cached now
         assert_equal(again, ours)
 
 
@@ -127,11 +123,11 @@ def test_scores_of_an_interrupted_call_fit_no_later_one(model: Any) -> None:
     model._engine._llm.collective_rpc = lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt)
     try:
         with pytest.raises(KeyboardInterrupt):
-            model._score([ScoringPrompt(random_ids(30), 1)], False, False)
+            model.score_prompts([ScoringPrompt(random_ids(30), 1)])
     finally:
         model._engine._llm.collective_rpc = left_over
     prompt = [ScoringPrompt(random_ids(30, 5), 1)]
-    assert_equal(model._score(prompt, False, False), own_way(model, prompt))
+    assert_equal(model.score_prompts(prompt), own_way(model, prompt))
 
 
 @pytest.mark.engine
@@ -153,7 +149,7 @@ def test_loading_leaves_the_harness_random_numbers_alone() -> None:
     import os
     import random
 
-    from lmeval_ext.models.vllm.startup import engine_in_this_process
+    from lmeval_ext.models.vllm.loading import engine_in_this_process
 
     assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in os.environ
 
@@ -203,13 +199,13 @@ def test_the_result_says_how_it_was_scored(model: Any) -> None:
     ],
 )
 def test_spans(first: int, count: int, wanted: int, prompt: int, expected: Any) -> None:
-    span = wanted_span({EXTRA_ARG: [3, wanted]}, first, count, prompt)
+    span = scored_span({EXTRA_ARG: [3, wanted]}, first, count, prompt)
     assert span == (None if expected is None else Span(3, *expected))
 
 
 def test_no_span_where_nobody_asked() -> None:
-    assert wanted_span(None, 0, 10, 10) is None
-    assert wanted_span({"other": 1}, 0, 10, 10) is None
+    assert scored_span(None, 0, 10, 10) is None
+    assert scored_span({"other": 1}, 0, 10, 10) is None
 
 
 def test_rows_are_scored_in_chunks_with_the_right_states(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,14 +281,14 @@ def test_ranks_without_logits_take_nothing() -> None:
 
 
 def test_incomplete_prompts_are_told_from_complete_ones() -> None:
-    from lmeval_ext.models.vllm.client import ScoringPrompt, _assemble
+    from lmeval_ext.models.vllm.client import ScoringPrompt, assemble
 
     taken = {
         "spans": [[5, 2, 2], [6, 1, 1], [99, 0, 1], [5, 4, 1], [5, 2, 1]],
         "logprobs": np.array([-1, -2, -3, -9, -4, -5], np.float32).tobytes(),
         "greedy": np.array([1, 0, 1, 0, 0, 1], bool).tobytes(),
     }
-    found = _assemble(taken, {5: ScoringPrompt([0] * 5, 2), 6: ScoringPrompt([0] * 4, 1)})
+    found = assemble(taken, {5: ScoringPrompt([0] * 5, 2), 6: ScoringPrompt([0] * 4, 1)})
     assert list(found) == [5]  # of prompt 6 one token of three came; 99 is of another call
     assert found[5].logprobs.tolist() == [-5, -2, -4]  # position 2 came twice: the last counts
     assert found[5].greedy.tolist() == [True, False, False]
@@ -336,7 +332,7 @@ def test_v2_runner_rows_and_targets() -> None:
 
 
 def test_private_names_of_vllm_are_still_there() -> None:
-    """`vllm_runners.py` rests on these; where one goes, scoring falls back and this test says why."""
+    """`runners.py` relies on these; if one is gone, scoring falls back to prompt_logprobs, and this test names it."""
     from vllm.v1.worker import gpu_model_runner as v1
     from vllm.v1.worker.gpu import input_batch
     from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker

@@ -65,6 +65,7 @@ class ExLlamaV2Model(ExLlamaLM):
     """
 
     engine_name = PACKAGE.name
+    engine_packages = ("exllamav2",)
     engine: ExLlamaV2Engine
 
     def load(

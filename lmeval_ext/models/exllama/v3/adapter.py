@@ -60,6 +60,7 @@ class ExLlamaV3(ExLlamaLM):
     """
 
     engine_name = PACKAGE.name
+    engine_packages = ("exllamav3",)
     engine: ExLlamaV3Engine
 
     def load(

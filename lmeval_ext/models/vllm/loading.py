@@ -1,4 +1,4 @@
-"""How vLLM's engine is started: in this process, and with how much KV cache on a CPU."""
+"""Starting vLLM's engine: in this process, and the size of its KV cache on a CPU."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from lmeval_ext.models.record import GIB
 
 @contextlib.contextmanager
 def engine_in_this_process() -> Iterator[None]:
-    """Start vLLM's engine in this process, and leave the process' random numbers and environment as they were.
+    """Starts vLLM's engine in this process; restores the random number generators and the environment afterwards.
 
-    In a process of its own the engine starts on whatever has arrived, so that steps, and with them the rounding of
-    16-bit products, change from run to run (vLLM's docs/usage/reproducibility.md). Here it seeds `random`, numpy and
-    torch, with which the harness shuffles some tasks afterwards. vLLM reads the variable while it starts only.
+    In a process of its own the engine begins as soon as some requests have arrived, so that its steps, and with them
+    the rounding of 16-bit products, change from run to run (vLLM's docs/usage/reproducibility.md). In this process it
+    seeds `random`, numpy and torch, with which the harness shuffles some tasks afterwards. vLLM reads the variable
+    only at start.
     """
     name = "VLLM_ENABLE_V1_MULTIPROCESSING"
     python, pytorch = random.getstate(), torch.get_rng_state()
     numpy = np.random.get_state()  # noqa: NPY002 (the legacy state is the one that the harness seeds)
-    mine = name not in os.environ
+    was_unset = name not in os.environ
     os.environ.setdefault(name, "0")
     try:
         yield
@@ -32,14 +33,14 @@ def engine_in_this_process() -> Iterator[None]:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
         torch.set_rng_state(pytorch)
-        if mine:
+        if was_unset:
             del os.environ[name]
 
 
 def cpu_kv_bytes() -> int:
-    """4 GiB of KV cache, or a quarter of the free memory where that is less.
+    """Size of the KV cache on a CPU in bytes: 4 GiB, or a quarter of the free memory if that is less.
 
-    vLLM's own default reserves 92 % of a NUMA node and refuses to start where so much is not free.
+    vLLM's own default reserves 92 % of a NUMA node, and fails to start if less is free.
     """
     import psutil
 

@@ -1,4 +1,4 @@
-"""What goes into a Transformers model's output matrix."""
+"""Final hidden states of a Transformers model: the input of its output matrix."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 
 
 @contextlib.contextmanager
-def captured_states(model: torch.nn.Module, wanted: bool = True) -> Iterator[list[torch.Tensor]]:
-    """A list that holds, after a forward, the input of the output matrix: [rows, positions, width].
+def captured_states(model: torch.nn.Module, enabled: bool = True) -> Iterator[list[torch.Tensor]]:
+    """Yields a list that holds, after a forward, the input of the output matrix: [rows, positions, width].
 
-    Empty if not wanted, and for models that do not say which of their layers it is.
+    The list stays empty if not enabled, and for models that do not tell which of their layers is the output matrix.
     """
     states: list[torch.Tensor] = []
-    layer = model.get_output_embeddings() if wanted else None
+    layer = model.get_output_embeddings() if enabled else None
     if layer is None:
         yield states
         return
