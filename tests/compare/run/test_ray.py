@@ -11,7 +11,7 @@ import pytest
 
 from compare.errors import CompareError
 from compare.run.plan.job import Job
-from compare.run.plan.jobs import GIB
+from compare.run.plan.job_settings import GIB
 from compare.run.processes import ray_pool
 from compare.run.processes.ray_pool import Needs, fitting, needs_of
 from tests.compare.run.conftest import Workshop

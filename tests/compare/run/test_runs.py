@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from compare.run.plan import jobs
+from compare.run.plan import job
 from tests.compare.run.conftest import Workshop, write_safetensors
 
 
@@ -82,7 +82,7 @@ def test_settings_and_engine_version_run_again(workshop: Workshop, monkeypatch: 
     assert workshop.calls() == ["a"]
     workshop.run("-mask", "model a", "--tasks", "arc_easy")
     assert workshop.calls() == ["a"]
-    monkeypatch.setattr(jobs, "engine_version", lambda model: "vllm 99")
+    monkeypatch.setattr(job, "engine_version", lambda model: "vllm 99")
     workshop.run("-mask", "model a")
     assert workshop.calls() == ["a"]
 

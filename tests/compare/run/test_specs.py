@@ -12,7 +12,7 @@ import pytest
 
 from compare.errors import CompareError
 from compare.run.plan.job import Job
-from compare.run.plan.jobs import GIB, RunSettings
+from compare.run.plan.job_settings import GIB, JobSettings
 from compare.run.specs.engines import LOAD_FNS
 from compare.run.specs.loading import load_data, load_models
 
@@ -47,7 +47,7 @@ def jobs(folder: Path, models: Any, data: Any = None, name: str = "models.json",
     entries, problems = load_models([write(folder, models, name)])
     assert problems == []
     data_file = Path(write(folder, GUIDE_DATA if data is None else data, "data.json"))
-    settled = RunSettings(load_data(data_file), data_file, **plan)
+    settled = JobSettings(load_data(data_file), data_file, **plan)
     return [settled.job(entry) for entry in entries]
 
 
@@ -204,7 +204,7 @@ def test_tasks_flag_wins(folder: Path) -> None:
 def test_no_task_is_said(folder: Path) -> None:
     entries, _ = load_models([write(folder, [{"model": "hf", "args": {}}])])
     with pytest.raises(CompareError, match=r"models.json: entry 1: no task: give a data spec"):
-        RunSettings().job(entries[0])
+        JobSettings().job(entries[0])
 
 
 def test_globs_in_order_and_each_file_once(folder: Path) -> None:
@@ -338,7 +338,7 @@ def test_demo_specs_are_the_demos_models() -> None:
     data = ROOT / "specs/demo/data.json"
     entries, _ = load_models([str(file)])
     without_tokenizer = load_data(data).model_copy(update={"tokenizer_dir": None})  # its folder is made by the demo
-    made = [RunSettings(without_tokenizer, data).job(entry) for entry in entries]
+    made = [JobSettings(without_tokenizer, data).job(entry) for entry in entries]
     paths = [Path(os.path.normpath(file.parent / str(entry.spec.args["pretrained"]))) for entry in entries]
     assert [(j.label, j.model, path) for j, path in zip(made, paths, strict=True)] == [
         (c.label, c.model, c.path) for c in CANDIDATES
