@@ -92,7 +92,9 @@ class _Evaluation:
         Where a flag asked for divergence, perplexities alone do not justify hours of evaluation.
         """
         if self.request.divergence_flag and not self.request.continue_on_error:
-            reason = "not run: the reference failed; mend it, or run the others without divergence: --continue-on-error"
+            reason = (
+                "not run: the reference failed; correct it, or run the others without divergence: --continue-on-error"
+            )
             self.display.dropped(dropped, reason, failed=True)
             return tasks
         self.display.dropped(dropped, "run without divergence: the reference failed", failed=False)

@@ -70,7 +70,7 @@ def with_divergence(
 
 
 def as_measured_before(request: RunRequest, all_jobs: Sequence[Job], selected: list[Job], store: Store) -> list[Job]:
-    """`selected`, with divergence for those jobs of which only such a result is kept: it serves without, too."""
+    """`selected`, with divergence for jobs that have only a result with it, which is used for a run without it, too."""
     try:
         reference = find_reference(all_jobs, selected, request)
         with_roles = assign_roles(selected, reference)[0]

@@ -396,7 +396,7 @@ def test_failed_reference_is_reported_once_and_stops_measured_models(referenced:
     assert referenced.calls() == ["c"]
     out = capsys.readouterr().out
     assert "Model c: failed after 0 s: torch.OutOfMemoryError" in out
-    assert "Model a, Model b: not run: the reference failed; mend it, or run the others without" in out
+    assert "Model a, Model b: not run: the reference failed; correct it, or run the others without" in out
     (referenced.root / "models/c/boom").unlink()
     assert referenced.run("-kld") == 0
     assert referenced.calls() == ["c", "a", "b"]
