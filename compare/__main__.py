@@ -1,3 +1,5 @@
+"""Runs the command line: ``python -m compare``."""
+
 from __future__ import annotations
 
 import sys

@@ -10,11 +10,14 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
 from compare.commands import plot, report, run, table
+from compare.console import say
 from compare.errors import USAGE, CompareError
 from compare.text import clean
 
 
 class Subcommand(NamedTuple):
+    """One subcommand: its line in the help, and the two functions of its module in `compare.commands`."""
+
     help: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
@@ -29,11 +32,14 @@ SUBCOMMANDS: dict[str, Subcommand] = {
 
 
 class _Parser(argparse.ArgumentParser):
+    """Reports wrong usage in one line, with exit code 1."""
+
     def error(self, message: str) -> NoReturn:
         self.exit(USAGE, f"{self.prog}: {clean(message)} (see {self.prog} --help)\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands."""
     parser = _Parser(
         prog="compare",
         allow_abbrev=False,
@@ -55,20 +61,23 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `compare` and return its exit code: 0 done, 1 wrong usage, 2 nothing usable."""
+    """Run `compare` and return its exit code: 0 done, 1 wrong usage, 2 no usable result.
+
+    ``compare run`` also returns 3 where some models failed, and 130 after an interrupt.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a label must not stop us
+            stream.reconfigure(errors="backslashreplace")  # a terminal may lack a label's characters
     arguments = build_parser().parse_args(argv)
     try:
         code = int(arguments.run(arguments))
         sys.stdout.flush()
         return code
     except CompareError as error:
-        print(f"compare: {clean(str(error))}", file=sys.stderr)
+        say(str(error))
         return error.exit_code
     except BrokenPipeError:
-        # The reader (`| head`) has seen enough; keep the interpreter from complaining at exit.
+        # A reader such as `| head` has closed the pipe; without this, Python reports the error again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:

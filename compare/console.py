@@ -1,4 +1,4 @@
-"""What `compare` says to the user, on stderr."""
+"""Messages of `compare` to the user, on stderr."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from compare.text import clean
 
 
 def say(message: str) -> None:
-    """One line on stderr; what file names or labels hold cannot act on the terminal."""
+    """Print one line to stderr, with control characters escaped: labels and file names cannot act on the terminal."""
     print(f"compare: {clean(message)}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The two ways a command can fail, and the exit codes they stand for."""
+"""`CompareError`: what a user can correct, with the exit code of the command."""
 
 from __future__ import annotations
 
@@ -7,8 +7,19 @@ NOTHING_USABLE = 2
 
 
 class CompareError(Exception):
-    """A message for the user, one line, and the exit code that goes with it."""
+    """A one-line message for the user, and the exit code that goes with it."""
 
     def __init__(self, message: str, exit_code: int = USAGE) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text; its type where it has no text."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def os_reason(error: OSError) -> str:
+    """The system's words for an error (``"No space left on device"``), without number and file name."""
+    return error.strerror or first_line(error)

@@ -1,4 +1,4 @@
-"""Result files to a picture on disk or in a window: what `compare plot` and the end of `compare run` share."""
+"""Draws result files into a picture file or a window, for `compare plot` and at the end of `compare run`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ PICTURE_SUFFIXES = (".png", ".svg", ".pdf", ".html")
 
 @dataclass(frozen=True)
 class PlotRequest:
-    """How a picture is drawn and where it goes. output: a file, None for a window. log_y: None: by the metric."""
+    """How a picture is drawn and where it goes.
+
+    output: a file whose suffix is in `PICTURE_SUFFIXES`, None for a window. log_y: logarithmic metric axis; None: only
+    for the metrics that need one.
+    """
 
     output: Path | None = None
     title: str | None = None
@@ -32,7 +36,7 @@ class PlotRequest:
 
 
 def write_plot(paths: Sequence[Path], options: Options, request: PlotRequest) -> None:
-    """Draws the models of result files, one panel per metric. Raises CompareError if there is nothing to draw."""
+    """Draw the models of result files, one panel per metric. Raises CompareError if there is nothing to draw."""
     comparisons = load_comparisons(paths, options)
     panels = _panels(comparisons, request.log_y)
     from compare.plot import figure
@@ -56,7 +60,7 @@ def write_plot(paths: Sequence[Path], options: Options, request: PlotRequest) ->
 
 
 def _panels(comparisons: list[Comparison], log_y: bool | None) -> list[tuple[Comparison, Drawing]]:
-    """One panel per metric that can be drawn; the others are said."""
+    """One panel per metric that can be drawn; prints which metrics and points are left out."""
     from compare.plot import series
 
     panels = []
@@ -75,7 +79,7 @@ def _panels(comparisons: list[Comparison], log_y: bool | None) -> list[tuple[Com
 
 
 def has_display() -> bool:
-    """Whether a window can be expected to open. Toolkits are tried later, by matplotlib."""
+    """Whether a window can be expected to open; matplotlib tries the toolkits only later."""
     if os.environ.get("MPLBACKEND", "").lower() in ("agg", "svg", "pdf", "ps", "cairo", "template"):
         return False
     if sys.platform in ("win32", "darwin"):

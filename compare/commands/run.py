@@ -1,14 +1,21 @@
-"""``compare run``: evaluate the models of spec files, what is missing only, and draw the plot."""
+"""``compare run``: evaluate the models of spec files that have no result yet, and draw the plot."""
 
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
+
+from compare.comparison.comparison import Options
+from compare.errors import CompareError
+from compare.run.request import RunRequest
+from compare.write import PICTURE_SUFFIXES, PlotRequest, has_display
 
 HELP = "evaluate the models of spec files, each in its own process, and draw the plot"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``compare run``, grouped as its ``--help`` shows them."""
     parser.epilog = (
         "The short flags are those of ExLlamaV3's compare_q.py; docs/compare_run.md leads from there to here. "
         "Exit codes: 0 all models have a result, 1 wrong usage, 2 no result at all, 3 some models failed."
@@ -34,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     spec.add_argument(
         "-lf", "--logits-file", "--logits_file", type=Path, metavar="FOLDER",
-        help="where the reference is kept (default: RESULTS/reference/); one that is stored there serves",
+        help="where the reference is stored (default: RESULTS/reference/); a reference already stored there is used",
     )  # fmt: skip
     spec.add_argument(
         "--log-samples", action="store_true", help="keep each window's or sample's figures with the results"
@@ -52,11 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--results", type=Path, default=Path("results"), metavar="DIR", help="where results are kept (default: results)"
     )
     how.add_argument(
-        "-cc", "--clear-cache", "--clear_cache", action="store_true", help="forget the selected models' results first"
+        "-cc", "--clear-cache", "--clear_cache", action="store_true", help="remove the selected models' results first"
     )
-    how.add_argument("--dry-run", action="store_true", help="say what would be run, and with which commands")
+    how.add_argument("--dry-run", action="store_true", help="show what would be run, and with which commands")
     how.add_argument(
-        "--jobs", type=_count, default=1, metavar="N", help="so many models at a time, one GPU each (default: 1)"
+        "--jobs", type=_count, default=1, metavar="N", help="number of models at a time, one GPU each (default: 1)"
     )
     how.add_argument(
         "--continue-on-error",
@@ -70,13 +77,67 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ray-address", metavar="ADDRESS", help="the Ray cluster (default: RAY_ADDRESS, or one on this machine)"
     )
     how.add_argument(
-        "--gpu-gb", type=float, metavar="GB", help="memory of the cluster's GPUs, to tell how many a model needs"
+        "--gpu-gb", type=float, metavar="GB", help="memory of one GPU of the cluster; tells how many a model needs"
     )
     how.add_argument(
         "--harness",
+        type=_command,
         metavar="COMMAND",
-        help="command that is the harness' CLI (default: python -m lm_eval, this Python's)",
+        help="command that is the harness' CLI (default: python -m lm_eval, with this Python)",
     )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command and return its exit code."""
+    request = request_of(arguments)
+    from compare.run.main import run_command  # imports pydantic, which `compare --help` does not need
+
+    return run_command(request)
+
+
+def request_of(arguments: argparse.Namespace) -> RunRequest:
+    """The typed request of the parsed arguments. Raises CompareError where the plot cannot be written as asked."""
+    folder: Path | None = arguments.logits_file
+    return RunRequest(
+        models=tuple(arguments.models),
+        data=arguments.data,
+        tasks=tuple(arguments.tasks or ()),
+        limit=arguments.limit,
+        log_samples=arguments.log_samples,
+        mask=arguments.mask,
+        kld=arguments.kld,
+        reference_folder=None if folder is None else folder.expanduser().absolute(),
+        results=arguments.results,
+        clear_cache=arguments.clear_cache,
+        dry_run=arguments.dry_run,
+        jobs=arguments.jobs,
+        continue_on_error=arguments.continue_on_error,
+        launcher=arguments.launcher,
+        ray_address=arguments.ray_address,
+        gpu_gb=arguments.gpu_gb,
+        harness=arguments.harness,
+        plot=_plot_request(arguments),
+        plot_options=Options(
+            metrics=("kld",) if arguments.kld else (),
+            axis="vram" if arguments.vram else "bpw",
+            max_x=arguments.max_x,
+            max_y=arguments.max_y,
+        ),
+    )
+
+
+def _plot_request(arguments: argparse.Namespace) -> PlotRequest | None:
+    """How and where to plot, checked before hours of evaluation; None for no plot."""
+    file: Path | None = arguments.plot_file
+    if file is None:
+        if not arguments.plot:
+            return None
+        file = None if has_display() else arguments.results / "plot.png"
+    elif file.suffix.lower() not in PICTURE_SUFFIXES:
+        raise CompareError(f"-pf {file}: expected a name that ends in .png, .svg, .pdf or .html")
+    elif not file.parent.is_dir():
+        raise CompareError(f"-pf {file}: there is no folder {file.parent}")
+    return PlotRequest(file, arguments.title, arguments.dark)
 
 
 def _limit(text: str) -> float:
@@ -93,7 +154,9 @@ def _count(text: str) -> int:
     return value
 
 
-def run(arguments: argparse.Namespace) -> int:
-    from compare.run.main import run_command  # pydantic and all that follows: not for `compare --help`
-
-    return run_command(arguments)
+def _command(text: str) -> tuple[str, ...] | None:
+    """The words of a command as a shell splits them; None for an empty text."""
+    try:
+        return tuple(shlex.split(text)) or None
+    except ValueError as error:  # an open quote
+        raise argparse.ArgumentTypeError(f"{text!r} is not a command ({error})") from error

@@ -1,4 +1,4 @@
-"""What the terminal shows of a run: one line a model that has ended, and on a terminal the live state below them."""
+"""Prints the progress of a run: one line per finished model, and on a terminal a live panel below them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from compare.text import clean, shorten
 
 
 class Display:
-    """Tells how a run goes. On a terminal a live panel shows the queue; elsewhere every step is a line.
+    """Prints the progress of a run. On a terminal, a live panel shows the queue; elsewhere, every step is a line.
 
-    total: tasks of this command, those included that are done already.
+    total: tasks of this command, including those that have a result already. terminal: None: as stdout is.
     """
 
     def __init__(self, total: int, terminal: bool | None = None) -> None:
@@ -43,31 +43,34 @@ class Display:
         if self._live is not None:
             self._live.stop()
 
-    # ------------------------------------------------------------------ what has ended
+    # ------------------------------------------------------------------ finished tasks
 
     def kept(self, task: Task, result: Path) -> None:
-        """A result of an earlier run that serves."""
+        """Report a result of an earlier run that is used again."""
         self.done += 1
-        self._say_result(task, result, "kept")
+        self._print_result(task, result, "kept")
 
     def unavailable(self, label: str, reason: str, source: str) -> None:
+        """Report a model that cannot be run. source: its entry in the spec."""
         self.failed += 1
         self._print(f"{label}: not run: {reason} ({source})")
 
     def dropped(self, tasks: Sequence[Task], reason: str, failed: bool) -> None:
-        """Models that could not be run as they should; failed: nor will they be otherwise."""
+        """Report tasks that are not run as asked. failed: they are not run at all, so they count as failed."""
         self.failed += len(tasks) if failed else 0
         self._print(f"{', '.join(task.labels for task in tasks)}: {reason}")
 
     def started(self, task: Task) -> None:
+        """Report a start; the live panel shows it by itself."""
         if self._live is None:
             self._print(f"Loading: {task.job.checkpoint} ({task.label})")
 
     def finished(self, outcome: Outcome) -> None:
+        """Report the figures of a result; or the reason of a failure, with log lines, a hint and the log file."""
         if outcome.result is not None:
             self.done += 1
             self._seconds.append(outcome.seconds)
-            self._say_result(outcome.task, outcome.result, duration(outcome.seconds))
+            self._print_result(outcome.task, outcome.result, duration(outcome.seconds))
             return
         self.failed += 1
         self._print(f"{outcome.task.labels}: failed after {duration(outcome.seconds)}: {shorten(outcome.reason, 300)}")
@@ -78,33 +81,35 @@ class Display:
         if outcome.log is not None:
             self._print(f"    log: {outcome.log}")
 
-    def _say_result(self, task: Task, result: Path, remark: str) -> None:
+    def _print_result(self, task: Task, result: Path, remark: str) -> None:
         for job in task.jobs:
             self._print(f"{job.label}: {describe(result, job.shown)} ({remark})")
 
-    # ------------------------------------------------------------------ what is going on
+    # ------------------------------------------------------------------ running tasks
 
     def running(self, states: Sequence[tuple[Task, str]], waiting: Sequence[Task]) -> None:
+        """Update the live panel. states: each running task with its state in words."""
         if self._live is None:
             return
         from rich.console import Group
         from rich.text import Text
 
-        lines = [Text(f"  {clean(task.label)}: {words}", style="cyan") for task, words in states]
+        lines = [Text(f"  {clean(task.label)}: {state}", style="cyan") for task, state in states]
         self._live.update(Group(*lines, Text(self._queue(len(states), waiting), style="dim")))
 
     def _queue(self, running: int, waiting: Sequence[Task]) -> str:
-        words = [f"{self.done} of {self.total} done"]
+        """``"1 of 3 done, 1 waiting (Model c), about 2 min to go, 40 s so far"``; running: number of processes."""
+        parts = [f"{self.done} of {self.total} done"]
         if self.failed:
-            words.append(f"{self.failed} failed")
+            parts.append(f"{self.failed} failed")
         if waiting:
             names = ", ".join(clean(task.label) for task in waiting[:3])
-            words.append(f"{len(waiting)} waiting ({names}{', …' if len(waiting) > 3 else ''})")
+            parts.append(f"{len(waiting)} waiting ({names}{', …' if len(waiting) > 3 else ''})")
         if self._seconds and running:
             mean = sum(self._seconds) / len(self._seconds)
-            words.append(f"about {duration(mean * (len(waiting) + running) / running)} to go")
-        words.append(f"{duration(time.monotonic() - self._began)} so far")
-        return ", ".join(words)
+            parts.append(f"about {duration(mean * (len(waiting) + running) / running)} to go")
+        parts.append(f"{duration(time.monotonic() - self._began)} so far")
+        return ", ".join(parts)
 
     def _print(self, text: str) -> None:
         line = clean(text) if not text.startswith("    ") else "    " + clean(text)
@@ -115,7 +120,7 @@ class Display:
 
 
 def describe(result: Path, shown: Presentation) -> str:
-    """``"4.50 bpw (decoder), 16.00 bpw (head), perplexity 31.706900 ± 0.430, 1,234 tokens/s"``."""
+    """One line: ``"4.50 bpw (decoder), 16.00 bpw (head), perplexity 31.706900 ± 0.430, 1,234 tokens/s"``."""
     records = [shown.apply(record) for record in read_file(result)]
     q = records[0].quantization
     words = [

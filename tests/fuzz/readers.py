@@ -289,7 +289,7 @@ def _spec(random: Random) -> dict[str, bytes]:
 
 def _read_specs(folder: Path) -> None:
     from compare.errors import CompareError
-    from compare.run.plan.jobs import RunSettings
+    from compare.run.plan.job_settings import JobSettings
     from compare.run.specs.loading import load_data, load_models
 
     data = None
@@ -302,7 +302,7 @@ def _read_specs(folder: Path) -> None:
             entries, problems = load_models([str(folder / name)])
             for problem in problems:
                 check_message(problem, name, 20_000)
-            plan = RunSettings(data, folder / "data.json" if data else None, (), None)
+            plan = JobSettings(data, folder / "data.json" if data else None, (), None)
             for entry in entries:
                 plan.job(entry)
         except CompareError as error:

@@ -1,1 +1,1 @@
-"""Specs to jobs: what is run, under which key, and what is measured against which reference."""
+"""Plans the run: specs to jobs, jobs to tasks by key, and which job writes or reads a reference."""

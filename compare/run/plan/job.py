@@ -1,4 +1,4 @@
-"""`Job`: one run of the harness, its command line and its key."""
+"""`Job`: one run of the harness, with its command line and its key."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from compare.run.specs.paths import exists
 
 @dataclass(frozen=True)
 class ReferenceRole:
-    """A job's part in measuring divergence: it writes the reference store in `folder`, or is measured against it.
+    """A job's role in measuring divergence: it writes the reference store in `folder`, or is measured against it.
 
-    reference: names the model that wrote it (`Job.fingerprint`), in keys; the folder does not, and may be another one.
+    reference: the `Job.fingerprint` of the model that writes the store; it is part of keys, the folder is not, so a
+    store may be moved.
     """
 
     folder: Path
@@ -29,7 +30,7 @@ class ReferenceRole:
 
     @property
     def named(self) -> bool:
-        """Whether a person chose the folder; others have the name of what they hold."""
+        """Whether the user chose the folder; all others are named after the reference they hold."""
         return self.folder.name != self.reference
 
 
@@ -37,8 +38,9 @@ class ReferenceRole:
 class Job:
     """One run of the harness.
 
-    first: its entry is the reference that the others are measured against; before all others. out_logits: the folder
-    that its entry wants references kept in. unavailable: why it cannot be run at all, None where it can be tried.
+    first: its entry is the reference that the others are measured against, so it runs before them. out_logits: the
+    folder in which its entry wants references stored. source: the entry, for messages. unavailable: why it cannot be
+    run at all, None where it can be tried.
     """
 
     shown: Presentation
@@ -62,22 +64,22 @@ class Job:
 
     @property
     def checkpoint(self) -> str:
-        """The path or hub id that is loaded, as the user may know it."""
+        """The path or hub id that is loaded; the harness model where no argument names one."""
         return str(self.args.get("pretrained") or self.args.get("model") or self.model)
 
     @property
     def eval_len(self) -> int | None:
-        """Tokens a window, where the data spec says it."""
+        """Tokens per window, where the data spec gives them."""
         value = self.metadata.get("eval_len")
         return value if isinstance(value, int) else None
 
     @property
     def windows(self) -> frozenset[str]:
-        """Its tasks that score token windows: those in which a divergence can be measured."""
+        """Its tasks that score token windows: those for which divergence can be measured."""
         return window_tasks(self.tasks)
 
     def arguments(self, output: Path) -> list[str]:
-        """The arguments of `lm_eval`; it writes its result file into `output`."""
+        """The arguments of `lm_eval`, which writes its result file into the folder `output`."""
         args = {"label": self.label, **self.args} if self.model in measured_models() else dict(self.args)
         if self.divergence is not None:
             args["save_reference" if self.divergence.writes else "reference"] = str(self.divergence.folder)
@@ -97,12 +99,12 @@ class Job:
         return [*words, "--output_path", str(output / "results.json")]
 
     def key(self) -> str:
-        """Names this computation: spec, task settings, content of every file named, engine and its version.
+        """Identifies this computation: model, task settings, content of every file named, engine and its version.
 
-        Label, family and told figures take no part, nor do paths, nor logged samples, which lie beside a result or do
-        not. Of divergence, the reference counts. Raises OSError where a file cannot be read.
+        Not part of it: label, family and figures given in the spec; paths; logged samples, which may lie beside a
+        result. Of divergence, only the reference counts. Raises OSError where a file cannot be read.
         """
-        said: dict[str, Any] = {
+        identity: dict[str, Any] = {
             "model": self.model,
             "args": {name: _content(name, value) for name, value in self.args.items() if name != "label"},
             "tasks": sorted(self.tasks),
@@ -112,12 +114,12 @@ class Job:
             "engine": engine_version(self.model),
             "protocol": engine_version("lmeval-ext"),  # windows, tokens and metrics are ours
         }
-        if self.divergence is not None:  # left out elsewhere: results of runs without it keep their keys
-            said["divergence"] = ["writes" if self.divergence.writes else "against", self.divergence.reference]
-        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:20]
+        if self.divergence is not None:  # only then, so that results without it keep their keys
+            identity["divergence"] = ["writes" if self.divergence.writes else "against", self.divergence.reference]
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:20]
 
     def fingerprint(self) -> str:
-        """Names the model as it is run, whatever the tasks: a store tells windows by their tokens, but not models.
+        """Identifies the model as it is run, for any tasks: a reference store tells windows apart, but not models.
 
         Raises OSError where a file cannot be read.
         """
@@ -129,7 +131,7 @@ def _text(value: Any) -> str:
 
 
 def _content(name: str, value: Any) -> Any:
-    """A path that exists as what it holds; everything else as it is."""
+    """For a path that exists, the fingerprint of its content; every other value unchanged."""
     if isinstance(value, list):
         return [_content(name, item) for item in value]
     if name not in (*PATH_ARGUMENTS, "text_path") or not isinstance(value, str) or not exists(Path(value)):

@@ -1,8 +1,9 @@
-"""Divergence from a reference: who writes it, where it is kept, and who is measured against it.
+"""Divergence from a reference: which job writes it, where it is stored, and which jobs are measured against it.
 
-As in compare_q, the entry with `out_logits` writes the reference and all others are measured, whatever the flags; so
-are they with `-lf FOLDER`, which says where the reference lies. In our own form the entry says `reference: true`, and
-nothing is measured without `-kld` (or `-lf`): a reference line in the plot is its first meaning.
+As in compare_q, the entry with `out_logits` writes the reference and all others are measured, whatever the flags. All
+others are also measured with `-lf FOLDER`, the folder of the reference. In our own form the entry says
+`reference: true`, and nothing is measured without `-kld` or `-lf`: by itself, it only draws a reference line in the
+plot.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from compare.errors import CompareError
-from compare.run.plan.fingerprint import fingerprint
+from compare.errors import CompareError, os_reason
+from compare.run.plan.fingerprint import fingerprint as content_fingerprint
 from compare.run.plan.job import Job, ReferenceRole
 from compare.run.plan.reference_folder import is_complete, is_store, writers
+from compare.run.request import RunRequest
 from compare.run.specs.engine_facts import measured_models, replacement
 from compare.text import and_more
 
@@ -25,22 +27,17 @@ _HOW = (
 
 
 class UnusableReference(CompareError):
-    """There is an entry that is the reference, but nothing can be measured against it now."""
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What a command asks for. flag: "-kld", "-lf", or "" where neither is given; folder: that of -lf."""
-
-    flag: str
-    folder: Path | None
-    results: Path
+    """An entry is the reference, but nothing can be measured against it now."""
 
 
 @dataclass(frozen=True)
 class PlannedReference:
-    """What models are measured against. job: the run that writes it into `folder`, or has written it (`stored`, and
-    left out by -mask now); None: a stored one that -lf names, of which no entry tells."""
+    """The reference that models are measured against.
+
+    fingerprint: of the model that writes it (`Job.fingerprint`). job: the job of its entry, which writes it into
+    `folder`; None where -lf names a stored one that no entry of the specs writes. stored: it is not written in this
+    run, because -mask leaves `job` out or because there is none.
+    """
 
     label: str
     folder: Path
@@ -49,40 +46,42 @@ class PlannedReference:
     stored: bool = False
 
 
-def is_asked(asked: Asked, jobs: Sequence[Job]) -> bool:
-    return bool(asked.flag) or any(job.out_logits for job in jobs)
+def asks_for_divergence(request: RunRequest, jobs: Sequence[Job]) -> bool:
+    """Whether a flag or an entry with `out_logits` asks for divergence."""
+    return bool(request.divergence_flag) or any(job.out_logits for job in jobs)
 
 
-def find_reference(jobs: Sequence[Job], chosen: Sequence[Job], asked: Asked) -> PlannedReference:
-    """The reference among `jobs`, of which -mask has `chosen` some; or the stored one that -lf names.
+def find_reference(jobs: Sequence[Job], selected: Sequence[Job], request: RunRequest) -> PlannedReference:
+    """The reference among `jobs`, of which -mask has selected some; or the stored one that -lf names.
 
-    Raises CompareError where the specs or flags have to be mended, UnusableReference where the reference itself has to.
+    Raises CompareError where specs or flags have to be corrected, UnusableReference where the reference itself has to.
     """
-    flag = asked.flag or "out_logits"
-    if asked.folder is not None and asked.folder.exists() and not asked.folder.is_dir():
-        raise CompareError(f"-lf {asked.folder}: is a file; a reference is kept in a folder: name a new one")
-    candidates = [job for job in chosen if job.first] or [job for job in jobs if job.first]
+    flag = request.divergence_flag or "out_logits"
+    given_folder = request.reference_folder
+    if given_folder is not None and given_folder.exists() and not given_folder.is_dir():
+        raise CompareError(f"-lf {given_folder}: is a file; a reference is stored in a folder: name a new one")
+    candidates = [job for job in selected if job.first] or [job for job in jobs if job.first]
     if not candidates:
-        return _stored(asked)
+        return _stored(request)
     first = candidates[0]
     unfit = _unfit(first)
     if unfit:
         raise UnusableReference(f"{flag}: the reference {first.label!r} cannot be run: {unfit} ({first.source})")
     try:
-        named = first.fingerprint()
-        others = [job for job in candidates[1:] if job.unavailable or job.fingerprint() != named]
+        fingerprint = first.fingerprint()
+        others = [job for job in candidates[1:] if job.unavailable or job.fingerprint() != fingerprint]
     except OSError as error:
-        raise UnusableReference(f"{flag}: {error.filename}: cannot be read ({error.strerror or error})") from error
+        raise UnusableReference(f"{flag}: {error.filename}: cannot be read ({os_reason(error)})") from error
     if others:
         labels = ", ".join(repr(job.label) for job in [first, *others])
         raise CompareError(f"{flag}: several entries are the reference ({labels}); leave one, or choose it with -mask")
-    folder = asked.folder or (first.out_logits or asked.results.absolute() / "reference") / named
-    if writers(folder) - {named}:
+    folder = given_folder or (first.out_logits or request.results.absolute() / "reference") / fingerprint
+    if writers(folder) - {fingerprint}:
         raise CompareError(
             f"-lf {folder}: holds the reference of another model, or of another version of it or of its engine; name "
             "another folder"
         )
-    return _masked(PlannedReference(first.label, folder, named, first), chosen, flag)
+    return _masked(PlannedReference(first.label, folder, fingerprint, first), selected, flag)
 
 
 def _unfit(job: Job) -> str:
@@ -99,58 +98,62 @@ def _unfit(job: Job) -> str:
     return ""
 
 
-def _masked(reference: PlannedReference, chosen: Sequence[Job], flag: str) -> PlannedReference:
-    """`reference` as a stored one, if its run is not among those chosen."""
+def _masked(reference: PlannedReference, selected: Sequence[Job], flag: str) -> PlannedReference:
+    """`reference` as a stored one, if -mask leaves out its job."""
     job = reference.job
-    if job is None or job in chosen:
+    if job is None or job in selected:
         return reference
-    if not is_complete(reference.folder, written(job, reference).key()):
+    if not is_complete(reference.folder, as_writer(job, reference).key()):
         raise UnusableReference(
             f"{flag}: -mask leaves out the reference {job.label!r}, and none is stored in {reference.folder}; let "
-            "-mask take it in, too"
+            "-mask include it"
         )
     return replace(reference, stored=True)
 
 
-def _stored(asked: Asked) -> PlannedReference:
-    if asked.folder is None:
-        raise CompareError(f"{asked.flag}: no entry is the reference that the others are measured against; {_HOW}")
-    if not is_store(asked.folder):
-        raise CompareError(f"-lf {asked.folder}: no reference is stored there, and no entry writes one; {_HOW}")
+def _stored(request: RunRequest) -> PlannedReference:
+    """The stored reference that -lf names. Raises CompareError where there is none."""
+    folder = request.reference_folder
+    if folder is None:
+        flag = request.divergence_flag
+        raise CompareError(f"{flag}: no entry is the reference that the others are measured against; {_HOW}")
+    if not is_store(folder):
+        raise CompareError(f"-lf {folder}: no reference is stored there, and no entry writes one; {_HOW}")
     try:
-        known = writers(asked.folder)
-        named = known.pop() if len(known) == 1 else f"content {fingerprint(asked.folder)}"
+        known = writers(folder)
+        writer = known.pop() if len(known) == 1 else f"content {content_fingerprint(folder)}"
     except OSError as error:
-        raise CompareError(f"-lf {asked.folder}: cannot be read ({error.strerror or error})") from error
-    return PlannedReference(str(asked.folder), asked.folder, named, stored=True)
+        raise CompareError(f"-lf {folder}: cannot be read ({os_reason(error)})") from error
+    return PlannedReference(str(folder), folder, writer, stored=True)
 
 
-def written(job: Job, reference: PlannedReference) -> Job:
+def as_writer(job: Job, reference: PlannedReference) -> Job:
     """`job` as the one that writes `reference`."""
     return replace(job, divergence=ReferenceRole(reference.folder, reference.fingerprint, writes=True))
 
 
-def measured(jobs: Sequence[Job], reference: PlannedReference) -> tuple[list[Job], dict[str, list[str]]]:
-    """`jobs`, each with its part in measuring against `reference`; and the labels of those without, by the reason."""
+def assign_roles(jobs: Sequence[Job], reference: PlannedReference) -> tuple[list[Job], dict[str, list[str]]]:
+    """`jobs`, each with its role in measuring against `reference`; and the labels of those without one, by reason."""
     source = reference.job
-    own = source.key() if source is not None and not reference.stored else None
-    divergence = ReferenceRole(reference.folder, reference.fingerprint)
-    done: list[Job] = []
+    writer_key = source.key() if source is not None and not reference.stored else None
+    reader = ReferenceRole(reference.folder, reference.fingerprint)
+    with_roles: list[Job] = []
     unmeasured: dict[str, list[str]] = {}
     for job in jobs:
         reason = None if job.unavailable else _immeasurable(job, source)
         if job.unavailable or reason:
-            done.append(job)
+            with_roles.append(job)
             if reason:
                 unmeasured.setdefault(reason, []).append(job.label)
-        elif own is not None and _key(job) == own:  # the reference itself, under whatever label
-            done.append(written(job, reference))
+        elif writer_key is not None and _key(job) == writer_key:  # the reference itself, under any label
+            with_roles.append(as_writer(job, reference))
         else:
-            done.append(replace(job, divergence=divergence))
-    return done, unmeasured
+            with_roles.append(replace(job, divergence=reader))
+    return with_roles, unmeasured
 
 
 def _immeasurable(job: Job, source: Job | None) -> str | None:
+    """Why `job` cannot be measured against the reference of `source`; None where it can."""
     if {"reference", "save_reference"}.intersection(job.args):
         return "its own arguments name a reference"
     if job.model not in measured_models():
@@ -165,7 +168,7 @@ def _immeasurable(job: Job, source: Job | None) -> str | None:
 
 
 def _key(job: Job) -> str | None:
-    """None where a file of it cannot be read; that is said when its turn comes."""
+    """The key of `job`; None where a file cannot be read, which `make_tasks` reports."""
     try:
         return job.key()
     except OSError:

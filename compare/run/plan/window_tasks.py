@@ -1,4 +1,4 @@
-"""Which tasks of the harness score token windows: ours, read from the task files without importing any of them."""
+"""Which tasks of the harness score token windows: ours, read from their YAML files without importing `lmeval_ext`."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ _LINE = re.compile(r"^(task|tag): *(\S+) *$", re.MULTILINE)
 
 def window_tasks(names: Iterable[str]) -> frozenset[str]:
     """The tasks with token windows among `names`; a tag stands for its tasks."""
-    known = _known()
-    return frozenset().union(*(known.get(name, frozenset()) for name in names))
+    tasks = _tasks_by_name()
+    return frozenset().union(*(tasks.get(name, frozenset()) for name in names))
 
 
 @lru_cache(maxsize=1)
-def _known() -> dict[str, frozenset[str]]:
-    """Tasks by the names that `--tasks` takes. Empty where lmeval-ext is not installed beside `compare`."""
-    package = find_spec("lmeval_ext")  # finds, and does not import
+def _tasks_by_name() -> dict[str, frozenset[str]]:
+    """Our tasks by the names that `--tasks` takes. Empty where lmeval-ext is not installed beside `compare`."""
+    package = find_spec("lmeval_ext")  # locates the package without importing it
     if package is None or package.origin is None:
         return {}
     by_name: dict[str, frozenset[str]] = {}
     for file in sorted((Path(package.origin).parent / "tasks").glob("*.yaml")):
-        said = dict(_LINE.findall(file.read_text(encoding="utf-8")))
-        for name in said.values():
-            by_name[name] = by_name.get(name, frozenset()) | {said["task"]}
+        fields = dict(_LINE.findall(file.read_text(encoding="utf-8")))
+        for name in fields.values():
+            by_name[name] = by_name.get(name, frozenset()) | {fields["task"]}
     return by_name

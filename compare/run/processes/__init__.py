@@ -1,1 +1,1 @@
-"""Jobs to processes: local and Ray pools, one harness process per model."""
+"""Runs tasks: local and Ray pools, one harness process per task, and the outcome of each."""

@@ -1,4 +1,4 @@
-"""The local process pool: at most so many harness processes at a time, each with GPUs of its own."""
+"""The local process pool: runs up to `jobs` harness processes at a time, each with GPUs of its own."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pathlib import Path
 from compare.errors import CompareError
 from compare.run.plan.task import Task
 from compare.run.processes.failure_hints import explain
+from compare.run.processes.harness_process import HARNESS, HarnessProcess
 from compare.run.processes.outcome import Outcome, Reporter, settle
-from compare.run.processes.process import HARNESS, Process
-from compare.run.processes.queue import Waiting
+from compare.run.processes.queue import TaskQueue
 from compare.run.store import Store
 
 POLL_SECONDS = 0.2
@@ -23,9 +23,9 @@ POLL_SECONDS = 0.2
 
 @dataclass
 class GpuPool:
-    """Names of GPUs (as CUDA_VISIBLE_DEVICES has them) that are handed to processes, round-robin.
+    """GPUs, named as in CUDA_VISIBLE_DEVICES, that are assigned to processes round-robin.
 
-    With more processes than GPUs, some share one. Empty: no GPUs here, or one process that may see all.
+    With more processes than GPUs, some share one. Empty: there are no GPUs, or the one process may use all.
     """
 
     names: Sequence[str]
@@ -33,12 +33,13 @@ class GpuPool:
 
     @classmethod
     def of(cls, names: Sequence[str], jobs: int) -> GpuPool:
+        """The pool for up to `jobs` processes at a time on the GPUs `names`."""
         if jobs == 1 or not names:
             return cls(())
         return cls(names, [names[i % len(names)] for i in range(max(jobs, len(names)))])
 
     def take(self, count: int) -> list[str] | None:
-        """`count` different GPUs (all there are, if they are fewer), or None while too few are free."""
+        """`count` different GPUs, or all if there are fewer; None while too few are free."""
         if not self.names:
             return []
         count = min(count, len(set(self.names)))
@@ -50,14 +51,15 @@ class GpuPool:
         return taken
 
     def give_back(self, taken: Sequence[str]) -> None:
+        """Return GPUs that `take` gave."""
         self.free.extend(taken)
 
 
 def visible_gpus() -> list[str]:
-    """GPUs that processes started here may use: CUDA_VISIBLE_DEVICES if set, else what nvidia-smi lists."""
-    said = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if said is not None:
-        return [name.strip() for name in said.split(",") if name.strip() not in ("", "-1")]
+    """GPUs that child processes may use: those in CUDA_VISIBLE_DEVICES if it is set, else those of nvidia-smi."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
     program = shutil.which("nvidia-smi")
     if program is None:
         return []
@@ -70,8 +72,10 @@ def visible_gpus() -> list[str]:
 
 @dataclass
 class _Running:
+    """A started task. work: the folder that its harness writes into."""
+
     task: Task
-    process: Process
+    process: HarnessProcess
     work: Path
     gpus: list[str]
 
@@ -84,28 +88,27 @@ def run_local(
     harness: Sequence[str] = HARNESS,
     gpus: Callable[[], list[str]] = visible_gpus,
 ) -> list[Outcome]:
-    """Run `tasks`, `jobs` at a time; one that fails stops only those that wait for its reference.
+    """Run `tasks`, up to `jobs` at a time, and return their outcomes in the order in which they ended.
 
-    Outcomes come in the order of ending.
-
-    Whatever ends this function, an interrupt included, ends the processes it started.
+    A failure stops only the tasks that wait for its reference. gpus: returns the names of the GPUs to use. However this
+    function ends, an interrupt included, the processes it started are ended.
     """
-    waiting = Waiting(tasks)
+    queue = TaskQueue(tasks)
     running: list[_Running] = []
     outcomes: list[Outcome] = []
     pool = GpuPool.of(gpus() if jobs > 1 else [], jobs)
 
     def ended(outcome: Outcome) -> None:
         reporter.finished(outcome)
-        outcomes.extend([outcome, *waiting.ended(outcome)])
+        outcomes.extend([outcome, *queue.ended(outcome)])
 
     try:
-        while waiting.tasks or running:
-            while len(running) < jobs and (task := waiting.next()):
+        while queue.tasks or running:
+            while len(running) < jobs and (task := queue.next()):
                 taken = pool.take(task.job.gpus)
                 if taken is None:
                     break
-                waiting.take(task)
+                queue.take(task)
                 reporter.started(task)
                 try:
                     running.append(_start(task, store, harness, taken))
@@ -119,12 +122,12 @@ def run_local(
                     running.remove(run)
                     pool.give_back(run.gpus)
                     ended(_finish(run, code, store))
-            reporter.running([(run.task, run.process.state(run.task.job.eval_len)) for run in running], waiting.tasks)
+            reporter.running([(run.task, run.process.state(run.task.job.eval_len)) for run in running], queue.tasks)
             if running:
                 time.sleep(POLL_SECONDS)
     finally:
         for run in running:
-            run.process.terminate()  # all at once, so that they use their time to end side by side
+            run.process.terminate()  # all first, so that they end in parallel
         for run in running:
             run.process.stop()
             store.discard(run.work)
@@ -136,7 +139,7 @@ def _start(task: Task, store: Store, harness: Sequence[str], gpus: Sequence[str]
     environment = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
     command = [*harness, *task.job.arguments(work)]
     try:
-        return _Running(task, Process(command, store.log(task.label, task.key), environment), work, list(gpus))
+        return _Running(task, HarnessProcess(command, store.log(task.label, task.key), environment), work, list(gpus))
     except OSError:
         store.discard(work)
         raise

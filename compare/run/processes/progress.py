@@ -1,4 +1,4 @@
-"""How far a harness process is, read from the progress bars in its log."""
+"""The progress of a harness process, read from the progress bars in its log."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ _SCORING = re.compile(r"Scoring windows|Processed prompts|Running \w+ requests",
 
 @dataclass(frozen=True)
 class Progress:
-    """What a log's last progress bar says. scoring: it counts windows (or requests); else it is a step of loading."""
+    """The state of a log's last progress bar.
+
+    what: its description. elapsed: seconds. scoring: it counts windows or requests; else it belongs to loading.
+    """
 
     what: str
     done: int
@@ -25,7 +28,7 @@ class Progress:
     scoring: bool
 
     def words(self, eval_len: int | None) -> str:
-        """``"window 7 of 20, 1,234 tokens/s, 22 s to go"``; eval_len: tokens a window."""
+        """``"window 7 of 20, 1,234 tokens/s, 22 s to go"``; eval_len: tokens per window."""
         if not self.scoring:
             return f"{clean(self.what) or 'loading'} {self.done}/{self.total}"
         words = [f"window {self.done} of {self.total}"]
@@ -37,27 +40,28 @@ class Progress:
 
     @property
     def remaining(self) -> float | None:
-        """Seconds to go at the bar's own speed so far."""
+        """Seconds to go at the average speed so far; None at the start."""
         return self.elapsed * (self.total - self.done) / self.done if self.done and self.elapsed else None
 
 
 def parse_progress(text: str) -> Progress | None:
-    """The last progress bar in a piece of log; a bar of scoring wins over later ones of other steps."""
+    """The last progress bar in a piece of log; a scoring bar takes precedence over later bars of other steps."""
     bars = [
         Progress(
-            what=found["what"].strip(),
-            done=int(found["done"]),
-            total=int(found["total"]),
-            elapsed=_seconds(found["times"].partition("<")[0]),
-            scoring=bool(_SCORING.search(found["what"])),
+            what=match["what"].strip(),
+            done=int(match["done"]),
+            total=int(match["total"]),
+            elapsed=_seconds(match["times"].partition("<")[0]),
+            scoring=bool(_SCORING.search(match["what"])),
         )
         for line in re.split(r"[\r\n]", text)
-        if (found := BAR.search(line))
+        if (match := BAR.search(line))
     ]
     return next((bar for bar in reversed(bars) if bar.scoring), bars[-1] if bars else None)
 
 
 def _seconds(clock: str) -> float:
+    """``"1:02:03"`` in seconds; parts that are not numbers count 0."""
     total = 0.0
     for part in clock.strip().split(":"):
         total = total * 60 + (float(part) if part.replace(".", "", 1).isdigit() else 0)
@@ -65,7 +69,7 @@ def _seconds(clock: str) -> float:
 
 
 def duration(seconds: float) -> str:
-    """``"22 s"``, ``"14 min"``, ``"2.5 h"``."""
+    """Seconds as text: ``"22 s"``, ``"14 min"``, ``"2.5 h"``."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = seconds / 60

@@ -1,6 +1,6 @@
-"""The same tasks on a Ray cluster: Ray schedules them by GPUs and memory, and runs those of a lost worker again.
+"""Runs tasks on a Ray cluster: Ray schedules them by GPUs and memory, and repeats those of a lost worker.
 
-Ray is imported here only (extra `ray`). Every node needs this package, the engines, and the checkpoints under the
+Ray (extra `ray`) is imported only here. Every node needs this package, the engines, and the checkpoints under the
 same paths (a shared file system, or hub ids); result files and logs come back through Ray.
 """
 
@@ -18,25 +18,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compare.errors import CompareError
+from compare.errors import CompareError, first_line
 from compare.run.plan.job import Job
-from compare.run.plan.jobs import GIB
+from compare.run.plan.job_settings import GIB
 from compare.run.plan.task import Task
+from compare.run.processes.harness_process import HARNESS, HarnessProcess
 from compare.run.processes.outcome import Outcome, Reporter, failure, settle
-from compare.run.processes.process import HARNESS, Process
-from compare.run.processes.queue import Waiting
+from compare.run.processes.queue import TaskQueue
 from compare.run.store import Store
 
-# A worker or node that is lost has its task run again elsewhere, so often; a model that fails is not run again.
+# How often the task of a lost worker or node is run again elsewhere; a model that fails is not run again.
 RETRIES = 3
-_MEMORY_FACTOR, _MEMORY_BASE = 1.25, 2 * GIB  # loading holds the weights once, and some of them twice
-_GPU_FACTOR = 1.2  # activations and the KV cache of one window, beside the weights
+_MEMORY_FACTOR, _MEMORY_BASE = 1.25, 2 * GIB  # loading holds all weights once, and some of them twice
+_GPU_FACTOR = 1.2  # weights, activations and the KV cache of one window
 _WAIT_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a task asks of a node: GPUs, and bytes of main memory (0: not known)."""
+    """What a task requires of a node: GPUs, and bytes of main memory (0: unknown)."""
 
     gpus: int
     memory: int
@@ -44,7 +44,7 @@ class Needs:
 
 @dataclass(frozen=True)
 class Returned:
-    """What comes back from a worker: exit code, the files that the harness wrote, its log, seconds it took."""
+    """What a worker returns: exit code, the files that the harness wrote, its log, and the seconds it took."""
 
     code: int
     files: dict[str, bytes]
@@ -54,13 +54,13 @@ class Returned:
 
 
 def evaluate(job: Job, harness: Sequence[str] | None) -> Returned:
-    """Run `job` in a process of the worker that this is called in, and bring back its files."""
+    """Run `job` in a child process of this worker, and return its files. harness: None: this Python's `lm_eval`."""
     import platform
 
     with tempfile.TemporaryDirectory(prefix="compare-run-") as folder:
         output, log = Path(folder) / "output", Path(folder) / "log"
         output.mkdir()
-        process = Process([*(harness or HARNESS), *job.arguments(output)], log, {})
+        process = HarnessProcess([*(harness or HARNESS), *job.arguments(output)], log, {})
         while (code := process.poll()) is None:
             time.sleep(_WAIT_SECONDS)
         written = [*output.rglob("results_*.json"), *output.rglob("samples_*.jsonl")]
@@ -78,19 +78,19 @@ def run_on_ray(
 ) -> list[Outcome]:
     """Run `tasks` on the cluster at `address` (None: RAY_ADDRESS, or a cluster of this machine alone).
 
-    harness: as in `run_local`; None: each worker's own Python. gpu_gb: GiB of one GPU. Raises CompareError where Ray
-    is missing or out of reach.
+    harness: as in `run_local`; None: `lm_eval` of each worker's Python. gpu_gb: memory of one GPU, in GiB. Raises
+    CompareError where Ray is missing or the cluster cannot be reached.
     """
     ray = _connect(address)
     pending: dict[Any, tuple[Task, float]] = {}
-    waiting = Waiting(tasks)
+    queue = TaskQueue(tasks)
     try:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         work = ray.remote(evaluate)
 
         def submit() -> None:
-            while task := waiting.next():
-                waiting.take(task)
+            while task := queue.next():
+                queue.take(task)
                 needs = fitting(needs_of(task.job, gpu_gb), nodes)
                 options = {"num_gpus": needs.gpus, "memory": needs.memory or None, "max_retries": RETRIES}
                 handle = work.options(name=f"compare {task.label}", **options).remote(task.job, harness)
@@ -105,9 +105,9 @@ def run_on_ray(
                 task, began = pending.pop(handle)
                 outcome = _collect(ray, handle, task, began, store)
                 reporter.finished(outcome)
-                outcomes.extend([outcome, *waiting.ended(outcome)])
-            submit()  # what waited for a reference that is written now
-            reporter.running([(task, "on the cluster") for task, _ in pending.values()], waiting.tasks)
+                outcomes.extend([outcome, *queue.ended(outcome)])
+            submit()  # tasks whose reference is written now
+            reporter.running([(task, "on the cluster") for task, _ in pending.values()], queue.tasks)
         return outcomes
     except KeyboardInterrupt:
         for handle in pending:
@@ -127,12 +127,12 @@ def _connect(address: str | None) -> Any:
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CompareError(f"--ray-address {address}: no Ray cluster there ({reason})") from error
+        raise CompareError(f"--ray-address {address}: no Ray cluster there ({first_line(error)})") from error
     return ray
 
 
 def _collect(ray: Any, handle: Any, task: Task, began: float, store: Store) -> Outcome:
+    """Bring the files of a finished task into `store`, and return the outcome. began: by `time.monotonic`."""
     log = store.log(task.label, task.key)
     try:
         returned: Returned = ray.get(handle)
@@ -150,12 +150,12 @@ def _collect(ray: Any, handle: Any, task: Task, began: float, store: Store) -> O
     except (OSError, CompareError) as error:
         if work is not None:
             store.discard(work)
-        return failure(task, returned.seconds, log, returned.code, why=str(error))
+        return failure(task, returned.seconds, log, returned.code, known_reason=str(error))
     return settle(task, returned.seconds, log, returned.code, work, store)
 
 
 def needs_of(job: Job, gpu_gb: float | None) -> Needs:
-    """From the figures of the checkpoint's headers: `vram_gb` for GPUs, all weights for main memory."""
+    """The needs of `job` from its checkpoint's headers: GPUs by `vram_gb`, main memory by the size of all weights."""
     weights, vram = _storage(job.checkpoint)
     gpus = job.gpus
     if gpu_gb and vram:
@@ -164,14 +164,14 @@ def needs_of(job: Job, gpu_gb: float | None) -> Needs:
 
 
 def fitting(needs: Needs, nodes: Sequence[dict[str, float]]) -> Needs:
-    """`needs`, but no more than the largest node has: a task that fits nowhere would wait for ever."""
+    """`needs`, limited to what the largest node has: a task that fits nowhere would wait forever."""
     gpus = max((int(node.get("GPU", 0)) for node in nodes), default=0)
     memory = max((int(node.get("memory", 0)) for node in nodes), default=0)
     return Needs(min(needs.gpus, gpus), min(needs.memory, memory))
 
 
 def _storage(checkpoint: str) -> tuple[int | None, float | None]:
-    """(bytes of all weights, vram_gb) of a local checkpoint, (None, None) where they are not known."""
+    """(bytes of all weights, vram_gb) of a local checkpoint; (None, None) where they are unknown."""
     if not Path(checkpoint).exists():
         return None, None
     command = [sys.executable, "-m", "lmeval_ext.storage", "--json", checkpoint]

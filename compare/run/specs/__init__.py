@@ -1,1 +1,1 @@
-"""Spec files: their schema, loading, paths, and which harness model an entry means."""
+"""Reads spec files: their schema, loading, paths, and which harness model an entry means."""

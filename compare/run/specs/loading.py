@@ -1,4 +1,4 @@
-"""Reads spec files, JSON or YAML, and says what is wrong in them: file, entry, field, and the nearest valid name."""
+"""Reads spec files, JSON or YAML, and reports mistakes with file, entry, field and the nearest valid name."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from compare.errors import CompareError
+from compare.errors import CompareError, os_reason
 from compare.run.specs.schema import DataSpec, GuideModel, HarnessModel
 from compare.text import and_more, shorten
 
-_MOST_NODES, _DEEPEST = 100_000, 200
+_MOST_NODES, _DEEPEST = 100_000, 200  # limits of a YAML document: values, and brackets open at once
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A model's entry and where it stands; paths in it count from `file`'s folder."""
+    """A model's entry and its place in a spec file; paths in it count from the folder of `file`."""
 
     spec: GuideModel | HarnessModel
     file: Path
@@ -34,9 +34,9 @@ class Entry:
 
 
 def load_models(patterns: Sequence[str]) -> tuple[list[Entry], list[str]]:
-    """The entries of all files that `patterns` (names and globs) stand for, and what is wrong with the others.
+    """The valid entries of all files that `patterns` (names and globs) stand for, and the mistakes in the others.
 
-    A data spec among several files is passed over: ``specs/*.json`` may hold both. Raises CompareError where a file
+    A data spec among several files is skipped: ``specs/*.json`` may match both kinds. Raises CompareError where a file
     cannot be read as a list of models at all.
     """
     entries: list[Entry] = []
@@ -62,7 +62,7 @@ def load_models(patterns: Sequence[str]) -> tuple[list[Entry], list[str]]:
 
 
 def load_data(file: Path) -> DataSpec:
-    """The data spec in `file`. Raises CompareError that names the file and the fields that are wrong."""
+    """The data spec in `file`. Raises CompareError that names the file and its wrong fields."""
     raw = _parse(file)
     if isinstance(raw, dict) and isinstance(raw.get("data"), dict):
         raw = raw["data"]
@@ -75,8 +75,8 @@ def load_data(file: Path) -> DataSpec:
 
 
 def _expand(patterns: Iterable[str]) -> list[Path]:
-    """Files in the order given, each once; a glob's matches by name."""
-    found: dict[Path, None] = {}
+    """Files in the order given, each once; the matches of a glob in order of their names."""
+    files: dict[Path, None] = {}
     for pattern in patterns:
         path = Path(pattern).expanduser()
         if path.exists():
@@ -87,8 +87,8 @@ def _expand(patterns: Iterable[str]) -> list[Path]:
                 raise CompareError(f"-m {pattern}: no file matches")
         else:
             raise CompareError(f"-m {pattern}: no such file{_did_you_mean(path.name, _siblings(path))}")
-        found.update(dict.fromkeys(matches))
-    return list(found)
+        files.update(dict.fromkeys(matches))
+    return list(files)
 
 
 def _siblings(path: Path) -> list[str]:
@@ -118,11 +118,11 @@ def _parse(file: Path) -> Any:
     except UnicodeDecodeError:
         raise CompareError(f"{file}: is not text (not UTF-8)") from None
     except OSError as error:
-        raise CompareError(f"{file}: cannot be read ({error.strerror or error})") from None
+        raise CompareError(f"{file}: cannot be read ({os_reason(error)})") from None
     if file.suffix.lower() in (".yaml", ".yml"):
         import yaml
 
-        if _depth(text) > _DEEPEST:  # PyYAML takes minutes to find out
+        if _depth(text) > _DEEPEST:  # PyYAML would take minutes to fail
             raise CompareError(f"{file}: is nested too deeply for a spec")
         try:
             content = yaml.safe_load(text)
@@ -133,7 +133,7 @@ def _parse(file: Path) -> Any:
             raise CompareError(f"{file}: is not YAML ({at}{problem})") from None
         except RecursionError:
             raise CompareError(f"{file}: is nested too deeply for a spec") from None
-        except ValueError as error:  # a date or number in form, but none that exists: 2001-99-99
+        except ValueError as error:  # has the form of a date or number, but does not exist: 2001-99-99
             raise CompareError(f"{file}: is not YAML ({error}; quote it if it is text)") from None
         if not _is_small(content):
             raise CompareError(f"{file}: its aliases (*NAME) unfold to more than a spec can hold")
@@ -149,7 +149,7 @@ def _parse(file: Path) -> Any:
 
 
 def _depth(text: str) -> int:
-    """How deep brackets are open at most; those in quotes count too, which are too few to matter."""
+    """The deepest nesting of brackets. Brackets in quotes count too, but are too few to matter."""
     depth = deepest = 0
     for bracket in re.findall(r"[][{}]", text):
         depth = depth + 1 if bracket in "[{" else max(depth - 1, 0)
@@ -158,16 +158,20 @@ def _depth(text: str) -> int:
 
 
 def _is_small(content: Any) -> bool:
-    """Whether a document, its aliases written out, has at most `_MOST_NODES`: few lines of YAML can mean billions."""
-    todo, seen = [content], 0
-    while todo and seen <= _MOST_NODES:
-        at = todo.pop()
-        seen += 1
-        todo += [*at, *at.values()] if isinstance(at, dict) else at if isinstance(at, (list, tuple, set)) else ()
-    return seen <= _MOST_NODES
+    """Whether a document with its aliases expanded has at most `_MOST_NODES` values; a few lines can mean billions."""
+    pending, count = [content], 0
+    while pending and count <= _MOST_NODES:
+        node = pending.pop()
+        count += 1
+        if isinstance(node, dict):
+            pending += [*node, *node.values()]
+        elif isinstance(node, (list, tuple, set)):
+            pending += node
+    return count <= _MOST_NODES
 
 
 def _form_of(raw: Any) -> type[GuideModel] | type[HarnessModel] | None:
+    """The schema of an entry, by the fields it has; None where it has neither's."""
     if not isinstance(raw, dict):
         return None
     if "load_fn" in raw or "model_dir" in raw:
@@ -192,29 +196,32 @@ def _did_you_mean(name: str, valid: Iterable[str]) -> str:
 
 
 def _explain(error: ValidationError, schema: type[BaseModel]) -> list[str]:
-    """One line a mistake; pydantic's own words where they serve."""
+    """One line per mistake, in pydantic's own words where they are clear."""
     lines: dict[str, None] = {}
-    told: set[str] = set()
-    for found in error.errors(include_url=False):
-        place = [str(part) for part in found["loc"] if not str(part).startswith(("constrained-", "list[", "function-"))]
+    reported: set[str] = set()
+    for problem in error.errors(include_url=False):
+        parts = [str(part) for part in problem["loc"]]
+        place = [part for part in parts if not part.startswith(("constrained-", "list[", "function-"))]
         name = shorten(".".join(place), 80)
-        if name and name in told:  # the other ways in which a field could have been right
+        if name and name in reported:  # pydantic lists each alternative type of a field
             continue
-        told.add(name)
-        if found["type"] == "extra_forbidden":
+        reported.add(name)
+        if problem["type"] == "extra_forbidden":
             valid = _fields_of(schema, place[:-1])
             guess = _did_you_mean(place[-1], valid) or f"; known: {', '.join(valid)}"
             lines[f'field "{name}" is unknown{guess}'] = None
-        elif found["type"] == "literal_error":
-            choices = [c.strip("' ") for c in str(found["ctx"]["expected"]).replace(" or ", ", ").split(",")]
-            guess = _did_you_mean(str(found["input"]), choices)
-            lines[f'field "{name}": {_brief(found["input"])} is unknown{guess} (one of {and_more(choices, 12)})'] = None
-        elif found["type"] == "missing":
+        elif problem["type"] == "literal_error":
+            choices = [c.strip("' ") for c in str(problem["ctx"]["expected"]).replace(" or ", ", ").split(",")]
+            guess = _did_you_mean(str(problem["input"]), choices)
+            lines[f'field "{name}": {_brief(problem["input"])} is unknown{guess} (one of {and_more(choices, 12)})'] = (
+                None
+            )
+        elif problem["type"] == "missing":
             lines[f'field "{name}" is missing'] = None
-        elif found["type"] == "value_error":
-            lines[str(found["ctx"]["error"])] = None
+        elif problem["type"] == "value_error":
+            lines[str(problem["ctx"]["error"])] = None
         else:
-            lines[f'field "{name}": {found["msg"].lower()}, found {_brief(found["input"])}'] = None
+            lines[f'field "{name}": {problem["msg"].lower()}, found {_brief(problem["input"])}'] = None
     return list(lines)
 
 
@@ -223,6 +230,7 @@ def _brief(value: Any) -> str:
 
 
 def _fields_of(schema: type[BaseModel], path: Sequence[str]) -> list[str]:
+    """The valid names, aliases included, in the part of `schema` that `path` leads to."""
     for part in path:
         field = schema.model_fields.get(part)
         inner = field.annotation if field else None

@@ -1,4 +1,4 @@
-"""Paths in specs: what counts as one, where it is, and what a checkpoint folder says of its context."""
+"""Paths in specs: which values are paths and where they lead; and the context length of a checkpoint folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from compare.run.specs.engines import PATH_ARGUMENTS
 
 
 def trained_context(pretrained: Any) -> int | None:
-    """max_position_embeddings of a checkpoint folder; None where it does not say."""
+    """The max_position_embeddings, in tokens, of a checkpoint folder; None where its config.json has none."""
     try:
         config = json.loads((Path(pretrained) / "config.json").read_bytes())
         value = (config.get("text_config") or config).get("max_position_embeddings")
@@ -24,7 +24,7 @@ def trained_context(pretrained: Any) -> int | None:
 def resolve(
     args: dict[str, Any], folder: Path, names: Sequence[str] = PATH_ARGUMENTS
 ) -> tuple[dict[str, Any], str | None]:
-    """`args` with paths counted from `folder`, and the first one that must be a path and is not there."""
+    """`args` with paths counted from `folder`; and a message about the first path that does not exist, or None."""
     resolved, missing = dict(args), None
     for name in names:
         value = args.get(name)
@@ -39,17 +39,17 @@ def resolve(
 
 
 def absolute(text: str, folder: Path) -> Path:
-    """The path that `text` means, counted from `folder`, whether it is there or not."""
+    """The path that `text` means, counted from `folder`, whether it exists or not."""
     try:
         path = Path(text).expanduser()
-    except RuntimeError:  # "~" and a user that is not there
+    except RuntimeError:  # "~" with the name of an unknown user
         path = Path(text)
-    # links stay: the hub's cache keeps suffixes in their names
+    # links are not resolved: in the hub's cache, only their names have suffixes
     return Path(os.path.abspath(folder / path))  # noqa: PTH100
 
 
 def exists(path: Path) -> bool:
-    """Whether a path is there; a text that cannot be a path, such as one too long, is none."""
+    """Whether a path exists; False for text that cannot be a path, such as one too long."""
     try:
         return path.exists()
     except OSError:
@@ -57,7 +57,7 @@ def exists(path: Path) -> bool:
 
 
 def _path(text: str, folder: Path) -> tuple[str, str | None]:
-    """An existing path as an absolute one; a name that is none stays: it is a hub id, if it can be one."""
+    """An existing path made absolute, or `text` itself; and a message where `text` cannot be a hub id either."""
     path = absolute(text, folder)
     if exists(path):
         return str(path), None

@@ -1,4 +1,4 @@
-"""What may stand in a spec file. pydantic checks it; `loading` says what is wrong, where, and what was meant."""
+"""The schema of spec files. pydantic checks it; `loading` turns its errors into messages for the user."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class _Strict(BaseModel):
 
 
 class HarnessOptions(_Strict):
-    """Options of `lm_eval run` under their own names."""
+    """Options of `lm_eval run`, under their own names."""
 
     num_fewshot: Count | None = None
     batch_size: int | str | None = None
@@ -35,7 +35,7 @@ class HarnessOptions(_Strict):
 
 
 class _Entry(_Strict):
-    """What both forms of a model's entry share: how it is shown, and what is told instead of measured."""
+    """The fields of both forms of a model's entry: how it is shown, and figures that replace measured ones."""
 
     label: Name | None = None
     family: Name | None = None
@@ -48,7 +48,7 @@ class _Entry(_Strict):
 
 
 class GuideModel(_Entry):
-    """One model as ExLlamaV3's compare_q takes it; `args` are ours: more arguments for the engine."""
+    """One model in the form of ExLlamaV3's compare_q; `args`, more arguments for the engine, are our addition."""
 
     load_fn: Literal[tuple(LOAD_FNS)]  # type: ignore[valid-type]
     fwd_fn: Literal[FWD_FNS] | None = None  # type: ignore[valid-type]
@@ -74,7 +74,7 @@ class GuideModel(_Entry):
 
 
 class HarnessModel(_Entry):
-    """One model in our own form: any model of the harness, with its arguments."""
+    """One model in our own form: any model of the harness with its arguments."""
 
     model: Name
     args: dict[str, Any] = {}
@@ -82,7 +82,7 @@ class HarnessModel(_Entry):
 
 
 class DataSpec(_Strict):
-    """What every model is given: a data spec of compare_q, and ours: `tasks`, `metadata`, `text_path`, `bos`, …"""
+    """The text and windows of all models: compare_q's data spec, with our `tasks`, `metadata`, `text_path`, `bos` …"""
 
     tokenize_fn: Literal["transformers"] = "transformers"
     tokenizer_dir: Name | None = None
@@ -98,7 +98,7 @@ class DataSpec(_Strict):
     dataset_files: Name | None = Field(None, alias="dataset_data_files")
     text_column: Name | None = None
     max_text_rows: Count = Field(0, alias="max_dataset_rows")
-    # compare_q's words for its subtitle: accepted; our plots tell what was really run
+    # accepted for compare_q's subtitle, but not used: our plots show what was really run
     dataset_display_name: str | None = None
     display_rows: int | None = None
     display_eval_len: int | None = None

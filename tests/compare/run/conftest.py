@@ -1,4 +1,4 @@
-"""A workshop for `compare run`: model folders, specs, and a stub in place of the harness."""
+"""Fixtures for `compare run`: model folders, specs, and a stub in place of the harness."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ HARNESS = f"{sys.executable} -S {STUB}"
 
 @pytest.fixture(autouse=True)
 def _time_limit() -> Iterator[None]:
-    """A process that does not start or end fails its test, instead of holding up all of them."""
+    """Fail a test whose process does not start or end, instead of blocking all tests."""
 
-    def late(_number: int, _frame: FrameType | None) -> None:
+    def time_out(_number: int, _frame: FrameType | None) -> None:
         raise TimeoutError("the test took more than three minutes")
 
-    previous = signal.signal(signal.SIGALRM, late)
+    previous = signal.signal(signal.SIGALRM, time_out)
     signal.alarm(180)
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, previous)
 
 
-def usual_signals() -> None:
-    """In a child: signals as a terminal's shell leaves them. Tests that run under nohup inherit them ignored."""
+def default_signals() -> None:
+    """In a child: handle signals as usual. Tests that run under nohup inherit them ignored."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
 
 class Workshop:
-    """Models `a`, `b`, … with 4, 5, … bits; a models spec and a data spec; runs of the command."""
+    """Models `a`, `b`, … with 4, 5, … bits per weight; a model spec and a data spec; and calls of the command."""
 
     def __init__(self, root: Path, names: str = "abc") -> None:
         self.root = root
@@ -76,10 +76,12 @@ class Workshop:
         return folder
 
     def write(self) -> None:
+        """Write the specs, after `entries` or `data` has changed."""
         (self.root / "models.json").write_text(json.dumps(self.entries))
         (self.root / "data.json").write_text(json.dumps(self.data))
 
     def mark(self, name: str, how: str, text: str = "") -> Path:
+        """Let the stub's run of a model go as `stub_harness` describes for the file `how`."""
         file = self.root / "models" / name / how
         file.write_text(text)
         return file
@@ -89,27 +91,32 @@ class Workshop:
         return ["run", *specs, "--results", str(self.results), "--harness", HARNESS, *more]
 
     def run(self, *more: str) -> int:
-        """The command in this process; its exit code."""
+        """Run the command in this process and return its exit code."""
         os.environ["STUB_CALLS"], os.environ["STUB_FIFO"] = str(self.calls_file), str(self.fifo)
         return main(self.arguments(*more))
 
     def start(self, *more: str, **options: Any) -> subprocess.Popen[str]:
-        """The command as a process of its own."""
+        """Start the command as a process of its own."""
         env = {**os.environ, "STUB_CALLS": str(self.calls_file), "STUB_FIFO": str(self.fifo)}
         command = [sys.executable, "-m", "compare", *self.arguments(*more)]
-        usual = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": usual_signals}
+        usual = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": default_signals}
         options = usual | options
         return subprocess.Popen(command, env=env, **options)
 
     def calls(self) -> list[str]:
-        """Models that the harness was called for since the last time, in order."""
-        return [call["model"] for call in self.told() if "model" in call]
+        """Models that the harness was called for since the last call of this, in order."""
+        return [call["model"] for call in self.stub_events() if "model" in call]
 
-    def told(self) -> list[dict[str, Any]]:
-        """What the stub told of its runs since the last time: each one's arguments, and its end if it came so far."""
+    def stub_events(self) -> list[dict[str, Any]]:
+        """Arguments of each run of the stub, and the ends of complete ones, since the last call of this."""
         lines = self.calls_file.read_text().splitlines() if self.calls_file.exists() else []
         self.calls_file.unlink(missing_ok=True)
         return [json.loads(line) for line in lines]
+
+    def wait_for_hanging_stub(self) -> tuple[int, int]:
+        """Wait for a stub marked `hang`. Returns its pid, and a descriptor that reaches its end with the stub's end."""
+        alive = os.open(self.fifo, os.O_RDONLY)
+        return read_pid(alive), alive
 
     def labels(self) -> list[str]:
         """Labels in the table of the results folder."""
@@ -120,8 +127,27 @@ class Workshop:
         return sorted(record.label for record in reading.records)
 
 
+def read_pid(alive: int) -> int:
+    """The pid that a hanging stub writes into the pipe."""
+    pid = b""
+    while not pid.endswith(b"\n"):
+        pid += os.read(alive, 1)
+    return int(pid)
+
+
+def wait_for_end(alive: int) -> None:
+    """Return once no process holds the other end of the pipe."""
+    assert os.read(alive, 1) == b""
+    os.close(alive)
+
+
+def parent_of(pid: int) -> int:
+    """The pid of a process' parent."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[1])
+
+
 def write_safetensors(file: Path, data: bytes) -> None:
-    """One tensor of bytes: a valid file, whose header depends on the size of `data` only."""
+    """Write a valid file with one tensor of bytes; its header depends only on the size of `data`."""
     header = json.dumps({"w": {"dtype": "U8", "shape": [len(data)], "data_offsets": [0, len(data)]}}).encode()
     file.write_bytes(struct.pack("<Q", len(header)) + header + data)
 

@@ -1,12 +1,12 @@
-"""Stands in for the harness' command line: the same arguments, no engine, no start-up time.
+"""Replaces the harness' command line in tests: the same arguments, no engine, no start-up time.
 
-Files beside a model's config.json say how its run goes; none of them takes part in the model's fingerprint:
+Files beside a model's config.json decide how its run goes; none of them is part of the model's fingerprint:
 `boom` (printed, then exit 1), `exit` (its number), `hang` (never ends), `silent` (ends well, writes nothing),
 `fill` (writes until the disk is full), `half` (writes half a result file), `slow` (takes so many seconds), `forgetful`
-(writes no reference). Every run is two lines in $STUB_CALLS, at its beginning and at its end.
+(writes no reference). Every run writes two lines to $STUB_CALLS, at its beginning and at its end.
 
-A reference store is one file a task here, beside a reference.json that names the model; as with the adapters, a model
-is refused whose tasks the store does not hold.
+A reference store has one file per task here, beside a reference.json that names the model. Like the adapters, the stub
+refuses a model whose tasks the store does not hold.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ def main() -> int:
     args = json.loads(option("--model_args"))
     output = Path(option("--output_path"))
     model = Path(args["pretrained"])
-    told = {"model": model.name, "gpus": os.environ.get("CUDA_VISIBLE_DEVICES"), "model_args": args}
-    tell(told | {"arguments": ARGUMENTS})
+    call = {"model": model.name, "gpus": os.environ.get("CUDA_VISIBLE_DEVICES"), "model_args": args}
+    write_event(call | {"arguments": ARGUMENTS})
     print("Loading weights:  50%|#####     | 1/2 [00:00<00:00, 9.0it/s]", file=sys.stderr)
     print("Scoring windows (x):  25%|##5       | 5/20 [00:02<00:06,  2.50window/s]", file=sys.stderr, flush=True)
     if (model / "hang").exists():
-        with Path(os.environ["STUB_FIFO"]).open("w") as alive:  # its reader sees the end when this process is gone
+        with Path(os.environ["STUB_FIFO"]).open("w") as alive:  # its reader reaches the end when this process is gone
             alive.write(f"{os.getpid()}\n")
             alive.flush()
             while True:
@@ -70,11 +70,11 @@ def main() -> int:
             output.with_name(f"samples_{task}_2026-01-01.jsonl").write_text("{}\n")
     text = json.dumps(result(args))
     output.with_name("results_2026-01-01.json").write_text(text[:100] if (model / "half").exists() else text)
-    tell({"ended": model.name})
+    write_event({"ended": model.name})
     return 0
 
 
-def tell(line: dict[str, object]) -> None:
+def write_event(line: dict[str, object]) -> None:
     with Path(os.environ["STUB_CALLS"]).open("a") as calls:
         calls.write(f"{json.dumps(line)}\n")
 

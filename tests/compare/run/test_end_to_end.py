@@ -1,4 +1,4 @@
-"""The whole way with the real harness and a real engine, as a user of the guide types it."""
+"""From specs to the plot with the real harness and a real engine, as a user of the guide types it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from tests.conftest import make_llama
 
 
 @pytest.mark.engine
-def test_from_the_guides_json_to_the_plot(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Perplexity against Transformers' own loss, window by window, with compare_q's windows worked by hand."""
+def test_guide_json_with_a_real_engine_gives_perplexity_and_plot(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Perplexity against Transformers' own loss, window by window, with compare_q's windows computed by hand."""
     make_llama(tmp_path / "tiny")
     models = [
         {
@@ -41,7 +43,7 @@ def test_from_the_guides_json_to_the_plot(tmp_path: Path, capsys: Any, monkeypat
     out = capsys.readouterr().out
     assert "HF: 32.00 bpw (decoder), 32.00 bpw (head), perplexity" in out
 
-    # a model whose engine is not here, or refuses: its own error, and the finished one stays
+    # an engine that is missing or fails: its own error is shown, and the finished result is kept
     assert main(["run", "-d", "data.json", "-m", "models.json"]) == 3
     out = capsys.readouterr().out
     assert "(kept)" in out

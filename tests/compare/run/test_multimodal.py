@@ -1,4 +1,4 @@
-"""`transformers_mm`: the text part of a model that also sees pictures, against Transformers' own logits."""
+"""`transformers_mm`: the text part of a multimodal model, against Transformers' own logits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.conftest import VOCABULARY, evaluate, make_tokenizer
 
 
 @pytest.mark.engine
-def test_text_part_of_a_model_that_sees_pictures(tmp_path: Path) -> None:
+def test_text_part_of_a_multimodal_model_matches_transformers(tmp_path: Path) -> None:
     import torch
     from transformers import AutoTokenizer, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -39,7 +39,7 @@ def test_text_part_of_a_model_that_sees_pictures(tmp_path: Path) -> None:
     arguments = LOAD_FNS["transformers_mm"].args | {
         "dtype": "float32",
         "parallelize": True,
-    }  # on a CPU: nothing to spread
+    }  # a CPU has nothing to spread over
     settings = {"eval_len": 64, "stride": 64, "max_rows": 2}
     result = evaluate("hf_quant", "sample_strided", metadata=settings, pretrained=str(tmp_path), **arguments)
 
@@ -50,5 +50,5 @@ def test_text_part_of_a_model_that_sees_pictures(tmp_path: Path) -> None:
         with torch.no_grad():
             logits = model(window).logits[0, :-1].double()
         total += torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="sum").item()
-    found = result["results"]["sample_strided"]["token_perplexity,none"]
-    assert found == pytest.approx(math.exp(total / 126), rel=1e-4)
+    perplexity = result["results"]["sample_strided"]["token_perplexity,none"]
+    assert perplexity == pytest.approx(math.exp(total / 126), rel=1e-4)

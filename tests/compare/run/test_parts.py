@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from tqdm import tqdm
 
+from compare.errors import CompareError, first_line
 from compare.run.plan.fingerprint import fingerprint
+from compare.run.plan.reference_folder import mark_complete
 from compare.run.processes.failure_hints import explain, own_error, reason
 from compare.run.processes.local_pool import GpuPool
 from compare.run.processes.progress import duration, parse_progress
@@ -18,7 +20,7 @@ from compare.run.specs.engines import LOAD_FNS, engine_version
 from tests.compare.run.conftest import write_safetensors
 
 
-def test_bars_that_tqdm_draws() -> None:
+def test_progress_of_a_tqdm_bar() -> None:
     stream = io.StringIO()
     with tqdm(total=20, desc="Scoring windows (Q4 [a])", unit="window", file=stream, mininterval=0, ascii=False) as bar:
         bar.start_t -= 14  # 14 s ago
@@ -41,20 +43,22 @@ def test_bars_that_tqdm_draws() -> None:
         ("nothing at all", None, None, None),
     ],
 )
-def test_bars_of_the_engines(line: str, done: int | None, total: int | None, scoring: bool | None) -> None:
+def test_progress_bars_of_the_engines_are_parsed(
+    line: str, done: int | None, total: int | None, scoring: bool | None
+) -> None:
     progress = parse_progress(line)
-    found = (progress.done, progress.total, progress.scoring) if progress else (None, None, None)
-    assert found == (done, total, scoring)
+    parsed = (progress.done, progress.total, progress.scoring) if progress else (None, None, None)
+    assert parsed == (done, total, scoring)
 
 
-def test_scoring_wins_over_later_bars() -> None:
+def test_scoring_bar_takes_precedence_over_later_bars() -> None:
     text = "Scoring windows (x):  25%|#| 5/20 [00:02<00:06]\rDownloading:  50%|#| 1/2 [00:00<00:00]\n"
     progress = parse_progress(text)
     assert progress is not None
     assert progress.done == 5
 
 
-def test_durations() -> None:
+def test_durations_have_a_fitting_unit() -> None:
     assert [duration(s) for s in (0.4, 99, 101, 3600 * 3)] == ["0 s", "99 s", "2 min", "3.0 h"]
 
 
@@ -69,11 +73,11 @@ def test_durations() -> None:
         ("huggingface_hub.errors.GatedRepoError: 401 Client Error", "HF_TOKEN"),
     ],
 )
-def test_hints(line: str, words: str) -> None:
+def test_known_errors_have_a_hint(line: str, words: str) -> None:
     assert words in str(explain(1, ["before", line, "after"]))
 
 
-def test_reasons() -> None:
+def test_reason_is_the_last_exception() -> None:
     lines = ["Traceback (most recent call last):", "  File x", "RuntimeError: it broke", "warning: leaked objects"]
     assert reason(1, lines) == "RuntimeError: it broke (exit code 1)"
     assert reason(0, ["fine"]) == "ended without a result file"
@@ -82,19 +86,19 @@ def test_reasons() -> None:
     assert explain(1, ["nothing known"]) is None
 
 
-def test_gpus_go_round() -> None:
+def test_gpus_are_assigned_round_robin() -> None:
     pool = GpuPool.of(["0", "1"], jobs=3)
     assert [pool.take(1) for _ in range(3)] == [["0"], ["1"], ["0"]]
     assert pool.take(1) is None
     pool.give_back(["1"])
-    assert pool.take(2) is None  # the other one is taken twice
+    assert pool.take(2) is None  # the other GPU has two processes
     pool.give_back(["0"])
-    assert pool.take(4) == ["1", "0"]  # all there are
-    assert GpuPool.of(["0", "1"], jobs=1).take(1) == []  # one process may see all
+    assert pool.take(4) == ["1", "0"]  # all GPUs
+    assert GpuPool.of(["0", "1"], jobs=1).take(1) == []  # one process may use all
     assert GpuPool.of([], jobs=4).take(2) == []
 
 
-def test_engine_versions() -> None:
+def test_engine_version_names_package_and_version() -> None:
     import transformers
 
     assert engine_version("hf_quant") == f"transformers {transformers.__version__}"
@@ -113,26 +117,27 @@ def checkpoint(tmp_path: Path) -> Path:
     return folder
 
 
-def _print(path: Path, tokenizer_only: bool = False) -> str:
+def _fresh_fingerprint(path: Path, tokenizer_only: bool = False) -> str:
+    """The fingerprint of the content as it is now, not a cached one."""
     fingerprint.cache_clear()
     return fingerprint(path, tokenizer_only)
 
 
-def test_fingerprint_is_of_content_alone(checkpoint: Path, tmp_path: Path) -> None:
-    before = _print(checkpoint)
+def test_fingerprint_ignores_place_and_dates(checkpoint: Path, tmp_path: Path) -> None:
+    before = _fresh_fingerprint(checkpoint)
     copy = tmp_path / "copy"
     shutil.copytree(checkpoint, copy, copy_function=shutil.copyfile)
     (copy / "README.md").write_text("words")
     (copy / ".cache").mkdir()
-    assert _print(copy) == before
+    assert _fresh_fingerprint(copy) == before
     link = tmp_path / "link"
     link.symlink_to(checkpoint)
-    assert _print(link) == before
+    assert _fresh_fingerprint(link) == before
 
 
 @pytest.mark.parametrize("how", ["config", "header", "size", "weights", "last weights", "small shard", "more files"])
-def test_every_change_of_content_shows(checkpoint: Path, how: str) -> None:
-    before = _print(checkpoint)
+def test_fingerprint_changes_with_content(checkpoint: Path, how: str) -> None:
+    before = _fresh_fingerprint(checkpoint)
     shard = checkpoint / "model-00001.safetensors"
     data = bytearray(shard.read_bytes())
     if how == "config":
@@ -152,25 +157,36 @@ def test_every_change_of_content_shows(checkpoint: Path, how: str) -> None:
         write_safetensors(checkpoint / "model-00002.safetensors", b"\1" * 100)
     else:
         shutil.copy(shard, checkpoint / "model-00003.safetensors")
-    assert _print(checkpoint) != before
+    assert _fresh_fingerprint(checkpoint) != before
 
 
-def test_tokenizer_is_told_by_its_own_files(checkpoint: Path) -> None:
-    before = _print(checkpoint, tokenizer_only=True)
+def test_tokenizer_fingerprint_ignores_weights(checkpoint: Path) -> None:
+    before = _fresh_fingerprint(checkpoint, tokenizer_only=True)
     write_safetensors(checkpoint / "model-00002.safetensors", b"\1" * 100)
-    assert _print(checkpoint, tokenizer_only=True) == before
+    assert _fresh_fingerprint(checkpoint, tokenizer_only=True) == before
     (checkpoint / "tokenizer.json").write_text("[]")
-    assert _print(checkpoint, tokenizer_only=True) != before
+    assert _fresh_fingerprint(checkpoint, tokenizer_only=True) != before
 
 
-def test_parts_of_a_split_gguf_count(tmp_path: Path) -> None:
+def test_fingerprint_covers_all_parts_of_a_split_gguf(tmp_path: Path) -> None:
     for i in (1, 2):
         (tmp_path / f"m-0000{i}-of-00002.gguf").write_bytes(b"GGUF" + bytes([i]) * 10)
-    before = _print(tmp_path / "m-00001-of-00002.gguf")
+    before = _fresh_fingerprint(tmp_path / "m-00001-of-00002.gguf")
     (tmp_path / "m-00002-of-00002.gguf").write_bytes(b"GGUF" + bytes([3]) * 10)
-    assert _print(tmp_path / "m-00001-of-00002.gguf") != before
+    assert _fresh_fingerprint(tmp_path / "m-00001-of-00002.gguf") != before
     single = tmp_path / "single.gguf"
     single.write_bytes(b"GGUFx")
-    same = _print(single)
+    same = _fresh_fingerprint(single)
     single.rename(tmp_path / "renamed.gguf")
-    assert _print(tmp_path / "renamed.gguf") == same
+    assert _fresh_fingerprint(tmp_path / "renamed.gguf") == same
+
+
+def test_mark_that_cannot_be_written_names_folder_and_reason(tmp_path: Path) -> None:
+    with pytest.raises(CompareError) as caught:
+        mark_complete(tmp_path / "nowhere", "key", "writer")
+    assert str(caught.value) == f"{tmp_path}/nowhere: cannot be written (No such file or directory)"
+
+
+def test_first_line_of_an_error_without_text_is_its_type() -> None:
+    assert first_line(ValueError("\n one\ntwo")) == "one"
+    assert first_line(ConnectionError()) == "ConnectionError"

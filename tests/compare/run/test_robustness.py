@@ -1,4 +1,4 @@
-"""What survives kill -9 of the child and of the parent, Ctrl-C, SIGTERM and a full disk. Signals and disks are real."""
+"""Results survive kill -9 of child and parent, Ctrl-C, SIGTERM and a full disk. Signals and disks are real."""
 
 from __future__ import annotations
 
@@ -12,30 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.compare.run.conftest import Workshop, usual_signals
+from tests.compare.run.conftest import Workshop, default_signals, parent_of, read_pid, wait_for_end
 
 
-def _hanging(workshop: Workshop) -> tuple[int, int]:
-    """Wait for the hanging stub: (its pid, a descriptor that ends with the stub)."""
-    alive = os.open(workshop.fifo, os.O_RDONLY)
-    pid = b""
-    while not pid.endswith(b"\n"):
-        pid += os.read(alive, 1)
-    return int(pid), alive
-
-
-def _ended(alive: int) -> None:
-    """Return once no process holds the other end."""
-    assert os.read(alive, 1) == b""
-    os.close(alive)
-
-
-def _parent_of(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[1])
-
-
-def _goes_on(workshop: Workshop, runs: list[str]) -> None:
-    """The same command again does what is missing, and nothing else."""
+def _assert_continues(workshop: Workshop, runs: list[str]) -> None:
+    """The same command again runs the models in `runs`, and nothing else."""
     (workshop.root / "models/b/hang").unlink()
     workshop.calls()
     assert workshop.run() == 0
@@ -44,88 +25,88 @@ def _goes_on(workshop: Workshop, runs: list[str]) -> None:
     assert not list((workshop.results / ".work").iterdir())
 
 
-def test_child_killed(workshop: Workshop) -> None:
+def test_killed_engine_fails_and_the_others_run(workshop: Workshop) -> None:
     workshop.mark("b", "hang")
     process = workshop.start()
-    pid, alive = _hanging(workshop)
+    pid, alive = workshop.wait_for_hanging_stub()
     os.kill(pid, signal.SIGKILL)
     out, _ = process.communicate(timeout=60)
-    _ended(alive)
+    wait_for_end(alive)
     assert process.returncode == 3
     assert "Model b: failed after" in out
     assert "exit code 137" in out
     assert "hint: killed from outside (signal 9)" in out
     assert "Model c: 6.00 bpw" in out
-    _goes_on(workshop, ["b"])
+    _assert_continues(workshop, ["b"])
 
 
-def test_keeper_of_the_child_killed(workshop: Workshop) -> None:
-    """The process between the two: the engine must not go on without it."""
+def test_killed_supervisor_ends_its_engine(workshop: Workshop) -> None:
+    """The supervisor is the process between the command and the engine."""
     workshop.mark("b", "hang")
     process = workshop.start()
-    pid, alive = _hanging(workshop)
-    keeper = _parent_of(pid)
-    assert keeper != process.pid
-    os.kill(keeper, signal.SIGKILL)
+    pid, alive = workshop.wait_for_hanging_stub()
+    supervisor = parent_of(pid)
+    assert supervisor != process.pid
+    os.kill(supervisor, signal.SIGKILL)
     out, _ = process.communicate(timeout=60)
-    _ended(alive)
+    wait_for_end(alive)
     assert "Model b: failed after" in out
-    _goes_on(workshop, ["b"])
+    _assert_continues(workshop, ["b"])
 
 
-def test_keeper_killed_with_nobody_to_see_it(workshop: Workshop) -> None:
+def test_killed_supervisor_ends_its_engine_while_the_parent_is_stopped(workshop: Workshop) -> None:
     workshop.mark("b", "hang")
     process = workshop.start()
-    pid, alive = _hanging(workshop)
+    pid, alive = workshop.wait_for_hanging_stub()
     process.send_signal(signal.SIGSTOP)
-    os.kill(_parent_of(pid), signal.SIGKILL)
-    _ended(alive)
+    os.kill(parent_of(pid), signal.SIGKILL)
+    wait_for_end(alive)
     process.send_signal(signal.SIGCONT)
     process.communicate(timeout=60)
-    _goes_on(workshop, ["b"])
+    _assert_continues(workshop, ["b"])
 
 
-def test_parent_killed(workshop: Workshop) -> None:
+def test_killed_parent_ends_the_engine_and_keeps_finished_results(workshop: Workshop) -> None:
     workshop.mark("b", "hang")
     process = workshop.start()
-    _, alive = _hanging(workshop)
+    _, alive = workshop.wait_for_hanging_stub()
     process.kill()
     process.communicate(timeout=60)
-    _ended(alive)  # the engine ends with its parent
+    wait_for_end(alive)  # the engine ends with its parent
     assert workshop.labels() == ["Model a"]
-    assert list((workshop.results / ".work").iterdir())  # left behind, swept by the next run
-    _goes_on(workshop, ["b", "c"])
+    assert list((workshop.results / ".work").iterdir())  # left behind, and removed by the next run
+    _assert_continues(workshop, ["b", "c"])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_interrupted(workshop: Workshop, number: signal.Signals) -> None:
+def test_signal_ends_the_run_and_keeps_finished_results(workshop: Workshop, number: signal.Signals) -> None:
     workshop.mark("b", "hang")
     process = workshop.start()
-    _, alive = _hanging(workshop)
+    _, alive = workshop.wait_for_hanging_stub()
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
-    _ended(alive)
+    wait_for_end(alive)
     assert process.returncode == 130
     assert err == "compare: stopped: 1 of 3 done and kept; the same command goes on from here\n"
     assert not list((workshop.results / ".work").iterdir())
-    _goes_on(workshop, ["b", "c"])
+    _assert_continues(workshop, ["b", "c"])
 
 
-def test_interrupted_at_a_terminal(workshop: Workshop) -> None:
-    """The live display, and Ctrl-C typed: the terminal is left in order."""
+def test_ctrl_c_at_a_terminal_restores_the_terminal(workshop: Workshop) -> None:
+    """With the live display, and Ctrl-C typed: the cursor is visible again afterwards."""
     workshop.mark("b", "hang")
     master, slave = pty.openpty()
-    # a session of its own whose terminal this is, so that the typed ^C reaches it as a signal
+    # its own session with this terminal, so that the typed ^C reaches it as a signal
     process = workshop.start(stdin=slave, stdout=slave, stderr=slave, start_new_session=True, preexec_fn=_own_terminal)
     os.close(slave)
-    _, alive = _hanging(workshop)
+    _, alive = workshop.wait_for_hanging_stub()
     shown = b""
     while b"window 5 of 20, 5,120 tokens/s, 6 s to go" not in shown:  # the stub's bar: 5 windows in 2 s
         shown += os.read(master, 4096)
     os.write(master, b"\x03")
-    shown += b"".join(_rest(master))
+    shown += b"".join(_read_to_end(master))
     assert process.wait(60) == 130
-    _ended(alive)
+    wait_for_end(alive)
     text = shown.decode()
     assert "Model a: 4.00 bpw (decoder), 16.00 bpw (head), perplexity 7.500000" in text
     assert "1 of 3 done, 1 waiting (Model c)" in text
@@ -137,19 +118,19 @@ def _own_terminal() -> None:
     import fcntl
     import termios
 
-    usual_signals()
+    default_signals()
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
-def _rest(master: int) -> Iterator[bytes]:
+def _read_to_end(master: int) -> Iterator[bytes]:
     try:
         while data := os.read(master, 4096):
             yield data
-    except OSError:  # Linux says EIO when the other end is closed
+    except OSError:  # Linux raises EIO when the other end is closed
         return
 
 
-def test_log_that_cannot_be_written(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unwritable_log_fails_that_model_only(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
     """/dev/full: the kernel's own "No space left on device"."""
     workshop.run()
     log = next((workshop.results / "logs").glob("Model-b-*.log"))
@@ -163,8 +144,8 @@ def test_log_that_cannot_be_written(workshop: Workshop, capsys: pytest.CaptureFi
     assert "hint: the disk is full" in out
 
 
-def test_full_disk(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
-    """One model's output fills the disk; it is cleared away, and the next model has room."""
+def test_full_disk_fails_that_model_and_frees_the_space(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+    """One model's output fills the disk; it is removed, and the next model has room."""
     workshop.results.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "compare", str(workshop.results)]
     if subprocess.run(mount, check=False, capture_output=True).returncode != 0:
@@ -176,10 +157,18 @@ def test_full_disk(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> No
         assert "Model b: failed after 0 s: OSError: [Errno 28] No space left on device (exit code 1)" in out
         assert "hint: the disk is full" in out
         assert workshop.labels() == ["Model a", "Model c"]
-        # no room for anything at all: what is finished is still read and shown
+        # no free space at all: finished results are still read and shown
         _fill(workshop.results / "ballast")
         assert workshop.run() == 3
         assert capsys.readouterr().out.count("(kept)") == 2
+        workshop.entries[0]["label"] = "Renamed"
+        workshop.write()
+        assert workshop.run() == 1  # the index of labels cannot be written
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1
+        assert f"--results {workshop.results}: cannot be written (" in err
+        assert "No space left on device); free space, or name another folder" in err
+        assert workshop.labels() == ["Model a", "Model c"]
     finally:
         subprocess.run(["umount", "-l", str(workshop.results)], check=True)
 
@@ -190,15 +179,17 @@ def _fill(file: Path) -> None:
             stream.write(bytes(4096))
 
 
-def test_results_folder_that_cannot_be_written(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unwritable_results_folder_is_refused_before_any_run(
+    workshop: Workshop, capsys: pytest.CaptureFixture[str]
+) -> None:
     workshop.results.write_text("a file")
     assert workshop.run() == 1
     assert "--results" in capsys.readouterr().err
     assert workshop.calls() == []
 
 
-def test_work_of_other_machines_is_left_alone(workshop: Workshop) -> None:
-    """A results folder that several machines share: a process number says nothing about another machine."""
+def test_work_folders_of_other_machines_are_kept(workshop: Workshop) -> None:
+    """Several machines may share a results folder: a pid tells nothing about processes of another machine."""
     dead = subprocess.Popen(["true"])
     dead.wait()
     theirs = workshop.results / f".work/0123-elsewhere-{dead.pid}"
@@ -207,7 +198,7 @@ def test_work_of_other_machines_is_left_alone(workshop: Workshop) -> None:
     assert theirs.exists()
 
 
-def test_half_a_result_is_run_again(workshop: Workshop) -> None:
+def test_truncated_result_is_run_again(workshop: Workshop) -> None:
     workshop.run()
     file = next(workshop.results.glob("*/results_*.json"))
     file.write_bytes(file.read_bytes()[:50])
@@ -217,17 +208,15 @@ def test_half_a_result_is_run_again(workshop: Workshop) -> None:
     assert workshop.labels() == ["Model a", "Model b", "Model c"]
 
 
-def test_two_at_a_time(workshop: Workshop) -> None:
+def test_one_signal_ends_both_of_two_jobs(workshop: Workshop) -> None:
     """With --jobs 2 two engines run at once, and one signal ends both."""
     workshop.mark("a", "hang")
     workshop.mark("b", "hang")
     process = workshop.start("--jobs", "2")
-    first, alive = _hanging(workshop)
-    second = b""
-    while not second.endswith(b"\n"):  # both hold the pipe: neither has ended when the other writes
-        second += os.read(alive, 1)
-    assert first != int(second)
+    first, alive = workshop.wait_for_hanging_stub()
+    second = read_pid(alive)  # both hold the pipe: neither has ended when the other writes
+    assert first != second
     process.terminate()
     process.communicate(timeout=60)
-    _ended(alive)
+    wait_for_end(alive)
     assert sorted(workshop.calls()) == ["a", "b"]

@@ -1,4 +1,4 @@
-"""`compare run` with a stub for the harness: what is run, kept, shown, and said."""
+"""`compare run` with a stub for the harness: what is run, kept, plotted and reported."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from compare.run.plan import jobs
+from compare.run.plan import job
 from tests.compare.run.conftest import Workshop, write_safetensors
 
 
-def test_every_model_is_run_and_said_in_a_line(workshop: Workshop, capsys: Any) -> None:
+def test_every_model_is_run_and_reported_in_one_line(workshop: Workshop, capsys: Any) -> None:
     assert workshop.run() == 0
     assert workshop.calls() == ["a", "b", "c"]
     out = capsys.readouterr().out
@@ -26,7 +26,7 @@ def test_every_model_is_run_and_said_in_a_line(workshop: Workshop, capsys: Any) 
     assert not list((workshop.results / ".work").iterdir())
 
 
-def test_the_same_command_again_runs_nothing(workshop: Workshop, capsys: Any) -> None:
+def test_same_command_again_runs_nothing(workshop: Workshop, capsys: Any) -> None:
     workshop.run()
     workshop.calls()
     assert workshop.run() == 0
@@ -34,7 +34,7 @@ def test_the_same_command_again_runs_nothing(workshop: Workshop, capsys: Any) ->
     assert capsys.readouterr().out.count("(kept)") == 3
 
 
-def test_label_family_and_told_figures_run_nothing_again(workshop: Workshop) -> None:
+def test_changed_label_family_and_override_run_nothing_again(workshop: Workshop) -> None:
     workshop.run()
     workshop.calls()
     workshop.entries[0] |= {"label": "Renamed [red]", "family": "exl3", "override_bpw_layer": 3.5}
@@ -55,14 +55,14 @@ def test_label_family_and_told_figures_run_nothing_again(workshop: Workshop) -> 
     assert (record.quantization.layer_bpw, workshop.calls()) == (4.0, [])
 
 
-def test_requantizing_in_place_runs_again_and_copying_does_not(workshop: Workshop) -> None:
+def test_changed_weights_run_again_and_a_copy_does_not(workshop: Workshop) -> None:
     workshop.run()
     workshop.calls()
     a, b = workshop.root / "models/a", workshop.root / "models/b"
     size = (a / "model.safetensors").stat().st_size
     write_safetensors(a / "model.safetensors", b"A" * 4096)  # same header, same size, other weights
     assert (a / "model.safetensors").stat().st_size == size
-    shutil.copytree(b, workshop.root / "elsewhere")  # without times
+    shutil.copytree(b, workshop.root / "elsewhere")  # without dates
     shutil.rmtree(b)
     workshop.entries[1]["model_dir"] = "elsewhere"
     workshop.write()
@@ -70,7 +70,7 @@ def test_requantizing_in_place_runs_again_and_copying_does_not(workshop: Worksho
     assert workshop.calls() == ["a"]
 
 
-def test_settings_and_engine_version_run_again(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_settings_and_engine_version_run_again(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     workshop.run()
     workshop.calls()
     for change in ({"eval_len": 1024}, {"max_rows": 10}, {"warmup_tokens": 8}, {"blank_rows": "drop"}):
@@ -82,12 +82,12 @@ def test_settings_and_engine_version_run_again(workshop: Workshop, monkeypatch: 
     assert workshop.calls() == ["a"]
     workshop.run("-mask", "model a", "--tasks", "arc_easy")
     assert workshop.calls() == ["a"]
-    monkeypatch.setattr(jobs, "engine_version", lambda model: "vllm 99")
+    monkeypatch.setattr(job, "engine_version", lambda model: "vllm 99")
     workshop.run("-mask", "model a")
     assert workshop.calls() == ["a"]
 
 
-def test_mask_and_clear_cache_concern_the_selected_models(workshop: Workshop, capsys: Any) -> None:
+def test_mask_limits_runs_and_clear_cache(workshop: Workshop, capsys: Any) -> None:
     assert workshop.run("-mask", "MODEL A;el c") == 0
     assert workshop.calls() == ["a", "c"]
     workshop.run("-cc", "-mask", "model c")
@@ -96,7 +96,7 @@ def test_mask_and_clear_cache_concern_the_selected_models(workshop: Workshop, ca
     assert "no label contains" in capsys.readouterr().err
 
 
-def test_a_failure_is_said_with_log_and_hint_and_the_rest_goes_on(workshop: Workshop, capsys: Any) -> None:
+def test_failure_is_reported_with_log_and_hint_and_the_others_run(workshop: Workshop, capsys: Any) -> None:
     workshop.mark("a", "boom", "starting\ntorch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB")
     assert workshop.run() == 3
     assert workshop.calls() == ["a", "b", "c"]
@@ -110,7 +110,7 @@ def test_a_failure_is_said_with_log_and_hint_and_the_rest_goes_on(workshop: Work
     assert workshop.calls() == ["a"]
 
 
-def test_our_own_errors_need_no_hint(workshop: Workshop, capsys: Any) -> None:
+def test_error_of_our_adapters_has_no_hint(workshop: Workshop, capsys: Any) -> None:
     workshop.mark("a", "boom", "some warning\nlmeval-ext: error: eval_len=9 is beyond the model's context; lower it")
     workshop.run()
     out = capsys.readouterr().out
@@ -127,14 +127,14 @@ def test_our_own_errors_need_no_hint(workshop: Workshop, capsys: Any) -> None:
         ("half", "", "ended without a result file"),
     ],
 )
-def test_ways_to_fail(workshop: Workshop, capsys: Any, how: str, text: str, words: str) -> None:
+def test_failure_names_its_reason(workshop: Workshop, capsys: Any, how: str, text: str, words: str) -> None:
     workshop.mark("b", how, text)
     assert workshop.run() == 3
     assert words in capsys.readouterr().out
     assert workshop.labels() == ["Model a", "Model c"]
 
 
-def test_what_cannot_be_run_is_said_and_the_rest_is_run(workshop: Workshop, capsys: Any) -> None:
+def test_unavailable_models_are_reported_and_the_others_run(workshop: Workshop, capsys: Any) -> None:
     workshop.entries[0]["load_fn"] = workshop.entries[0]["fwd_fn"] = "qtip"
     workshop.entries[1]["model_dir"] = "./models/nowhere"
     workshop.write()
@@ -148,7 +148,7 @@ def test_what_cannot_be_run_is_said_and_the_rest_is_run(workshop: Workshop, caps
     assert workshop.run("--continue-on-error", "-mask", "model a") == 2
 
 
-def test_two_entries_of_one_model_are_one_run_and_two_labels(workshop: Workshop, capsys: Any) -> None:
+def test_two_entries_of_one_model_are_run_once_under_two_labels(workshop: Workshop, capsys: Any) -> None:
     workshop.entries.append({**workshop.entries[0], "label": "Again"})
     workshop.write()
     workshop.run()
@@ -157,14 +157,14 @@ def test_two_entries_of_one_model_are_one_run_and_two_labels(workshop: Workshop,
     assert workshop.labels() == ["Again", "Model a", "Model b", "Model c"]
 
 
-def test_reference_runs_first(workshop: Workshop) -> None:
+def test_entry_with_out_logits_runs_first(workshop: Workshop) -> None:
     workshop.entries[2]["out_logits"] = "somewhere"
     workshop.write()
     workshop.run()
     assert workshop.calls() == ["c", "a", "b"]
 
 
-def test_a_reference_is_what_others_are_measured_against(workshop: Workshop) -> None:
+def test_entry_with_reference_runs_first_and_is_marked(workshop: Workshop) -> None:
     args = {"pretrained": "models/c"}
     workshop.entries[2] = {"model": "vllm_nvfp4", "args": args, "label": "Model c", "reference": True}
     workshop.write()
@@ -174,10 +174,10 @@ def test_a_reference_is_what_others_are_measured_against(workshop: Workshop) -> 
 
     records = read_results([workshop.results]).records
     assert [r.label for r in records if r.is_baseline] == ["Model c"]
-    assert {r.quantization.family for r in records} == {"NVFP4"}  # a reference keeps its own
+    assert {r.quantization.family for r in records} == {"NVFP4"}  # a reference keeps its family
 
 
-def test_dry_run_touches_nothing(workshop: Workshop, capsys: Any) -> None:
+def test_dry_run_runs_and_writes_nothing(workshop: Workshop, capsys: Any) -> None:
     assert workshop.run("--dry-run") == 0
     out = capsys.readouterr().out
     assert "Model a: to run" in out
@@ -189,7 +189,7 @@ def test_dry_run_touches_nothing(workshop: Workshop, capsys: Any) -> None:
     assert "Model a: kept" in capsys.readouterr().out
 
 
-def test_plot_of_the_selected_models(workshop: Workshop, capsys: Any) -> None:
+def test_plot_shows_the_selected_models(workshop: Workshop, capsys: Any) -> None:
     picture = workshop.root / "out.svg"
     workshop.run()
     flags = ["-p", "-v", "-t", "A title", "-mx", "1.3", "-my", "100", "-dark", "-pf", str(picture)]
@@ -201,21 +201,21 @@ def test_plot_of_the_selected_models(workshop: Workshop, capsys: Any) -> None:
     assert "VRAM" in drawn
 
 
-def test_plot_without_a_display_goes_into_the_results(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plot_without_a_display_is_written_into_results(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
     assert workshop.run("-p") == 0
     assert (workshop.results / "plot.png").stat().st_size > 1000
 
 
-def test_where_the_plot_cannot_go_is_said_before_anything_runs(workshop: Workshop, capsys: Any) -> None:
+def test_unusable_plot_file_is_refused_before_any_run(workshop: Workshop, capsys: Any) -> None:
     assert workshop.run("-p", "-pf", str(workshop.root / "no/folder.png")) == 1
     assert workshop.run("-p", "-pf", str(workshop.root / "x.gif")) == 1
     assert "there is no folder" in capsys.readouterr().err
     assert workshop.calls() == []
 
 
-def test_result_of_another_run_is_not_broken_by_an_index_that_is_none(workshop: Workshop, capsys: Any) -> None:
+def test_damaged_index_is_refused_and_results_survive_it(workshop: Workshop, capsys: Any) -> None:
     workshop.run()
     (workshop.results / "compare_run.json").write_text("[]")
     assert workshop.run() == 1
@@ -227,7 +227,7 @@ def test_result_of_another_run_is_not_broken_by_an_index_that_is_none(workshop: 
     assert workshop.labels() == ["Model a", "Model b", "Model c"]
 
 
-def test_hostile_labels_stay_text(workshop: Workshop, capsys: Any) -> None:
+def test_hostile_label_is_shown_as_text(workshop: Workshop, capsys: Any) -> None:
     workshop.entries[0]["label"] = "../../x\x1b[31m\n<script>"
     workshop.write()
     assert workshop.run() == 0
@@ -236,16 +236,16 @@ def test_hostile_labels_stay_text(workshop: Workshop, capsys: Any) -> None:
     assert any(name.startswith("x-31m-script-") for name in names)
 
 
-def test_jobs_share_out_the_gpus(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_are_assigned_gpus(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     assert workshop.run("--jobs", "3") == 0
-    gpus = [call["gpus"] for call in workshop.told() if "gpus" in call]
+    gpus = [call["gpus"] for call in workshop.stub_events() if "gpus" in call]
     assert sorted(gpus) in (["3", "3", "5"], ["3", "5", "5"])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     workshop.run("--jobs", "2", "-cc")
 
 
-def test_help_is_quick_and_needs_no_library() -> None:
+def test_help_imports_no_heavy_library() -> None:
     code = (
         "import sys; sys.argv=['compare','run','--help']\n"
         "from compare.cli import main\n"
@@ -258,7 +258,7 @@ def test_help_is_quick_and_needs_no_library() -> None:
     assert "-mask" in done.stdout
 
 
-def test_nothing_here_imports_torch_or_the_harness(workshop: Workshop) -> None:
+def test_dry_run_imports_neither_torch_nor_the_harness(workshop: Workshop) -> None:
     code = (
         "import sys; from compare.cli import main\n"
         f"main({workshop.arguments('--dry-run')!r})\n"
@@ -269,7 +269,7 @@ def test_nothing_here_imports_torch_or_the_harness(workshop: Workshop) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_relative_paths_count_from_the_spec(
+def test_relative_paths_are_resolved_from_the_spec(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     other = tmp_path / "other"
@@ -279,21 +279,21 @@ def test_relative_paths_count_from_the_spec(
     assert workshop.calls() == ["a", "b", "c"]
 
 
-def test_limit_reaches_the_harness_digit_by_digit(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
+def test_large_limit_reaches_the_harness_unrounded(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
     assert workshop.run("--dry-run", "--limit", "1234567") == 0
     shown = capsys.readouterr()
     assert "--limit 1234567 " in shown.out + shown.err + " "
 
 
-def test_samples_lie_beside_results(workshop: Workshop) -> None:
+def test_samples_are_stored_beside_results(workshop: Workshop) -> None:
     assert workshop.run("-mask", "Model a") == 0
     workshop.calls()
     assert workshop.run("--log-samples", "--limit", "2") == 0
     assert workshop.calls() == ["a", "b", "c"]
     assert len(list(workshop.results.glob("*/samples_wiki2_strided_*.jsonl"))) == 3
     assert workshop.run("--log-samples", "-mask", "Model a") == 0
-    assert workshop.calls() == ["a"]  # the result without samples does not serve
+    assert workshop.calls() == ["a"]  # a result without samples is not enough
     assert workshop.run("--log-samples", "-mask", "Model a") == 0
     assert workshop.run("-mask", "Model a") == 0
-    assert workshop.calls() == []  # the one with samples serves both
-    assert workshop.labels().count("Model a") == 2  # limited and whole; not a third one
+    assert workshop.calls() == []  # one with samples is used for both
+    assert workshop.labels().count("Model a") == 2  # the limited and the complete result; not a third one

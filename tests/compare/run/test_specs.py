@@ -1,4 +1,4 @@
-"""Spec files: the guide's JSON and our YAML, what each entry becomes, and what is said of mistakes."""
+"""Spec files: the guide's JSON and our YAML, the job of each entry, and the messages about mistakes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from compare.errors import CompareError
 from compare.run.plan.job import Job
-from compare.run.plan.jobs import GIB, RunSettings
+from compare.run.plan.job_settings import GIB, JobSettings
 from compare.run.specs.engines import LOAD_FNS
 from compare.run.specs.loading import load_data, load_models
 
@@ -43,19 +43,19 @@ def write(folder: Path, content: Any, name: str = "models.json") -> str:
     return str(file)
 
 
-def jobs(folder: Path, models: Any, data: Any = None, name: str = "models.json", **plan: Any) -> list[Job]:
+def jobs(folder: Path, models: Any, data: Any = None, name: str = "models.json", **shared: Any) -> list[Job]:
     entries, problems = load_models([write(folder, models, name)])
     assert problems == []
     data_file = Path(write(folder, GUIDE_DATA if data is None else data, "data.json"))
-    settled = RunSettings(load_data(data_file), data_file, **plan)
-    return [settled.job(entry) for entry in entries]
+    settings = JobSettings(load_data(data_file), data_file, **shared)
+    return [settings.job(entry) for entry in entries]
 
 
-def job(folder: Path, entry: dict[str, Any], data: Any = None, **plan: Any) -> Job:
-    return jobs(folder, [entry], data, **plan)[0]
+def job(folder: Path, entry: dict[str, Any], data: Any = None, **shared: Any) -> Job:
+    return jobs(folder, [entry], data, **shared)[0]
 
 
-def test_the_guides_json_unchanged(folder: Path) -> None:
+def test_guide_json_works_unchanged(folder: Path) -> None:
     made = job(folder, {"load_fn": "vllm", "fwd_fn": "vllm", "label": "vLLM NVFP4", "model_dir": "model"})
     model = str(folder / "model")
     assert (made.label, made.model, made.tasks) == ("vLLM NVFP4", "vllm_nvfp4", ("wiki2_strided",))
@@ -84,12 +84,12 @@ def test_the_guides_json_unchanged(folder: Path) -> None:
         ("exllamav3", "exllamav3", {}),
     ],
 )
-def test_load_functions(folder: Path, load_fn: str, model: str, args: dict[str, Any]) -> None:
+def test_load_fn_selects_model_and_arguments(folder: Path, load_fn: str, model: str, args: dict[str, Any]) -> None:
     made = job(folder, {"load_fn": load_fn, "model_dir": "model", "label": "x"})
     assert (made.model, made.args, made.unavailable) == (model, {**args, "pretrained": str(folder / "model")}, None)
 
 
-def test_llamacpp_gets_the_tokenizer_of_the_data(folder: Path) -> None:
+def test_llamacpp_gets_the_tokenizer_of_the_data_spec(folder: Path) -> None:
     made = job(folder, {"load_fn": "llamacpp", "fwd_fn": "llamacpp", "model_dir": "model.gguf"})
     expected = {"pretrained": str(folder / "model.gguf"), "tokenizer": str(folder / "model"), "max_length": 2560}
     assert made.args == expected
@@ -97,25 +97,25 @@ def test_llamacpp_gets_the_tokenizer_of_the_data(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("load_fn", ["anyprecision", "qtip"])
-def test_load_functions_to_come(folder: Path, load_fn: str) -> None:
+def test_load_fn_without_engine_is_unavailable(folder: Path, load_fn: str) -> None:
     made = job(folder, {"load_fn": load_fn, "fwd_fn": load_fn, "label": "x", "model_dir": "model"})
     assert made.unavailable is not None
     assert "not available yet" in made.unavailable
 
 
-def test_folder_with_overrides(folder: Path) -> None:
+def test_model_dir_with_overrides_becomes_arguments(folder: Path) -> None:
     made = job(folder, {"load_fn": "exllamav3", "label": "x", "model_dir": ["model", ["model.gguf"]]})
     assert made.args == {"pretrained": str(folder / "model"), "override_tensors": [str(folder / "model.gguf")]}
 
 
-def test_told_figures(folder: Path) -> None:
-    told = {"override_bpw_layer": 4.0, "override_bpw_head": 16, "override_vram_bits": 8 * GIB * 5}
-    made = job(folder, {"load_fn": "vllm", "label": "x", "model_dir": "model", "out_logits": "y", **told})
+def test_override_figures_are_shown(folder: Path) -> None:
+    overrides = {"override_bpw_layer": 4.0, "override_bpw_head": 16, "override_vram_bits": 8 * GIB * 5}
+    made = job(folder, {"load_fn": "vllm", "label": "x", "model_dir": "model", "out_logits": "y", **overrides})
     assert (made.shown.layer_bpw, made.shown.head_bpw, made.shown.vram_gb) == (4.0, 16.0, 5.0)
-    assert (made.first, made.shown.reference) == (True, False)  # an EXL3 model may write the logits, too
+    assert (made.first, made.shown.reference) == (True, False)  # a quantized model may write it, too
 
 
-def test_data_spec_with_everything(folder: Path) -> None:
+def test_data_spec_with_all_fields_becomes_metadata(folder: Path) -> None:
     data = GUIDE_DATA | {
         "dataset": "c4",
         "chat_template": True,
@@ -153,12 +153,14 @@ def test_data_spec_with_everything(folder: Path) -> None:
         ({"dataset": "someone/texts"}, "text_strided", "drop", 0),
     ],
 )
-def test_tasks_and_blank_rows(folder: Path, data: dict[str, Any], task: str, blank: str, rows: int) -> None:
+def test_data_set_selects_task_and_blank_rows(
+    folder: Path, data: dict[str, Any], task: str, blank: str, rows: int
+) -> None:
     made = job(folder, {"load_fn": "vllm", "label": "x", "model_dir": "model"}, data)
     assert (made.tasks, made.metadata["blank_rows"], made.metadata["max_rows"]) == ((task,), blank, rows)
 
 
-def test_yaml_in_our_own_form(folder: Path) -> None:
+def test_yaml_in_our_own_form_becomes_jobs(folder: Path) -> None:
     text = """
     models:
       - model: hf
@@ -175,14 +177,14 @@ def test_yaml_in_our_own_form(folder: Path) -> None:
     assert (first.model, first.tasks, first.label) == ("hf", ("arc_easy", "hellaswag"), "Stock")
     assert (first.shown.family, first.shown.reference) == ("full precision", True)
     words = first.arguments(folder)
-    assert "label" not in json.loads(words[words.index("--model_args") + 1])  # a stock model knows none
+    assert "label" not in json.loads(words[words.index("--model_args") + 1])  # stock models do not take it
     assert words[words.index("--num_fewshot") + 1] == "5"
     assert words[words.index("--tasks") + 1] == "arc_easy,hellaswag"
     assert (second.args["pretrained"], second.label, second.unavailable) == ("someone/hub-id", "hub-id", None)
-    assert "max_length" not in second.args  # our own form says its arguments itself
+    assert "max_length" not in second.args  # our own form names all its arguments
 
 
-def test_a_data_spec_of_tasks_alone(folder: Path) -> None:
+def test_data_spec_with_tasks_only_leaves_their_settings(folder: Path) -> None:
     (folder / "mine").mkdir()
     data = {"tasks": ["wiki2_strided"], "options": {"include_path": "mine"}}
     made = job(folder, {"load_fn": "vllm", "label": "x", "model_dir": "model"}, data)
@@ -190,24 +192,24 @@ def test_a_data_spec_of_tasks_alone(folder: Path) -> None:
     assert made.options == {"include_path": str(folder / "mine")}
 
 
-def test_tasks_flag_wins(folder: Path) -> None:
+def test_tasks_flag_replaces_tasks_of_specs(folder: Path) -> None:
     made = job(
         folder, {"load_fn": "vllm", "label": "x", "model_dir": "model", "tasks": ["a"]}, tasks=("mmlu",), limit=5
     )
     assert made.tasks == ("mmlu",)
     assert "eval_len" not in made.metadata
-    assert "max_model_len" not in made.args  # a window's length is no context for other tasks
+    assert "max_model_len" not in made.args  # a window's length does not limit other tasks
     words = made.arguments(folder)
     assert words[words.index("--limit") + 1] == "5"
 
 
-def test_no_task_is_said(folder: Path) -> None:
+def test_entry_without_task_is_refused(folder: Path) -> None:
     entries, _ = load_models([write(folder, [{"model": "hf", "args": {}}])])
     with pytest.raises(CompareError, match=r"models.json: entry 1: no task: give a data spec"):
-        RunSettings().job(entries[0])
+        JobSettings().job(entries[0])
 
 
-def test_globs_in_order_and_each_file_once(folder: Path) -> None:
+def test_globs_keep_order_and_list_each_file_once(folder: Path) -> None:
     for name in ("b", "a"):
         write(folder, [{"load_fn": "vllm", "label": name, "model_dir": "model"}], f"m_{name}.json")
     entries, _ = load_models([str(folder / "m_*.json"), str(folder / "m_a.json")])
@@ -233,7 +235,7 @@ def test_globs_in_order_and_each_file_once(folder: Path) -> None:
         ("text", "found str"),
     ],
 )
-def test_mistakes_name_file_entry_and_field(folder: Path, entry: Any, words: str) -> None:
+def test_mistake_is_reported_with_file_entry_and_field(folder: Path, entry: Any, words: str) -> None:
     good = {"load_fn": "vllm", "label": "good", "model_dir": "m"}
     entries, problems = load_models([write(folder, [good, entry])])
     assert len(entries) == 1
@@ -251,14 +253,14 @@ def test_mistakes_name_file_entry_and_field(folder: Path, entry: Any, words: str
         (json.dumps(GUIDE_DATA), "this is a data spec: give it to -d"),
     ],
 )
-def test_files_that_are_no_models(folder: Path, content: str, words: str) -> None:
+def test_file_without_models_is_refused(folder: Path, content: str, words: str) -> None:
     with pytest.raises(CompareError) as caught:
         load_models([write(folder, content)])
     assert str(caught.value).startswith(f"{folder}/models.json: ")
     assert words in str(caught.value)
 
 
-def test_files_that_are_not_there(folder: Path) -> None:
+def test_missing_or_broken_file_is_refused(folder: Path) -> None:
     write(folder, "[]", "llama.json")
     with pytest.raises(CompareError, match=r"lama\.json: no such file; did you mean 'llama\.json'"):
         load_models([str(folder / "lama.json")])
@@ -280,7 +282,7 @@ def test_files_that_are_not_there(folder: Path) -> None:
         ({"tokenize_fn": "llama"}, "(one of transformers)"),
     ],
 )
-def test_mistakes_in_a_data_spec(folder: Path, change: dict[str, Any], words: str) -> None:
+def test_mistake_in_a_data_spec_is_reported_with_field(folder: Path, change: dict[str, Any], words: str) -> None:
     content = {k: v for k, v in (GUIDE_DATA | change).items() if v is not None}
     with pytest.raises(CompareError) as caught:
         load_data(Path(write(folder, content, "data.json")))
@@ -288,12 +290,12 @@ def test_mistakes_in_a_data_spec(folder: Path, change: dict[str, Any], words: st
     assert words in str(caught.value)
 
 
-def test_tokenizer_folder_that_is_not_there(folder: Path) -> None:
+def test_missing_tokenizer_folder_is_refused(folder: Path) -> None:
     with pytest.raises(CompareError, match=r"data\.json: no such file or folder: .*/nowhere"):
         job(folder, {"load_fn": "vllm", "model_dir": "model"}, GUIDE_DATA | {"tokenizer_dir": "./nowhere"})
 
 
-def test_old_names_of_compare_q(folder: Path) -> None:
+def test_old_field_names_of_compare_q_are_accepted(folder: Path) -> None:
     data = GUIDE_DATA | {
         "split": "train",
         "max_dataset_rows": 7,
@@ -314,31 +316,31 @@ MODEL_SPECS = [f for f in SPECS if str(f.relative_to(ROOT / "specs")) not in DAT
 
 
 @pytest.mark.parametrize("name", DATA_SPECS)
-def test_data_specs_that_ship(name: str) -> None:
+def test_shipped_data_spec_is_valid(name: str) -> None:
     load_data(ROOT / "specs" / name)
 
 
 @pytest.mark.parametrize("file", MODEL_SPECS, ids=lambda f: f.name)
-def test_model_specs_that_ship(file: Path) -> None:
+def test_shipped_model_spec_is_valid(file: Path) -> None:
     entries, problems = load_models([str(file)])
     assert problems == []
     assert len({entry.spec.label for entry in entries}) == len(entries)
 
 
-def test_specs_show_every_engine() -> None:
+def test_shipped_specs_use_every_engine() -> None:
     entries, _ = load_models([str(f) for f in MODEL_SPECS])
     shown = {getattr(entry.spec, "load_fn", None) for entry in entries}
     assert {name for name, row in LOAD_FNS.items() if not row.unavailable} <= shown
 
 
-def test_demo_specs_are_the_demos_models() -> None:
+def test_demo_specs_equal_the_models_of_the_demo() -> None:
     demo = runpy.run_path(str(ROOT / "demo" / "demo.py"))
     CANDIDATES, SETTINGS, WORK = demo["CANDIDATES"], demo["SETTINGS"], demo["WORK"]
     file = ROOT / "specs/demo/models.yaml"
     data = ROOT / "specs/demo/data.json"
     entries, _ = load_models([str(file)])
-    without_tokenizer = load_data(data).model_copy(update={"tokenizer_dir": None})  # its folder is made by the demo
-    made = [RunSettings(without_tokenizer, data).job(entry) for entry in entries]
+    without_tokenizer = load_data(data).model_copy(update={"tokenizer_dir": None})  # the demo creates its folder
+    made = [JobSettings(without_tokenizer, data).job(entry) for entry in entries]
     paths = [Path(os.path.normpath(file.parent / str(entry.spec.args["pretrained"]))) for entry in entries]
     assert [(j.label, j.model, path) for j, path in zip(made, paths, strict=True)] == [
         (c.label, c.model, c.path) for c in CANDIDATES
@@ -351,12 +353,12 @@ def test_demo_specs_are_the_demos_models() -> None:
     assert WORK in paths[0].parents
 
 
-def test_the_demo_measures_all_against_its_first_model() -> None:
+def test_demo_measures_all_models_against_its_first() -> None:
     demo = runpy.run_path(str(ROOT / "demo" / "demo.py"))
     commands = [command for _, _, command in demo["evaluating"]()]
-    said = [command[command.index("--model_args") + 1].split(",")[-1] for command in commands]
+    references = [command[command.index("--model_args") + 1].split(",")[-1] for command in commands]
     folder = demo["REFERENCE"]
-    assert said == [f"save_reference={folder}", *[f"reference={folder}"] * (len(demo["CANDIDATES"]) - 1)]
+    assert references == [f"save_reference={folder}", *[f"reference={folder}"] * (len(demo["CANDIDATES"]) - 1)]
     assert all("--log_samples" in command for command in commands)
     shown = [" ".join(command[1:]) for _, _, command in demo["showing"]()]
     results = demo["WORK"] / "results"
@@ -364,7 +366,7 @@ def test_the_demo_measures_all_against_its_first_model() -> None:
     assert f"table {results} --versus Q8_0 --metric kld --format md -o {demo['DEMO'] / 'versus.md'}" in shown
 
 
-def test_data_specs_among_the_models_are_passed_over(folder: Path) -> None:
+def test_data_spec_among_model_specs_is_skipped(folder: Path) -> None:
     models = write(folder, [{"load_fn": "vllm", "label": "x", "model_dir": "model"}])
     data = write(folder, GUIDE_DATA, "wiki2.json")
     entries, problems = load_models([data, models])

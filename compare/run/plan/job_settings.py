@@ -1,4 +1,4 @@
-"""What is to be run: one `Job` a model, made of its entry, the data spec and the flags; and the key of its result."""
+"""`JobSettings`: makes one `Job` of each entry, from the data spec and the flags that all jobs share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from compare.run.specs.schema import DataSpec, GuideModel, HarnessOptions
 
 GIB = 1024**3
 
-# Data sets that have a task under their own name; every other goes by `text_strided`, the same task.
+# Data sets that have a task of their own name; all others use `text_strided`, which scores the same windows.
 _TASK_OF = {"wiki2": "wiki2_strided", "wikitext2": "wiki2_strided", "sample": "sample_strided"}
 _OTHER_TEXT = "text_strided"
 STRIDED = frozenset({*_TASK_OF.values(), _OTHER_TEXT})
@@ -28,6 +28,7 @@ _HEADROOM = 512
 
 
 def _options(options: HarnessOptions, file: Path) -> dict[str, Any]:
+    """The options that are set, with paths counted from `file`. Raises CompareError where one is not there."""
     given, missing = resolve(options.model_dump(exclude_none=True), file.parent, ("include_path",))
     if missing:
         raise CompareError(f"{file}: {missing}")
@@ -35,8 +36,12 @@ def _options(options: HarnessOptions, file: Path) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class RunSettings:
-    """The settings that all jobs of one command share."""
+class JobSettings:
+    """The settings that all jobs of one command share.
+
+    data_file: where `data` was read from; paths in it count from there. tasks: replace those of the specs, if any are
+    given. limit: windows or samples per task.
+    """
 
     data: DataSpec | None = None
     data_file: Path | None = None
@@ -45,7 +50,7 @@ class RunSettings:
     log_samples: bool = False
 
     def job(self, entry: Entry) -> Job:
-        """What `entry` asks for. Raises CompareError where nothing says which task to run."""
+        """The job of `entry`. Raises CompareError where nothing says which task to run."""
         spec, folder = entry.spec, entry.file.parent
         unavailable = None
         if isinstance(spec, GuideModel):
@@ -98,6 +103,7 @@ class RunSettings:
         )
 
     def _tasks(self, entry: Entry) -> tuple[str, ...]:
+        """The tasks of --tasks, else of the entry, else of the data spec, else the one for its text."""
         data = self.data
         chosen = self.tasks or entry.spec.tasks or (data.tasks if data else None)
         if chosen:
@@ -108,13 +114,15 @@ class RunSettings:
 
     @staticmethod
     def _other_text(data: DataSpec) -> bool:
-        told = (data.dataset_path, data.dataset_name, data.dataset_split, data.text_column, data.dataset_files)
-        return any(told) or str(data.dataset).lower() not in _TASK_OF
+        """Whether the text is not one of the data sets in `_TASK_OF` as it is."""
+        fields = (data.dataset_path, data.dataset_name, data.dataset_split, data.text_column, data.dataset_files)
+        return any(fields) or str(data.dataset).lower() not in _TASK_OF
 
     def blank_rows(self) -> str:
-        """Whether blank rows stay: in WikiText-2 (the guide's compare_q) and own texts, not in other data sets.
+        """``"keep"`` or ``"drop"``; by default, WikiText-2 and the user's own texts keep blank rows, others drop them.
 
-        The first compare_q knew WikiText-2 alone and kept them; the later one, which knew the others, dropped them.
+        The first compare_q (the guide's) had WikiText-2 only and kept them; the later one, with more data sets, dropped
+        them.
         """
         data = self.data
         if data is None or data.blank_rows:
@@ -122,18 +130,19 @@ class RunSettings:
         return "drop" if self._other_text(data) and not data.text_path else "keep"
 
     def _metadata(self, tasks: Sequence[str]) -> dict[str, Any]:
+        """The task settings of the data spec, under the names that our tasks give them."""
         data = self.data
         if data is None or self.data_file is None:
             return {}
         folder = self.data_file.parent
-        said: dict[str, Any] = {"tokenizer": data.tokenizer_dir, "text_path": data.text_path, "bos": data.bos}
-        said["blank_rows"] = self.blank_rows() if data.dataset or data.dataset_path else data.blank_rows
+        metadata: dict[str, Any] = {"tokenizer": data.tokenizer_dir, "text_path": data.text_path, "bos": data.bos}
+        metadata["blank_rows"] = self.blank_rows() if data.dataset or data.dataset_path else data.blank_rows
         if STRIDED.intersection(tasks):
-            said |= {
+            metadata |= {
                 "dataset": data.dataset,
                 "eval_len": data.eval_len,
                 "stride": data.eval_stride,
-                # none in the spec: all, as in compare_q; without a data set it is the task that says
+                # 0 or none in the spec: all rows, as in compare_q; without a data set the task's own setting counts
                 "max_rows": data.max_rows if data.max_rows or data.dataset else None,
                 "dataset_path": data.dataset_path,
                 "dataset_name": data.dataset_name,
@@ -144,13 +153,14 @@ class RunSettings:
                 "warmup_tokens": data.warmup_tokens or None,
                 "chat_template": data.chat_template or None,
             }
-        said = {name: value for name, value in said.items() if value is not None}
-        resolved, missing = resolve(said | data.metadata, folder, (*PATH_ARGUMENTS, "text_path"))
+        metadata = {name: value for name, value in metadata.items() if value is not None}
+        resolved, missing = resolve(metadata | data.metadata, folder, (*PATH_ARGUMENTS, "text_path"))
         if missing:
             raise CompareError(f"{self.data_file}: {missing}")
         return resolved
 
     def _size(self, name: str | None, args: dict[str, Any], metadata: dict[str, Any]) -> None:
+        """Add the context length, in tokens, that compare_q would load the model for; never more than was trained."""
         eval_len = metadata.get("eval_len")
         if name is None or eval_len is None or name in args:
             return
