@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -15,6 +16,7 @@ from compare.comparison.point import Point
 from compare.plot import style
 from compare.plot.captions import WEIGHT_ONLY_MARK, point_label
 from compare.plot.header import marker_size
+from compare.plot.kind import Say
 from compare.plot.label_places import Box, Obstacles, Segment, covered, place
 from compare.plot.series import Drawing
 from compare.text import shorten
@@ -79,7 +81,7 @@ def _labelled(comparison: Comparison, drawing: Drawing, most: int) -> list[Point
     if len(points) <= most:
         return points
     best = frontier(points, bool(comparison.metric.higher_is_better))
-    step = max(1, -(-len(best) // IN_A_CROWD))
+    step = max(1, math.ceil(len(best) / IN_A_CROWD))
     return best[::step]
 
 
@@ -228,3 +230,9 @@ def _reference_labels(ax: Any, drawing: Drawing, theme: style.Theme, obstacles: 
             for point, side in ((group[-1][1], "bottom"), (group[0][1], "top"))
         ]
         _keep_cheapest(ax, tried, obstacles)
+
+
+def say_unlabelled(unlabelled: int, say: Say) -> None:
+    """Says how many points are drawn without a label, if any are."""
+    if unlabelled:
+        say(f"{unlabelled} points are drawn without a label, there is no room for more; --mask narrows the choice")

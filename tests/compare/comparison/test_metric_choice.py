@@ -236,20 +236,22 @@ def test_small_multiples(folder, compare, tmp_path):
 def panels_of(folder, *metrics, **options):
     """The figure of several metrics, and nothing left without a label."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     from compare.comparison.build import build_comparisons
     from compare.comparison.comparison import Options
     from compare.plot import style
     from compare.plot.figure import style_sheet
-    from compare.plot.pictures import panels as multiples
+    from compare.plot.kind import PlotSettings
+    from compare.plot.pictures.panels import PanelGrid
     from compare.plot.series import arrange
 
     found = build_comparisons(read_results([folder.path]).records, Options(metrics=metrics, **options))
-    panels = [(comparison, arrange(comparison, False)) for comparison in found]
+    picture = PanelGrid([(comparison, arrange(comparison, False)) for comparison in found], PlotSettings())
     with style_sheet(style.LIGHT):
-        figure = multiples.new_figure(panels)
+        figure = Figure(figsize=picture.size, dpi=style.DPI)
         FigureCanvasAgg(figure)
-        assert multiples.draw(figure, panels, None, style.LIGHT) == 0
+        picture.draw(figure, PlotSettings(), pytest.fail)
         figure.draw_without_rendering()
     return figure
 

@@ -413,6 +413,7 @@ def test_pictures_look_the_same_at_every_resolution(folder):
     from compare.comparison.build import build_comparison
     from compare.comparison.comparison import Options
     from compare.plot import figure as pictures
+    from compare.plot.kind import PlotSettings
     from compare.plot.pictures import scatter
     from compare.plot.series import arrange
     from compare.results.reading import read_results
@@ -421,11 +422,11 @@ def test_pictures_look_the_same_at_every_resolution(folder):
     options = Options(axis="memory", budget=5, context=8192)
     comparison = build_comparison(read_results([folder.path]).records, options)
     drawing = arrange(comparison, log_y=False)
-    settings = pictures.PlotSettings()
+    settings = PlotSettings()
     with pictures.style_sheet(settings.theme):
         picture = Figure(figsize=(10, 6.4), dpi=200)
         FigureCanvasAgg(picture)
-        scatter._draw(picture, comparison, drawing, settings, pytest.fail)
+        scatter.Scatter(comparison, drawing, settings).draw(picture, settings, pytest.fail)
         places = []
         for dpi in (200, 72):
             picture.set_dpi(dpi)
@@ -443,7 +444,7 @@ def test_spots_lie_where_the_points_are(folder):
 
     from compare.comparison.build import build_comparison
     from compare.comparison.comparison import Options
-    from compare.plot.figure import PlotSettings
+    from compare.plot.kind import PlotSettings
     from compare.plot.pictures.scatter import render_svg
     from compare.plot.series import arrange
     from compare.results.reading import read_results
