@@ -135,7 +135,7 @@ def test_hostile_labels_are_drawn_as_text(folder, compare, tmp_path, suffix):
         assert not [element for element in root.iter() if element.tag.endswith("script")]
 
 
-@pytest.mark.parametrize("count", [3, 15, 40])
+@pytest.mark.parametrize("count", [3, 15, 25])
 @pytest.mark.parametrize("options", [{}, {"pareto": True, "axis": "memory", "budget": 5.0, "context": 8192}])
 def test_labels_cover_neither_each_other_nor_points(folder, count, options):
     """Real geometry, from matplotlib's own text extents: no two labels meet, no marker lies under one, and no leader
