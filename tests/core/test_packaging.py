@@ -31,7 +31,10 @@ def test_wheel_has_packages_and_data_and_nothing_else(wheel: zipfile.ZipFile) ->
     names = wheel.namelist()
     if any(n.startswith("_editable") for n in names):
         return  # its files stay in the checkout
-    for needed in ("lmeval_ext/tasks/wiki2_strided.yaml", "lmeval_ext/tasks/sample.txt", "compare/cli.py"):
+    for needed in (
+        "lmeval_ext/tasks/wiki2_strided.yaml", "lmeval_ext/tasks/sample.txt", "compare/cli.py",
+        "compare/report/templates/report.html.j2", "compare/report/page.css",
+    ):  # fmt: skip
         assert needed in names
     tops = {n.split("/")[0] for n in names if not n.endswith(".pth")}
     assert tops == {"lmeval_ext", "compare", next(t for t in tops if t.endswith(".dist-info"))}
