@@ -28,7 +28,7 @@ _MAX_LENGTH, _MAX_FLOOR = 34, 90
 def draw_labels(
     ax: Any, comparison: Comparison, drawing: Drawing, theme: style.Theme, legend_shown: bool, most: int = MAX_LABELS
 ) -> int:
-    """Draw them; returns how many points stay without a label. Of more than `most`, only the best are labelled."""
+    """Draws the labels; returns how many points have none. Of more than `most` points, only the best are labelled."""
     scale = ax.figure.dpi / 72
     obstacles = _obstacles(ax, drawing, 6.5 * scale)
     _limit_label(ax, drawing, theme, obstacles)
@@ -76,7 +76,7 @@ def _obstacles(ax: Any, drawing: Drawing, radius: float) -> Obstacles:
 
 
 def _labelled(comparison: Comparison, drawing: Drawing, most: int) -> list[Point]:
-    """Every point, or, where they are too many, those no other beats in both size and metric."""
+    """Every point; of too many, those that no other beats in both size and metric."""
     points = drawing.points
     if len(points) <= most:
         return points
@@ -130,7 +130,7 @@ def _leader(ax: Any, box: Box, anchor: tuple[float, float], colour: str, scale: 
 
 
 def _limit_label(ax: Any, drawing: Drawing, theme: style.Theme, obstacles: Obstacles) -> None:
-    """``limit 8 GB`` at the top or the bottom of its line, on the side where less is in the way."""
+    """``limit 8 GB`` at the top or the bottom of its line, on the side where it covers less."""
     if drawing.limit is None or drawing.limit >= ax.get_xlim()[1]:
         return
     tried = [
@@ -153,7 +153,7 @@ def _limit_label(ax: Any, drawing: Drawing, theme: style.Theme, obstacles: Obsta
 
 
 def _floor_label(ax: Any, drawing: Drawing, theme: style.Theme, obstacles: Obstacles) -> None:
-    """``noise floor: BF16 in vllm, rounding`` along the band's edge, inside or outside, where less is in the way."""
+    """``noise floor: BF16 in vllm, rounding`` along the band's edge, inside or outside, where it covers less."""
     if drawing.noise_floor is None or not ax.get_ylim()[0] < drawing.noise_floor.high:
         return
     tried = [
@@ -177,7 +177,7 @@ def _floor_label(ax: Any, drawing: Drawing, theme: style.Theme, obstacles: Obsta
 
 
 def _keep_cheapest(ax: Any, tried: list[Any], obstacles: Obstacles) -> None:
-    """Of texts that say the same, the one that covers least and does not leave the axes, becomes an obstacle."""
+    """Keeps, of equal texts, the one that covers least and stays in the axes; it becomes an obstacle."""
     extent = ax.get_window_extent()
 
     def cost(text: Any) -> int:
@@ -194,7 +194,7 @@ def _keep_cheapest(ax: Any, tried: list[Any], obstacles: Obstacles) -> None:
 
 
 def _reference_labels(ax: Any, drawing: Drawing, theme: style.Theme, obstacles: Obstacles) -> None:
-    """On each dashed line, at the end and side where least is in the way; lines close together share one label.
+    """On each dashed line, at the end and side where it covers least; lines close together share one label.
 
     Their boxes are added to `obstacles`.
     """

@@ -1,4 +1,4 @@
-"""A picture inside a page: matplotlib's SVG, its colours made variables of the page, with places to point at."""
+"""A picture inside a page: matplotlib's SVG, its colours made variables of the page, with spots to point at."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def palette(drawing: Drawing | None = None) -> dict[str, str]:
 
 
 def _tags(drawing: Drawing | None) -> Iterator[str]:
-    """Colours that labels asked for, as ``#rrggbb``: the same in both themes."""
+    """Colours given in labels, as ``#rrggbb``: the same in both themes."""
     from matplotlib.colors import to_hex
 
     for colour in dict.fromkeys(drawing.colours.values()) if drawing is not None else ():
@@ -135,7 +135,7 @@ def _spots(spots: list[Spot], width: float, height: float) -> ElementTree.Elemen
         element.attrib |= {"data-i": str(index), "class": "spot"}
         if stops:
             element.attrib |= {"tabindex": "0", "role": "img", "aria-label": _sentence(spot.point)}
-        # A browser that runs no script shows this by itself.
+        # Browsers without scripts show this on hover.
         ElementTree.SubElement(element, "title").text = _sentence(spot.point)
     return group
 
@@ -145,7 +145,7 @@ def _sentence(point: Point) -> str:
 
 
 def _facts(comparison: Comparison, point: Point) -> Iterator[tuple[str, str]]:
-    """What the pointer shows of a point: name and text, in order; ``""`` is the heading."""
+    """Yields what a point shows on hover: names and texts, in order; the name ``""`` is the heading."""
     q, record = point.record.quantization, point.record
     yield "", record.label
     yield comparison.metric.name, metric_text(point.y, point.stderr)

@@ -51,12 +51,12 @@ KIND = TokenHistogram
 
 
 def power(exponent: float) -> str:
-    """``10⁻⁴``; ``10^-2.5`` where the exponent is no whole number."""
+    """``10⁻⁴``; ``10^-2.5`` where the exponent is not a whole number."""
     return "10" + str(int(exponent)).translate(_SUPERSCRIPT) if exponent == int(exponent) else f"10^{exponent:g}"
 
 
 def outside(point: Point) -> str:
-    """``0.31 % below 10⁻¹⁰``: what the axis does not show of a model; empty where it shows all."""
+    """``0.31 % below 10⁻¹⁰``: the tokens of a model outside the axis; empty where there are none."""
     counts = histogram(point)
     parts = [(counts.below, f"below {power(counts.edges[0])}"), (counts.above, f"above {power(counts.edges[-1])}")]
     return ", ".join(f"{_share(count, counts.total)} {where}" for count, where in parts if count)
@@ -110,7 +110,7 @@ def _name(point: Point, label: str) -> str:
 
 
 def _strokes(models: Distributions, theme: style.Theme) -> list[dict[str, Any]]:
-    """How each line is drawn: in its family's colour, each next of a family paler and dashed otherwise."""
+    """How each line is drawn: in its family's colour, each further one of a family paler and with other dashes."""
     seen: dict[str, int] = defaultdict(int)
     result = []
     for point, series in models.pairs:
@@ -133,7 +133,7 @@ def _steps(point: Point) -> tuple[list[float], list[float]]:
 
 
 def _limits(ax: Any, models: Distributions, log_y: bool) -> None:
-    """From the first to the last bin that holds a token; of the shares, all."""
+    """Sets x from the first to the last bin that holds a token, and y so that every share fits."""
     ends: list[float] = []
     peaks: list[float] = []
     for point in models.points + models.noise_floor:

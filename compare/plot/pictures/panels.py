@@ -28,7 +28,7 @@ Panels = Sequence[tuple[Comparison, Drawing]]
 
 
 def columns_of(count: int) -> int:
-    """How many panels stand beside one another."""
+    """The number of panels in a row."""
     return count if count <= 3 else 2 if count == 4 else 3
 
 
@@ -85,7 +85,7 @@ def _captions(panels: Panels) -> list[str]:
 
 
 def _boxes(figure: Figure, area: Box, count: int) -> list[Box]:
-    """Panels in rows from the upper left corner."""
+    """The boxes of panels in rows from the upper left corner."""
     left, bottom, width, height = area
     columns = columns_of(count)
     rows = math.ceil(count / columns)
@@ -100,21 +100,21 @@ def _boxes(figure: Figure, area: Box, count: int) -> list[Box]:
 
 
 def _inner(figure: Figure, box: Box) -> Box:
-    """Where a panel's axes and their tick labels go."""
+    """The box of a panel's axes with their tick labels."""
     inch = 1 / figure.get_figheight()
     left, bottom, width, height = box
     return left, bottom + _FOOT * inch, width, height - (_HEADING + _FOOT) * inch
 
 
 def _shorten(ax: Any) -> None:
-    """The metric's name no longer than its axis."""
+    """Makes the metric's name smaller until it is no longer than its axis."""
     name = ax.yaxis.label
     while name.get_window_extent().height > ax.get_window_extent().height and name.get_fontsize() > style.CAPTION - 1:
         name.set_fontsize(name.get_fontsize() - 0.5)
 
 
 def _heading(figure: Figure, box: Box, comparison: Comparison, theme: style.Theme) -> None:
-    """The metric, and what it is over."""
+    """Draws the metric's name and what it was measured on."""
     left, bottom, width, height = box
     inch, top = 1 / figure.get_figheight(), bottom + height
     room = width * figure.bbox.width

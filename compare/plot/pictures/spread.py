@@ -25,7 +25,7 @@ from compare.text import shorten
 
 _NAME = "KL divergence of a token"
 _BOX, _LABEL_LENGTH = 11.0, 22  # points across; characters
-_FEET = 0.045  # of what is shown, below it
+_FEET = 0.045  # room below the boxes, as a share of the range shown
 _FOOT = 0.028  # of the axes' height: where strokes lead from a box to its true place
 
 
@@ -52,7 +52,7 @@ KIND = Spread
 
 
 def lowest(models: Distributions, log_y: bool) -> tuple[float, list[Point]]:
-    """Where the axis may begin, and the models that go on below it."""
+    """The lowest value of the axis, and the models whose whiskers continue below it."""
     lows = [quantile(point, 5.0) or 0.0 for point in models.points]
     if not log_y:
         return min(0.0, *lows), []
@@ -65,8 +65,8 @@ def lowest(models: Distributions, log_y: bool) -> tuple[float, list[Point]]:
 def spread_apart(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
     """The places nearest to `places` (sum of squares), in their order, at least `gap` apart, from `low` to `high`.
 
-    Isotonic regression of place − i × gap by pooling adjacent violators (Barlow et al. 1972). A gap that there is no
-    room for is made smaller.
+    Isotonic regression of place − i × gap by pooling adjacent violators (Barlow et al. 1972). A gap that does not
+    fit is made smaller.
     """
     if not places:
         return []
@@ -121,7 +121,7 @@ def _scale(ax: Any) -> float:
 
 
 def _labels(ax: Any, models: Distributions, legend_shown: bool, theme: style.Theme) -> list[Any]:
-    """Upright, one a model, still without a place."""
+    """One upright label per model, not yet placed."""
     return [
         ax.text(
             0, 0, shorten(point_label(point, legend_shown), _LABEL_LENGTH), rotation=90, fontsize=style.LABEL,
@@ -133,7 +133,7 @@ def _labels(ax: Any, models: Distributions, legend_shown: bool, theme: style.The
 
 
 def _make_room(ax: Any, labels: list[Any], tops: list[float], bottom: float, log_y: bool) -> None:
-    """Raise the upper limit until each label has room above its box; below the lowest, room for the boxes' feet."""
+    """Raises the upper limit until each label fits above its box, and leaves room for the feet of the boxes."""
     height, pad = ax.get_window_extent().height, 12 * _scale(ax)
     to, back = (log, exp) if log_y else (float, float)
     start, end = to(bottom), to(ax.get_ylim()[1])
@@ -146,7 +146,7 @@ def _make_room(ax: Any, labels: list[Any], tops: list[float], bottom: float, log
 def _boxes(
     ax: Any, models: Distributions, theme: style.Theme, labels: list[Any], tops: list[float], bottom: float
 ) -> None:
-    """Quartile box, median, whiskers from 5 to 95 %, a stroke at 99 %; boxes that would meet stand side by side."""
+    """Quartile box, median, whiskers from 5 to 95 %, a stroke at 99 %; boxes that would meet are drawn side by side."""
     scale, extent = _scale(ax), ax.get_window_extent()
     true = [float(ax.transData.transform((point.x, 1))[0]) for point in models.points]
     gap = 1.25 * style.LABEL * scale
@@ -191,14 +191,14 @@ def _boxes(
 
 
 def _pixels(ax: Any) -> Any:
-    """Pixels of this figure that stay where they are when it is saved at another resolution."""
+    """A transform from pixels of this figure that holds when it is saved at another resolution."""
     from matplotlib.transforms import Affine2D
 
     return Affine2D().scale(1 / ax.figure.bbox.width, 1 / ax.figure.bbox.height) + ax.figure.transFigure
 
 
 def _floor(ax: Any, comparison: Comparison, models: Distributions, theme: style.Theme) -> None:
-    """Up to where three quarters of the tokens of full precision lie."""
+    """Shades up to where three quarters of the tokens of full precision lie."""
     highs = [quantile(point, 75.0) or 0.0 for point in models.noise_floor]
     low, high = ax.get_ylim()
     if not highs or max(highs) <= low:
