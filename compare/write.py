@@ -14,6 +14,7 @@ from compare.comparison.load import load_comparisons
 from compare.console import say
 from compare.errors import NOTHING_USABLE, CompareError
 from compare.files import write_output
+from compare.metrics import KLD
 
 if TYPE_CHECKING:
     from compare.plot.series import Drawing
@@ -40,9 +41,10 @@ def write_plot(paths: Sequence[Path], options: Options, request: PlotRequest) ->
     comparisons = load_comparisons(paths, options)
     panels = _panels(comparisons, request.log_y)
     from compare.plot import figure
+    from compare.plot.kind import PlotSettings
     from compare.plot.pictures.scatter import picture_of
 
-    settings = figure.PlotSettings(title=request.title, dark=request.dark)
+    settings = PlotSettings(request.title, request.dark, request.log_y)
     if request.output is None:
         figure.show(picture_of(panels, settings), settings, say)
         return
@@ -57,6 +59,31 @@ def write_plot(paths: Sequence[Path], options: Options, request: PlotRequest) ->
     points, lines = sum(len(d.points) for _, d in panels), sum(len(d.references) for _, d in panels)
     several = f", {len(panels)} panels" if len(panels) > 1 else ""
     say(f"wrote {request.output} ({points} points, {lines} reference lines{several})")
+
+
+def write_distributions(paths: Sequence[Path], options: Options, request: PlotRequest, name: str) -> None:
+    """Draws how the one metric of `options` is distributed over tokens, by the kind `name` of `pictures`.
+
+    Raises CompareError for another metric than the KL divergence, and if there is nothing to draw.
+    """
+    (comparison,) = load_comparisons(paths, options)
+    if comparison.metric.metric != KLD:
+        raise CompareError(f"--{name} shows {KLD} only, not {comparison.metric.label}")
+    from compare.plot import figure
+    from compare.plot.kind import PlotSettings
+    from compare.plot.pictures import distribution_kind
+
+    settings = PlotSettings(request.title, request.dark, request.log_y)
+    picture = distribution_kind(name)(comparison, settings)
+    for message in picture.shown.left_out:
+        say(message)
+    if not picture.shown.points:
+        raise CompareError(f"nothing to draw: no result has what --{name} shows", NOTHING_USABLE)
+    if request.output is None:
+        figure.show(picture, settings, say)
+        return
+    write_output(request.output, figure.render(picture, settings, request.output.suffix[1:].lower(), say))
+    say(f"wrote {request.output} ({len(picture.shown.points)} models)")
 
 
 def _panels(comparisons: list[Comparison], log_y: bool | None) -> list[tuple[Comparison, Drawing]]:

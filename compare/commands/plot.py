@@ -1,4 +1,4 @@
-"""``compare plot``: the models in one picture, size across, metric upwards."""
+"""``compare plot``: the models in one picture, size on x, metric on y."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from compare.commands.common import add_best, add_log_y, add_selection, options_
 from compare.errors import CompareError
 from compare.write import PICTURE_SUFFIXES, PlotRequest, has_display, write_plot
 
-HELP = "draw the models of result files: size across, metric upwards, one line a family; a panel a --metric"
+HELP = "draw the models of result files: size across, metric upwards, one line per family; a panel per --metric"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         metavar="FILE",
-        help="write FILE.png, .svg, .pdf, or .html (self-contained; hover tells more) instead of opening a window",
+        help="write FILE.png, .svg, .pdf, or .html (self-contained, figures on hover) instead of opening a window",
     )
 
 
@@ -35,8 +35,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise CompareError(f"-o {output}: expected a name that ends in .png, .svg, .pdf or .html")
     if output is None and not has_display():
         raise CompareError("no display for a window here; name a file: -o plot.png (or .svg, .pdf, .html)")
-    if arguments.spread or arguments.histogram:
-        return distribution.run(arguments, output)
     request = PlotRequest(output, arguments.title, arguments.dark, arguments.log_y)
+    if arguments.distribution is not None:
+        return distribution.run(arguments, request)
     write_plot(arguments.paths, options_of(arguments), request)
     return 0

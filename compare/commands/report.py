@@ -56,16 +56,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _divergences(options: Options, records: list[Record], note: Callable[[str], None]) -> list[Comparison]:
-    """A comparison of each task that was measured against a reference, whatever metric the page is of."""
+    """One comparison per task that was measured against a reference, whatever metric the page shows."""
     tasks = list(dict.fromkeys(r.task for r in records if f"{KLD},none" in r.metrics and r.divergence is not None))
-    found = []
+    comparisons = []
     for task in tasks:
         of_task = replace(options, metrics=(f"{task}/{KLD},none",), subtasks=False, mean=False, max_y=None)
         try:
-            found += build_comparisons(records, of_task)
+            comparisons += build_comparisons(records, of_task)
         except CompareError as error:  # --mask or --max-x leave nothing of this task
             note(f"no section on the divergence of {task}: {error}")
-    for comparison in found:
+    for comparison in comparisons:
         for notice in comparison.notices:
             note(notice if notice.startswith("re-run") else f"{comparison.metric.label}: {notice}")
-    return found
+    return comparisons

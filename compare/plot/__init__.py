@@ -1,1 +1,1 @@
-"""The picture: style, figure, and labels that keep out of each other's way."""
+"""Pictures of a comparison: `pictures/` has one class per kind, the other files what the kinds share."""

@@ -14,11 +14,11 @@ from compare.plot.captions import y_label
 from compare.plot.header import marker_size
 from compare.plot.series import Drawing, Series
 
-_CROWD = 200  # points; beyond, lines and bars step back so that the markers can be seen
+_CROWD = 200  # points; beyond, lines and bars are thinner and paler so that the markers can be seen
 
 
 def draw_data(ax: Any, comparison: Comparison, drawing: Drawing, theme: style.Theme) -> None:
-    """Everything but the labels."""
+    """Draws everything but the labels."""
     frame(ax, comparison.axis.name, y_label(comparison))
     _references(ax, drawing, theme)
     for series in drawing.series:
@@ -33,7 +33,7 @@ def draw_data(ax: Any, comparison: Comparison, drawing: Drawing, theme: style.Th
 
 
 def frame(ax: Any, across: str, upwards: str) -> None:
-    """Grid, ticks without strokes, what is measured."""
+    """Draws the grid, ticks without strokes, and the names of the axes."""
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
     ax.grid(True, zorder=0)
@@ -97,7 +97,7 @@ def _series(ax: Any, drawing: Drawing, series: Series, theme: style.Theme) -> No
 
 
 def _floor(ax: Any, drawing: Drawing, theme: style.Theme) -> None:
-    """The noise floor, shaded to the edge of the axes where it begins at zero and the axis has none."""
+    """Shades the noise floor, to the edge of the axes where it begins at zero on a logarithmic axis."""
     if drawing.noise_floor is None:
         return
     low, high = drawing.noise_floor.low, drawing.noise_floor.high
@@ -111,7 +111,7 @@ def _floor(ax: Any, drawing: Drawing, theme: style.Theme) -> None:
 
 
 def _frontiers(ax: Any, drawing: Drawing, theme: style.Theme) -> None:
-    """Steps: what the best metric is that a size allows."""
+    """Draws steps: the best metric at each size."""
     right = ax.get_xlim()[1]
     for points in drawing.frontiers:
         xs, ys = [p.x for p in points], [p.y for p in points]
@@ -133,10 +133,10 @@ def _choice(ax: Any, drawing: Drawing, theme: style.Theme) -> None:
 
 
 def _limits(ax: Any, drawing: Drawing) -> None:
-    """Room around every point, bar and line; a point or two do not make the scale collapse."""
+    """Leaves room around every point, bar and line; the range is never empty, even for a single point."""
     shown = drawing.points + drawing.references
     ys = [(point.y or 0.0, point.stderr or 0.0) for point in shown]
-    if drawing.noise_floor is not None and drawing.log_y:  # its top; zero is at no place
+    if drawing.noise_floor is not None and drawing.log_y:  # its top only: zero has no place on a logarithmic axis
         ys += [(drawing.noise_floor.high, 0.0)] if drawing.noise_floor.high > 0 else []
     elif drawing.noise_floor is not None:
         ys += [(drawing.noise_floor.low, 0.0), (drawing.noise_floor.high, 0.0)]
@@ -161,7 +161,7 @@ def _limits(ax: Any, drawing: Drawing) -> None:
 
 
 def log_ticks(ax: Any, ratio: float) -> None:
-    """Plain numbers on a logarithmic axis that spans a factor of `ratio`; single ones where it spans many decades."""
+    """Plain numbers on a logarithmic axis whose ends differ by `ratio`; only powers of ten over many decades."""
     plain = FuncFormatter(lambda value, _: f"{value:g}")
     many = ratio < 5
     subs = (1.0, 2.0, 3.0, 5.0) if ratio < 3e3 else (1.0, 3.0) if ratio < 3e5 else (1.0,)

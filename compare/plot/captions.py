@@ -1,4 +1,4 @@
-"""The words of the picture: title, subtitle, caption, the text for those who cannot see it."""
+"""The texts of a picture: title, subtitle, caption, and the description for those who cannot see it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ WEIGHT_ONLY_MARK = " †"
 
 
 def title_of(comparison: Comparison, title: str | None) -> str:
+    """The title the user gave, or the metric by the axis."""
     return clean(title) if title else f"{comparison.metric.name} by {comparison.axis.short}"
 
 
 @dataclass(frozen=True)
 class Texts:
-    """What stands around the axes."""
+    """The texts around the axes."""
 
     title: str
     subtitle: str
@@ -34,7 +35,7 @@ def texts(comparison: Comparison, drawing: Drawing, title: str | None) -> Texts:
 
 
 def subtitle(comparison: Comparison) -> str:
-    """Data set, windows × length, stride, protocol, tokens scored; the task where a text is not known."""
+    """Data set, windows × length, stride, protocol, reference; the task where the text is not known."""
     if comparison.metric.averaged:
         return "  ·  ".join(choice.label for choice in comparison.metric.averaged)
     protocol, metric = comparison.protocol, comparison.metric
@@ -45,8 +46,8 @@ def subtitle(comparison: Comparison) -> str:
 
 def reference_of(comparison: Comparison) -> str:
     """The stored reference of the comparable points: ``BF16 in vllm 0.26.0 (bfloat16), 1a2b3c4d``."""
-    found = next((p.record.divergence for p in comparison.points if p.comparable and p.record.divergence), None)
-    return found.reference.describe() if found is not None else "not named"
+    divergence = next((p.record.divergence for p in comparison.points if p.comparable and p.record.divergence), None)
+    return divergence.reference.describe() if divergence is not None else "not named"
 
 
 def settings_of(protocol: ProtocolRecord) -> list[str]:
@@ -64,8 +65,11 @@ def settings_of(protocol: ProtocolRecord) -> list[str]:
 
 
 def caption(comparison: Comparison, drawing: Drawing, alone: bool = True) -> list[str]:
-    """What the marks mean, only those that are there, one statement a line. A picture that is not `alone` is a panel of
-    several: what is said of one metric names it, and the verdict on the budget is said elsewhere."""
+    """What the marks in the picture mean, one statement per line.
+
+    A picture that is not `alone` is a panel of several: a statement about one metric names it, and the verdict on the
+    budget stands elsewhere.
+    """
     lines = []
     shown = drawing.points + drawing.references
     if any(point.stderr for point in shown):
@@ -93,7 +97,7 @@ def caption(comparison: Comparison, drawing: Drawing, alone: bool = True) -> lis
 
 
 def mixed(comparison: Comparison) -> list[str]:
-    """With --allow-mixed: who is not what the subtitle says."""
+    """With --allow-mixed: the models to which the subtitle does not apply."""
     if not comparison.mixed_in:
         return []
     other = "from another reference or " if needs_reference(comparison.metric.metric) else ""
@@ -102,7 +106,7 @@ def mixed(comparison: Comparison) -> list[str]:
 
 
 def _floor(comparison: Comparison, floor: NoiseFloor, prefix: str) -> list[str]:
-    """What the band is, and who is in it; as a number too, for it may be too thin to be seen."""
+    """What the band is, and which models lie in it; as a number too, since it may be too thin to be seen."""
     lines = ["Shaded: the noise floor, by how much full precision differs from the reference"]
     lines[0] += f"{'' if prefix else f', {floor.range}'}: {floor.source_names}."
     inside = comparison.in_noise
@@ -129,6 +133,7 @@ def _all_paired(comparison: Comparison) -> bool:
 
 
 def y_label(comparison: Comparison) -> str:
+    """The metric's name with its direction: ``Perplexity (lower is better)``."""
     name = comparison.metric.name
     better = {True: "higher is better", False: "lower is better", None: ""}[comparison.metric.higher_is_better]
     if not better:
@@ -137,7 +142,7 @@ def y_label(comparison: Comparison) -> str:
 
 
 def point_label(point: Point, family_known: bool) -> str:
-    """The label; without the family's name in front where the legend says it already."""
+    """The label, without the family's name in front where the legend shows the family."""
     label, family = point.record.label, point.record.quantization.family
     if family_known and label.lower().startswith(family.lower()):
         rest = label[len(family) :]

@@ -12,14 +12,14 @@ from compare.results.divergence import Divergence, Histogram
 from compare.text import and_more
 
 NEEDED = (5.0, 25.0, 50.0, 75.0, 95.0)  # percentiles of a box
-FAR = 99.0  # marked beyond it, where it is there
+FAR = 99.0  # the percentile that is marked by a stroke, where the record has it
 LOWEST = 1e-10  # nats: far below what float32 sums resolve; a logarithmic axis ends there at the latest
 MOST_LINES, MOST_BOXES = 24, 60
 
 
 @dataclass
 class Distributions:
-    """`drawing` has the models by family; `noise_floor` those of full precision; `left_out` is said to the user."""
+    """`drawing` has the models by family; `noise_floor` those of full precision; `left_out` messages for the user."""
 
     drawing: Drawing
     noise_floor: list[Point] = field(default_factory=list)
@@ -37,8 +37,8 @@ class Distributions:
 def boxes(comparison: Comparison) -> Distributions:
     """Models with quantiles and a place on x."""
 
-    def lacks(point: Point, found: Divergence) -> str:
-        if any(found.quantile(percent) is None for percent in NEEDED):
+    def lacks(point: Point, divergence: Divergence) -> str:
+        if any(divergence.quantile(percent) is None for percent in NEEDED):
             return f"its result file holds no sound quantiles ({point.record.file})"
         return ""
 
@@ -48,8 +48,12 @@ def boxes(comparison: Comparison) -> Distributions:
 def histograms(comparison: Comparison) -> Distributions:
     """Models with a histogram."""
 
-    def lacks(point: Point, found: Divergence) -> str:
-        return "" if found.histogram is not None else f"its result file holds no sound histogram ({point.record.file})"
+    def lacks(point: Point, divergence: Divergence) -> str:
+        return (
+            ""
+            if divergence.histogram is not None
+            else f"its result file holds no sound histogram ({point.record.file})"
+        )
 
     return _arranged(comparison, lacks, MOST_LINES, with_x=False)
 
@@ -62,13 +66,13 @@ def _arranged(
     floor: list[Point] = []
     left_out: list[str] = []
     for point in comparison.points:
-        found = point.record.divergence
+        divergence = point.record.divergence
         if not point.comparable:
             reason = "other tokens or another reference"
-        elif found is None:
-            reason = f"its result file says nothing of a divergence ({point.record.file})"
+        elif divergence is None:
+            reason = f"its result file holds no divergence ({point.record.file})"
         else:
-            reason = lacks(point, found)
+            reason = lacks(point, divergence)
         if not reason and id(point) not in defining and with_x and point.x is None:
             reason = f"its result file does not say {comparison.axis.short} ({comparison.axis.key})"
         if reason:
@@ -88,12 +92,12 @@ def _arranged(
 
 
 def quantile(point: Point, percent: float) -> float | None:
-    """Of a point that `boxes` let through."""
+    """The quantile of a point that `boxes` selected, in nats."""
     return point.record.divergence.quantile(percent) if point.record.divergence is not None else None
 
 
 def histogram(point: Point) -> Histogram:
-    """Of a point that `histograms` let through."""
+    """The histogram of a point that `histograms` selected."""
     assert point.record.divergence is not None
     assert point.record.divergence.histogram is not None
     return point.record.divergence.histogram

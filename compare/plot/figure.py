@@ -1,4 +1,4 @@
-"""The picture itself. `render` gives the bytes of a file, `show` opens a window.
+"""Renders a picture: `render` returns the bytes of a file, `show` opens a window.
 
 The same input gives the same bytes: no dates, a fixed hash salt, the font that matplotlib ships.
 """
@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
@@ -18,34 +17,11 @@ from matplotlib.figure import Figure
 
 from compare.errors import CompareError
 from compare.plot import style
-
-Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class PlotSettings:
-    """How the picture should look."""
-
-    title: str | None = None
-    dark: bool = False
-
-    @property
-    def theme(self) -> style.Theme:
-        return style.DARK if self.dark else style.LIGHT
+from compare.plot.kind import PlotKind, PlotSettings, Say
 
 
-@dataclass(frozen=True)
-class Picture:
-    """Something to draw: its size in inches, its words for the file, and how."""
-
-    size: tuple[float, float]
-    title: str
-    description: str
-    draw: Callable[[Figure, PlotSettings, Say], None]
-
-
-def render(picture: Picture, settings: PlotSettings, kind: str, say: Say) -> bytes:
-    """The picture as the bytes of a ``png``, ``svg`` or ``pdf`` file."""
+def render(picture: PlotKind, settings: PlotSettings, kind: str, say: Say) -> bytes:
+    """Returns the picture as a ``png``, ``svg`` or ``pdf`` file."""
     with style_sheet(settings.theme):
         figure = Figure(figsize=picture.size, dpi=style.DPI)
         FigureCanvasAgg(figure)
@@ -56,8 +32,8 @@ def render(picture: Picture, settings: PlotSettings, kind: str, say: Say) -> byt
     return stream.getvalue()
 
 
-def show(picture: Picture, settings: PlotSettings, say: Say) -> None:
-    """Open a window and wait for it. CompareError where matplotlib finds no toolkit for windows."""
+def show(picture: PlotKind, settings: PlotSettings, say: Say) -> None:
+    """Opens a window and waits until it is closed. Raises CompareError where matplotlib finds no window toolkit."""
     from matplotlib import pyplot
     from matplotlib.backends import BackendFilter, backend_registry
 
@@ -74,14 +50,16 @@ def show(picture: Picture, settings: PlotSettings, say: Say) -> None:
 
 @contextmanager
 def style_sheet(theme: style.Theme) -> Iterator[None]:
+    """Matplotlib's defaults with `theme`, whatever the user's own style file says."""
     with matplotlib.rc_context(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # drawn as a box, which says enough
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # drawn as an empty box, which is visible enough
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(style.rc(theme))
         yield
 
 
 def file_metadata(title: str, description: str, kind: str) -> dict[str, Any]:
+    """The metadata of a ``png``, ``svg`` or ``pdf`` file, without a date."""
     if kind == "pdf":
         return {"Title": title, "Subject": description, "Creator": "compare", "CreationDate": None, "ModDate": None}
     if kind == "svg":

@@ -1,4 +1,4 @@
-"""Everything around the axes: title, subtitle, legend above; caption below; and the room the axes get."""
+"""Everything around the axes: title, subtitle and legend above, caption below, and the room left for the axes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Layout:
 
 
 def make_room_for_ticks(figure: Figure, ax: Any, box: Box) -> None:
-    """Put `ax` into `box` such that the widest tick label fits into it as well, whatever the numbers."""
+    """Puts `ax` into `box` so that the widest tick label fits into it as well."""
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
     figure.draw_without_rendering()
     taken = ax.get_window_extent(renderer).x0 - ax.yaxis.get_tightbbox(renderer).x0
@@ -45,7 +45,7 @@ def make_room_for_ticks(figure: Figure, ax: Any, box: Box) -> None:
 
 
 def draw_texts(figure: Figure, texts: Texts, drawings: Sequence[Drawing], theme: style.Theme) -> Layout:
-    """Title, subtitle, legend and caption from the edges inwards; what is left is for the axes."""
+    """Draws title, subtitle, legend and caption from the edges inwards; returns the room left for the axes."""
     inch = 1 / figure.get_figheight()
     top = 1 - 0.22 * inch
     top -= _line(figure, top, texts.title, style.TITLE, theme.ink, weight="bold") + 0.07 * inch
@@ -63,7 +63,7 @@ def draw_texts(figure: Figure, texts: Texts, drawings: Sequence[Drawing], theme:
 
 
 def _line(figure: Figure, y: float, text: str, size: float, colour: str, va: str = "top", **more: Any) -> float:
-    """One line of text across the figure; made smaller, then cut at its end, until it fits. Its height."""
+    """Draws one line of text across the figure, made smaller and then cut until it fits; returns its height."""
     artist = figure.text(MARGIN, y, text, fontsize=size, color=colour, va=va, ha="left", **more)
     room = (1 - 2 * MARGIN) * figure.bbox.width
 
@@ -81,7 +81,7 @@ def _line(figure: Figure, y: float, text: str, size: float, colour: str, va: str
 
 
 def _legend(figure: Figure, top: float, drawings: Sequence[Drawing], theme: style.Theme) -> Any:
-    """A row of families under the subtitle; None where one family makes it idle."""
+    """Draws the families under the subtitle; None for a single family, which needs no legend."""
     families: dict[str, tuple[Drawing, Series]] = {}
     drawn = [(drawing, series) for drawing in drawings for series in drawing.series]
     for drawing, series in sorted(drawn, key=lambda pair: family_order(pair[1].name)):

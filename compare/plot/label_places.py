@@ -1,8 +1,8 @@
-"""Where labels go: adjustText pushes them apart, then whatever still collides is moved to a free place nearby.
+"""Where labels go: each on its cheapest place near its point, given the places of the others.
 
 All geometry is in pixels of the figure. A label may not cover another label, a point, or leave the axes; it should not
-lie on a line, and its leader should cross nothing. What adjustText's forces leave is settled by trying places on
-rings around the point and taking the cheapest; both are deterministic.
+lie on a line, and its leader should cross nothing. Places are tried on rings around the point. That descent ends in a
+local minimum, so it starts three times, and the cheapest layout is kept; everything is deterministic.
 """
 
 from __future__ import annotations
@@ -31,16 +31,15 @@ class Obstacles:
 
 
 def place(ax: Any, texts: list[Any], anchors: np.ndarray, obstacles: Obstacles, pad: float = 2.0) -> list[Box]:
-    """Move `texts` (matplotlib, centred on their anchors [N, 2] in pixels) and return their boxes."""
+    """Moves `texts` (matplotlib, centred on their anchors [N, 2] in pixels) and returns their boxes."""
     if not texts:
         return []
     obstacles = _bounded(obstacles, anchors)
     renderer = ax.figure.canvas.get_renderer()
     extents = [text.get_window_extent(renderer) for text in texts]
     sizes = np.array([(e.width + 6 * pad, e.height + 2 * pad) for e in extents])  # words need room sideways
-    centres = np.array(_pushed_apart(ax, texts, obstacles, renderer))
     bounds = ax.get_window_extent(renderer)
-    centres = _settled(centres, sizes, anchors, obstacles, (bounds.x0, bounds.y0, bounds.x1, bounds.y1))
+    centres = _settled(sizes, anchors, obstacles, (bounds.x0, bounds.y0, bounds.x1, bounds.y1))
     inverse = ax.transData.inverted()
     boxes = []
     for text, centre, size in zip(texts, centres, sizes, strict=True):
@@ -50,7 +49,7 @@ def place(ax: Any, texts: list[Any], anchors: np.ndarray, obstacles: Obstacles, 
 
 
 def _bounded(obstacles: Obstacles, anchors: np.ndarray) -> Obstacles:
-    """The same up to some hundred points; of more, one a patch as large as a marker, the nearest to the labels.
+    """The same obstacles up to some hundred points; of more, one per patch of a marker's size, nearest to labels first.
 
     Keeps the cost of placing labels independent of how many points are drawn.
     """
@@ -66,52 +65,36 @@ def _bounded(obstacles: Obstacles, anchors: np.ndarray) -> Obstacles:
     return Obstacles(points, obstacles.radius, segments, obstacles.boxes)
 
 
-def _pushed_apart(ax: Any, texts: list[Any], obstacles: Obstacles, renderer: Any) -> list[tuple[float, float]]:
-    import logging
-
-    from adjustText import adjust_text
-
-    logging.getLogger("adjustText").setLevel(logging.ERROR)
-    along = [_along(segment, 40.0) for segment in obstacles.segments]
-    avoid = np.vstack([obstacles.points, *along]) if along else obstacles.points
-    data = ax.transData.inverted().transform(avoid)
-    adjust_text(
-        texts,
-        x=data[:, 0],
-        y=data[:, 1],
-        ax=ax,
-        iter_lim=60,  # not a time limit: the same input must give the same picture
-        prevent_crossings=False,  # settled later, and quadratic in Python
-        expand=(1.06, 1.3),
-        force_text=(0.2, 0.35),
-        force_static=(0.15, 0.3),
-        max_move=(12, 12),
-    )
-    extents = [text.get_window_extent(renderer) for text in texts]
-    return [((e.x0 + e.x1) / 2, (e.y0 + e.y1) / 2) for e in extents]
-
-
-def _along(segment: Segment, step: float) -> np.ndarray:
-    x0, y0, x1, y1 = segment
-    count = max(int(math.hypot(x1 - x0, y1 - y0) // step), 1)
-    t = np.linspace(0, 1, count + 1)[:, None]
-    return np.array([[x0, y0]]) * (1 - t) + np.array([[x1, y1]]) * t
-
-
 def _box(centre: np.ndarray, size: np.ndarray) -> Box:
     return (centre[0] - size[0] / 2, centre[1] - size[1] / 2, centre[0] + size[0] / 2, centre[1] + size[1] / 2)
 
 
-def _settled(
-    centres: np.ndarray, sizes: np.ndarray, anchors: np.ndarray, obstacles: Obstacles, bounds: Box
-) -> np.ndarray:
-    """Four rounds over all labels, each taking its cheapest place given the others'."""
-    layout = _Layout(centres, sizes, anchors, obstacles, bounds)
+def _settled(sizes: np.ndarray, anchors: np.ndarray, obstacles: Obstacles, bounds: Box) -> np.ndarray:
+    """The cheapest layout of three descents [N, 2]: from other first places, and with the labels in another order."""
+    count = len(anchors)
+    downwards = np.argsort(-anchors[:, 1], kind="stable").tolist()
+    descents: list[tuple[np.ndarray, list[int]]] = [
+        (anchors, list(range(count))),
+        (_beside(anchors, sizes, obstacles.radius + 34, 1 / 8), list(range(count))[::-1]),
+        (_beside(anchors, sizes, obstacles.radius + 16, 7 / 8), downwards),
+    ]
+    layouts = [_descend(_Layout(first.copy(), sizes, anchors, obstacles, bounds), order) for first, order in descents]
+    return min(layouts, key=_Layout.rounded_total).centres  # the first of equals
+
+
+def _beside(anchors: np.ndarray, sizes: np.ndarray, reach: float, turn: float) -> np.ndarray:
+    """[N, 2] places where each box stands `reach` pixels from its point, in the direction `turn` × 360°."""
+    angle = math.tau * turn
+    return anchors + np.array([math.cos(angle), math.sin(angle)]) * (sizes / 2 + reach)
+
+
+def _descend(layout: _Layout, order: list[int]) -> _Layout:
+    """Up to four rounds over all labels, each taking its cheapest place given the others'."""
     for _ in range(4):
-        moved = [layout.improve(i) for i in range(len(centres))]
+        moved = [layout.improve(i) for i in order]
         if not any(moved):
             break
-    return layout.centres
+    return layout
 
 
 class _Layout:
@@ -123,17 +106,21 @@ class _Layout:
         self.fixed = np.array(obstacles.boxes).reshape(-1, 4)
 
     def improve(self, i: int) -> bool:
-        """Put label `i` on its cheapest place; whether it moved."""
+        """Puts label `i` on its cheapest place; returns whether it moved."""
         candidates = self._candidates(i)
         costs = self._costs(i, candidates)
         best = int(np.argmin(costs))
         if costs[best] > costs[0] - 1e-6:
             best = 0
-        self.centres[i] = candidates[best]  # the place where it stands too may have been moved inside the axes
+        self.centres[i] = candidates[best]  # even the present place may have been moved into the axes
         return best != 0
 
+    def rounded_total(self) -> float:
+        """The sum of all labels' costs; rounded, so that rounding errors do not choose between equal layouts."""
+        return round(sum(float(self._costs(i, self.centres[i : i + 1])[0]) for i in range(len(self.centres))), 6)
+
     def _candidates(self, i: int) -> np.ndarray:
-        """Where it stands, then rings around its point: the box's edge, not its middle, keeps the ring's distance."""
+        """The present place, then rings around its point: the box's edge, not its middle, keeps the ring's distance."""
         width, height = self.sizes[i]
         places = [self.centres[i]]
         for distance in (1, 5, 10, 16, 24, 34, 50, 70, 95, 125, 160, 200, 250, 310, 380):
@@ -142,11 +129,11 @@ class _Layout:
                 dx, dy = math.cos(angle), math.sin(angle)
                 reach = self.obstacles.radius + distance
                 places.append(self.anchors[i] + (dx * (width / 2 + reach), dy * (height / 2 + reach)))
-        found = np.array(places)
+        centres = np.array(places)
         x0, y0, x1, y1 = self.bounds
-        found[:, 0] = np.clip(found[:, 0], x0 + width / 2 + 2, max(x1 - width / 2 - 2, x0 + width / 2 + 2))
-        found[:, 1] = np.clip(found[:, 1], y0 + height / 2 + 2, max(y1 - height / 2 - 2, y0 + height / 2 + 2))
-        return found
+        centres[:, 0] = np.clip(centres[:, 0], x0 + width / 2 + 2, max(x1 - width / 2 - 2, x0 + width / 2 + 2))
+        centres[:, 1] = np.clip(centres[:, 1], y0 + height / 2 + 2, max(y1 - height / 2 - 2, y0 + height / 2 + 2))
+        return centres
 
     def _costs(self, i: int, places: np.ndarray) -> np.ndarray:
         """[C] cost of each place: how far, what it covers, what its leader crosses."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -15,6 +16,7 @@ from compare.comparison.point import Point
 from compare.plot import style
 from compare.plot.captions import WEIGHT_ONLY_MARK, point_label
 from compare.plot.header import marker_size
+from compare.plot.kind import Say
 from compare.plot.label_places import Box, Obstacles, Segment, covered, place
 from compare.plot.series import Drawing
 from compare.text import shorten
@@ -26,7 +28,7 @@ _MAX_LENGTH, _MAX_FLOOR = 34, 90
 def draw_labels(
     ax: Any, comparison: Comparison, drawing: Drawing, theme: style.Theme, legend_shown: bool, most: int = MAX_LABELS
 ) -> int:
-    """Draw them; returns how many points stay without a label. Of more than `most`, only the best are labelled."""
+    """Draws the labels; returns how many points have none. Of more than `most` points, only the best are labelled."""
     scale = ax.figure.dpi / 72
     obstacles = _obstacles(ax, drawing, 6.5 * scale)
     _limit_label(ax, drawing, theme, obstacles)
@@ -74,12 +76,12 @@ def _obstacles(ax: Any, drawing: Drawing, radius: float) -> Obstacles:
 
 
 def _labelled(comparison: Comparison, drawing: Drawing, most: int) -> list[Point]:
-    """Every point, or, where they are too many, those no other beats in both size and metric."""
+    """Every point; of too many, those that no other beats in both size and metric."""
     points = drawing.points
     if len(points) <= most:
         return points
     best = frontier(points, bool(comparison.metric.higher_is_better))
-    step = max(1, -(-len(best) // IN_A_CROWD))
+    step = max(1, math.ceil(len(best) / IN_A_CROWD))
     return best[::step]
 
 
@@ -128,7 +130,7 @@ def _leader(ax: Any, box: Box, anchor: tuple[float, float], colour: str, scale: 
 
 
 def _limit_label(ax: Any, drawing: Drawing, theme: style.Theme, obstacles: Obstacles) -> None:
-    """``limit 8 GB`` at the top or the bottom of its line, on the side where less is in the way."""
+    """``limit 8 GB`` at the top or the bottom of its line, on the side where it covers less."""
     if drawing.limit is None or drawing.limit >= ax.get_xlim()[1]:
         return
     tried = [
@@ -151,7 +153,7 @@ def _limit_label(ax: Any, drawing: Drawing, theme: style.Theme, obstacles: Obsta
 
 
 def _floor_label(ax: Any, drawing: Drawing, theme: style.Theme, obstacles: Obstacles) -> None:
-    """``noise floor: BF16 in vllm, rounding`` along the band's edge, inside or outside, where less is in the way."""
+    """``noise floor: BF16 in vllm, rounding`` along the band's edge, inside or outside, where it covers less."""
     if drawing.noise_floor is None or not ax.get_ylim()[0] < drawing.noise_floor.high:
         return
     tried = [
@@ -175,7 +177,7 @@ def _floor_label(ax: Any, drawing: Drawing, theme: style.Theme, obstacles: Obsta
 
 
 def _keep_cheapest(ax: Any, tried: list[Any], obstacles: Obstacles) -> None:
-    """Of texts that say the same, the one that covers least and does not leave the axes, becomes an obstacle."""
+    """Keeps, of equal texts, the one that covers least and stays in the axes; it becomes an obstacle."""
     extent = ax.get_window_extent()
 
     def cost(text: Any) -> int:
@@ -192,7 +194,7 @@ def _keep_cheapest(ax: Any, tried: list[Any], obstacles: Obstacles) -> None:
 
 
 def _reference_labels(ax: Any, drawing: Drawing, theme: style.Theme, obstacles: Obstacles) -> None:
-    """On each dashed line, at the end and side where least is in the way; lines close together share one label.
+    """On each dashed line, at the end and side where it covers least; lines close together share one label.
 
     Their boxes are added to `obstacles`.
     """
@@ -228,3 +230,9 @@ def _reference_labels(ax: Any, drawing: Drawing, theme: style.Theme, obstacles: 
             for point, side in ((group[-1][1], "bottom"), (group[0][1], "top"))
         ]
         _keep_cheapest(ax, tried, obstacles)
+
+
+def say_unlabelled(unlabelled: int, say: Say) -> None:
+    """Says how many points are drawn without a label, if any are."""
+    if unlabelled:
+        say(f"{unlabelled} points are drawn without a label, there is no room for more; --mask narrows the choice")

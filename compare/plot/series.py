@@ -1,4 +1,4 @@
-"""What is drawn: lines of points that may be joined, single points, reference lines, and what cannot be drawn."""
+"""What is drawn: lines of comparable points, single points, baseline lines, and messages on what is left out."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Series:
 
 @dataclass
 class Drawing:
-    """`references` are horizontal lines. Everything in `left_out` is said to the user.
+    """What a scatter plot shows. `references` are horizontal lines; `left_out` are messages for the user.
 
     `dominated` points are grey, `frontiers` the others in order of x; `best` is the choice within the budget.
     """
@@ -79,7 +79,7 @@ def arrange(comparison: Comparison, log_y: bool | None) -> Drawing:
         else:
             placed.append(point)
     with_x = [point for point in drawing.references if point.x is not None]
-    if not placed and with_x:  # full precision only: they are the comparison, not its yardstick
+    if not placed and with_x:  # full precision only: they are what is compared, not the baseline
         placed, drawing.references = with_x, [point for point in drawing.references if point.x is None]
     _colour(drawing, placed + drawing.references)
     drawing.series = _series(placed)
@@ -101,7 +101,7 @@ def drawing_of(points: list[Point]) -> Drawing:
 
 
 def _colour(drawing: Drawing, points: list[Point]) -> None:
-    """Colours that labels ask for; those that are none are said."""
+    """Sets the colours that labels ask for; warns of those that do not exist."""
     for point in points:
         if point.record.colour is not None:
             if is_colour(point.record.colour):

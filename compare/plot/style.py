@@ -1,4 +1,4 @@
-"""Colours and sizes of the picture, light and dark, as data."""
+"""Colours and text sizes of the pictures, light and dark."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Self-contained HTML: the interactive plot and the report page. Nothing is fetched, nothing that a file says runs."""
+"""Self-contained HTML: interactive plot and report page. It fetches nothing; no text of a result file runs."""

@@ -1,9 +1,9 @@
-"""The sections of the report, as markup. Every text that a result file holds goes through `escape`."""
+"""What the sections of the report hold, as plain text; the templates escape it and give it its markup."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from html import escape
+from dataclasses import dataclass, field
 
 from compare.comparison.comparison import Comparison
 from compare.comparison.point import Point
@@ -15,63 +15,117 @@ from compare.results.records import Record
 from compare.table.columns import Section, sections
 from compare.text import show_controls
 
-
-def heading(about: str, title: str, links: Sequence[tuple[str, str]]) -> str:
-    """Title, what was scored, links to the sections."""
-    anchors = "".join(f'<a href="#{name}">{escape(text)}</a>' for name, text in links)
-    return (
-        f'<header><!--theme--><h1>{escape(title)}</h1><p class="soft">{escape(about)}</p><nav>{anchors}</nav></header>'
-    )
+Pairs = list[tuple[str, str]]  # names with their descriptions
 
 
-def verdict(comparison: Comparison, alone: bool = True) -> str:
-    """The best model within the budget, and what cannot be told; empty without a budget."""
-    found = comparison.verdict
-    if found is None:
-        return ""
-    headline, *rest = found.lines(comparison.metric)
+@dataclass(frozen=True)
+class VerdictText:
+    """The best model within the budget, and what cannot be decided."""
+
+    headline: str
+    lines: list[str]
+
+
+@dataclass(frozen=True)
+class Head:
+    """A column heading. right: aligned right; descending_first: the first click sorts from the largest value down."""
+
+    text: str
+    right: bool = False
+    descending_first: bool = False
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell's text. sort_key: the number to sort by, empty where it is unknown; None in a column of texts."""
+
+    text: str
+    sort_key: str | None = None
+
+
+@dataclass(frozen=True)
+class PageRow:
+    """A model's row. colour: a CSS colour, the family's; best: the best model within the budget."""
+
+    label: str
+    colour: str
+    cells: list[Cell]
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class PageTable:
+    """A sortable table; the first heading is that of the rows' labels."""
+
+    caption: str
+    heads: list[Head]
+    rows: list[PageRow]
+
+
+@dataclass(frozen=True)
+class SettingsList:
+    """What every comparable number of a metric is over. heading: the metric's label where the page has several."""
+
+    heading: str
+    rows: Pairs
+
+
+@dataclass(frozen=True)
+class RunEntry:
+    """The command that repeats a row, what it ran on, and the notes of its file."""
+
+    label: str
+    command: str | None
+    ran_on: str
+    notes: list[str] = field(default_factory=list)
+    runs_foreign_code: bool = False
+    shown_inexactly: bool = False
+
+
+def verdict(comparison: Comparison, alone: bool = True) -> VerdictText | None:
+    """The verdict on the budget; None without a budget. alone: the page has no other metric."""
+    budget_verdict = comparison.verdict
+    if budget_verdict is None:
+        return None
+    headline, *rest = budget_verdict.lines(comparison.metric)
     headline = _capital(headline) if alone else f"{comparison.metric.label}: {headline}"
-    if found.best is not None:
+    if budget_verdict.best is not None:
         rest.append("Activations and the engine's buffers come on top of weights and cache.")
-    said = "".join(f"<p>{escape(_capital(line))}</p>" for line in rest)
-    return f'<section class="verdict"><p class="lead">{escape(headline)}</p>{said}</section>'
+    return VerdictText(headline, [_capital(line) for line in rest])
 
 
-def tables(comparison: Comparison) -> str:
-    """A sortable table for each group of results that compare with one another."""
-    return "".join(_table(comparison, section) for section in sections(comparison))
+def tables(comparison: Comparison) -> list[PageTable]:
+    """One table per group of results that compare with one another."""
+    return [_table(comparison, section) for section in sections(comparison)]
 
 
-def _table(comparison: Comparison, section: Section) -> str:
-    heads = []
-    for name, column in zip(section.headings, section.columns, strict=True):
-        best_first = column.heading == "Metric" and comparison.metric.higher_is_better
-        first = ' data-first="descending"' if best_first else ""
-        right = ' class="right"' if column.right else ""
-        heads.append(f'<th scope="col"{right}{first}><button type="button">{escape(name)}</button></th>')
+def _table(comparison: Comparison, section: Section) -> PageTable:
+    heads = [
+        Head(name, column.right, column.heading == "Metric" and bool(comparison.metric.higher_is_better))
+        for name, column in zip(section.headings, section.columns, strict=True)
+    ]
     best = comparison.verdict.best if comparison.verdict is not None else None
     rows = []
-    for cells, point in zip(section.rows, section.points, strict=True):
-        cell_markup = []
-        for text, column in zip(cells, section.columns, strict=True):
-            if column.number is None:
-                cell_markup.append(f"<td>{escape(text)}</td>")
-            else:
-                number = column.number(comparison, point)
-                cell_markup.append(
-                    f'<td class="right" data-v="{"" if number is None else repr(number)}">{escape(text)}</td>'
-                )
-        colour = colour_variable(family_style(point.record.quantization.family).light)
-        label = f'<th scope="row"><i style="background: {colour}"></i>{escape(cells[0])}</th>'
-        mark = ' class="best"' if point is best else ""
-        rows.append(f"<tr{mark}>{label}{''.join(cell_markup[1:])}</tr>")
-    return (
-        f'<p class="caption">{escape(section.caption)}</p><div class="scroll"><table class="sortable">'
-        f"<thead><tr>{''.join(heads)}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-    )
+    for texts, point in zip(section.rows, section.points, strict=True):
+        cells = [
+            Cell(text) if column.number is None else Cell(text, sort_key(column.number(comparison, point)))
+            for text, column in zip(texts, section.columns, strict=True)
+        ]
+        rows.append(PageRow(texts[0], family_colour(point), cells[1:], point is best))
+    return PageTable(section.caption, heads, rows)
 
 
-def settings(comparison: Comparison) -> str:
+def sort_key(value: float | None) -> str:
+    """The number as page.js reads it; empty where it is unknown, which sorts last."""
+    return "" if value is None else repr(value)
+
+
+def family_colour(point: Point) -> str:
+    """The page's variable of the family's colour."""
+    return colour_variable(family_style(point.record.quantization.family).light)
+
+
+def settings(comparison: Comparison, heading: str) -> SettingsList:
     """What every comparable number is over."""
     protocol, averaged = comparison.protocol, comparison.metric.averaged
     run = next(p for p in [*(p for p in comparison.points if p.comparable), *comparison.points]).record.run
@@ -91,7 +145,7 @@ def settings(comparison: Comparison) -> str:
         ("Task version, samples, shots", "" if protocol.name or averaged else ", ".join(protocol.harness)),
         ("Harness", f"lm-evaluation-harness {run.harness_version}" if run.harness_version else ""),
     ]
-    return pairs([(name, text) for name, text in rows if text])
+    return SettingsList(heading, [(name, show_controls(text)) for name, text in rows if text])
 
 
 _NAMES = {
@@ -112,23 +166,21 @@ def _direction(comparison: Comparison) -> str:
     return {True: ", higher is better", False: ", lower is better", None: ""}[comparison.metric.higher_is_better]
 
 
-def families(comparisons: Sequence[Comparison]) -> str:
-    """A note on each family that is there."""
+def families(comparisons: Sequence[Comparison]) -> Pairs:
+    """A note on each family of the comparisons, full precision last."""
     present = sorted({p.record.quantization.family for c in comparisons for p in c.points}, key=family_order)
     rows = [(name, FAMILY_NOTES[name]) for name in present if name in FAMILY_NOTES]
-    return pairs(
-        [*(r for r in rows if r[0] != FULL_PRECISION), *(r for r in rows if r[0] == FULL_PRECISION)], "families"
-    )
+    return [*(r for r in rows if r[0] != FULL_PRECISION), *(r for r in rows if r[0] == FULL_PRECISION)]
 
 
-def runs(comparisons: Sequence[Comparison]) -> str:
-    """For each row the command that repeats it, what it ran on, and the notes of its file."""
-    found: dict[tuple[str, str, str], str] = {}
+def runs(comparisons: Sequence[Comparison]) -> list[RunEntry]:
+    """The runs behind all rows, each once."""
+    entries: dict[tuple[str, str, str], RunEntry] = {}
     for comparison in comparisons:
         for point in comparison.points:
             for record, tasks in _runs_of(point):
-                found.setdefault((record.label, str(record.file), tasks), _run(record, tasks))
-    return "".join(found.values())
+                entries.setdefault((record.label, str(record.file), tasks), _run(record, tasks))
+    return list(entries.values())
 
 
 def _runs_of(point: Point) -> Iterator[tuple[Record, str]]:
@@ -144,52 +196,24 @@ def _runs_of(point: Point) -> Iterator[tuple[Record, str]]:
         yield records[0], ",".join(dict.fromkeys(record.task for record in records))
 
 
-def _run(record: Record, tasks: str) -> str:
+def _run(record: Record, tasks: str) -> RunEntry:
     q = record.quantization
-    said = command(record.run, tasks)
-    if said is None:
-        code = "<p>Its result file does not name the model it ran.</p>"
-    else:
-        code = f"<pre><code>{escape(show_controls(said))}</code></pre>"
-    notes = list(q.notes)
-    warning = ""
-    if record.run.runs_foreign_code:
-        warning = (
-            '<p class="warn">This command lets code that comes with the checkpoint or task run on your machine.</p>'
-        )
-    if said is not None and show_controls(said) != said:
-        warning += (
-            '<p class="warn">Characters that cannot be shown stand here as escapes; the command is not exact.</p>'
-        )
+    exact = command(record.run, tasks)
+    shown = None if exact is None else show_controls(exact)
     ran_on = ", ".join(filter(None, (
         " ".join(filter(None, (q.engine, q.engine_version))), f"kernel {q.kernel}" if q.kernel else "", q.dtype,
         q.device, f"revision {q.revision}" if q.revision else "",
         f"lm_eval {record.run.harness_version}" if record.run.harness_version else "",
         f"transformers {record.run.transformers_version}" if record.run.transformers_version else "",
     )))  # fmt: skip
-    copy = '<button type="button" class="copy">Copy</button>' if said is not None else ""
-    listed = "".join(f"<li>{escape(note)}</li>" for note in notes)
-    return (
-        f'<article class="run"><header><h3>{escape(record.label)}</h3>{copy}</header>{code}{warning}'
-        f"<p>{escape(show_controls(ran_on))}</p>{f'<ul>{listed}</ul>' if listed else ''}</article>"
+    return RunEntry(
+        label=record.label,
+        command=shown,
+        ran_on=show_controls(ran_on),
+        notes=list(q.notes),
+        runs_foreign_code=record.run.runs_foreign_code,
+        shown_inexactly=shown != exact,
     )
-
-
-def notices(lines: Sequence[str]) -> str:
-    """What was skipped, replaced, left out or kept apart."""
-    return f'<ul class="notices">{"".join(f"<li>{escape(show_controls(line))}</li>" for line in lines)}</ul>'
-
-
-def pairs(rows: Sequence[tuple[str, str]], kind: str = "") -> str:
-    """Names and what is said of each."""
-    items = "".join(f"<dt>{escape(name)}</dt><dd>{escape(show_controls(text))}</dd>" for name, text in rows)
-    return f'<dl class="pairs {kind}">{items}</dl>'
-
-
-def section(name: str, title: str, body: str) -> Iterator[str]:
-    """A section with its heading; none where there is nothing to say."""
-    if body:
-        yield f'<section id="{name}"><h2>{escape(title)}</h2>{body}</section>'
 
 
 def _capital(text: str) -> str:

@@ -1,26 +1,24 @@
-"""The report's section on divergence from a reference: plots, figures, and the table by the reference's confidence."""
+"""The report's section on divergence from a reference: plots, figures, and tables by the reference's confidence."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from html import escape
+from dataclasses import dataclass, field
 
 from compare.comparison.comparison import Comparison
 from compare.comparison.point import Point
-from compare.families import family_style
-from compare.plot import distributions
 from compare.plot.captions import reference_of
-from compare.plot.figure import PlotSettings
-from compare.plot.pictures import histogram, spread
+from compare.plot.kind import PlotSettings
+from compare.plot.pictures import DISTRIBUTIONS, distribution_kind
 from compare.plot.series import arrange
 from compare.report import content
-from compare.report.pictures import colour_variable, palette, picture, still
+from compare.report.pictures import PageFigure, interactive, palette, still
 from compare.results.divergence import Bucket
 from compare.text import and_more, metric_text
 
 Say = Callable[[str], None]
 
-_MEANING = (
+MEANING = (
     (
         "KL divergence",
         "How far the model's probabilities of the next token are from the reference's, on average over all scored "
@@ -50,65 +48,63 @@ _MEANING = (
 )
 
 
-def section(
-    comparison: Comparison, plotted: bool, log_y: bool | None, first: int, note: Say
-) -> tuple[str, dict[str, str]]:
-    """Markup and colours; pictures are numbered from `first`. plotted: the page shows the means already."""
-    parts = [_lead(comparison)]
-    colours: dict[str, str] = {}
+@dataclass
+class DivergenceSection:
+    """One task's divergence. colours: those of its pictures (`pictures.palette`)."""
+
+    lead: str
+    scatter: list[PageFigure] = field(default_factory=list)
+    tables: list[content.PageTable] = field(default_factory=list)
+    distributions: list[PageFigure] = field(default_factory=list)
+    by_confidence: list[content.PageTable] = field(default_factory=list)
+    colours: dict[str, str] = field(default_factory=dict)
+
+
+def section(comparison: Comparison, plotted: bool, log_y: bool | None, first: int, note: Say) -> DivergenceSection:
+    """The section of one task; pictures are numbered from `first`. plotted: the page shows the means already."""
+    result = DivergenceSection(_lead(comparison))
     if not plotted:
         drawing = arrange(comparison, log_y)
         for message in drawing.left_out:
             note(f"{comparison.metric.label}: {message}")
         if drawing.points:
-            parts.append(picture(comparison, drawing, PlotSettings(), first, note))
-            colours |= palette(drawing)
-        parts.append(content.tables(comparison))
-    for number, (find, draw) in enumerate(_PICTURES, first + 1):
-        found = find(comparison)
-        for message in found.left_out:
+            result.scatter.append(interactive(comparison, drawing, PlotSettings(), first, note))
+            result.colours |= palette(drawing)
+        result.tables = content.tables(comparison)
+    for number, name in enumerate(DISTRIBUTIONS, first + 1):
+        picture = distribution_kind(name)(comparison, PlotSettings())
+        for message in picture.shown.left_out:
             note(f"{comparison.metric.label}: {message}")
-        if found.points:
-            shown = draw(comparison, found, PlotSettings())
-            parts.append(still(shown, found.drawing, PlotSettings(), number, note))
-            colours |= palette(found.drawing)
-    parts.append(_by_confidence(comparison))
-    parts.append(content.pairs(_MEANING, "families"))
-    return "".join(parts), colours
-
-
-_PICTURES = (
-    (distributions.boxes, lambda comparison, found, settings: spread.picture(comparison, found, settings, True)),
-    (
-        distributions.histograms,
-        lambda comparison, found, settings: histogram.picture(comparison, found, settings, False),
-    ),
-)
+        if picture.shown.points:
+            result.distributions.append(still(picture, picture.shown.drawing, PlotSettings(), number, note))
+            result.colours |= palette(picture.shown.drawing)
+    result.by_confidence = _by_confidence(comparison)
+    return result
 
 
 def _lead(comparison: Comparison) -> str:
-    said = [f"{comparison.metric.task}: how far each model is from the reference, {reference_of(comparison)}."]
+    sentences = [f"{comparison.metric.task}: how far each model is from the reference, {reference_of(comparison)}."]
     if comparison.noise_floor is not None:
-        said.append(f"Noise floor: {comparison.noise_floor}.")
+        sentences.append(f"Noise floor: {comparison.noise_floor}.")
         inside = comparison.in_noise
         if inside:
             names = and_more([point.record.label for point in inside])
-            said.append(f"Within it, and so not to be told from the reference: {names}.")
-    return f"<p>{escape(' '.join(said))}</p>"
+            sentences.append(f"Within it, and so not to be told from the reference: {names}.")
+    return " ".join(sentences)
 
 
-def _by_confidence(comparison: Comparison) -> str:
-    """Two tables, a column a bucket: mean divergence and top-1 agreement; empty where no file has buckets."""
+def _by_confidence(comparison: Comparison) -> list[content.PageTable]:
+    """Mean divergence and top-1 agreement, a column per bucket; empty where no file has buckets."""
     rows = [(point, _buckets(point)) for point in comparison.points if point.comparable and _buckets(point)]
     bounds = sorted({(b.low, b.high) for _, buckets in rows for b in buckets.values()})
     if not rows:
-        return ""
+        return []
     first = rows[0][1]
     total = sum(bucket.tokens for bucket in first.values()) or 1
-    heads = []
+    names = []
     for bound in bounds:
         share = f" ({first[bound].tokens / total:.0%} of tokens)" if bound in first else ""
-        heads.append(f"{bound[0]:g} to {bound[1]:g}{share}")
+        names.append(f"{bound[0]:g} to {bound[1]:g}{share}")
 
     def divergence(bucket: Bucket) -> tuple[str, float | None]:
         return metric_text(bucket.kld, bucket.kld_stderr), bucket.kld
@@ -116,33 +112,29 @@ def _by_confidence(comparison: Comparison) -> str:
     def agreement(bucket: Bucket) -> tuple[str, float | None]:
         return "–" if bucket.agreement is None else f"{bucket.agreement:.1%}", bucket.agreement
 
-    found = ""
-    for name, cell, best_first in (
-        ("Mean KL divergence (nats)", divergence, False),
-        ("Top-1 agreement", agreement, True),
-    ):
-        caption = f"{name} by the reference's confidence, the probability of its most likely token"
-        body = "".join(_row(point, [buckets.get(b) for b in bounds], cell) for point, buckets in rows)
-        way = ' data-first="descending"' if best_first else ""
-        headings = '<th scope="col"><button type="button">Model</button></th>' + "".join(
-            f'<th scope="col" class="right"{way}><button type="button">{escape(head)}</button></th>' for head in heads
+    return [
+        content.PageTable(
+            f"{name} by the reference's confidence, the probability of its most likely token",
+            [content.Head("Model"), *(content.Head(text, True, best_first) for text in names)],
+            [_row(point, [buckets.get(b) for b in bounds], cell) for point, buckets in rows],
         )
-        found += (
-            f'<p class="caption">{escape(caption)}</p><div class="scroll"><table class="sortable">'
-            f"<thead><tr>{headings}</tr></thead><tbody>{body}</tbody></table></div>"
+        for name, cell, best_first in (
+            ("Mean KL divergence (nats)", divergence, False),
+            ("Top-1 agreement", agreement, True),
         )
-    return found
+    ]
 
 
 def _buckets(point: Point) -> dict[tuple[float, float], Bucket]:
-    found = point.record.divergence
-    return {(bucket.low, bucket.high): bucket for bucket in found.buckets} if found is not None else {}
+    divergence = point.record.divergence
+    return {(bucket.low, bucket.high): bucket for bucket in divergence.buckets} if divergence is not None else {}
 
 
-def _row(point: Point, buckets: list[Bucket | None], cell: Callable[[Bucket], tuple[str, float | None]]) -> str:
-    colour = colour_variable(family_style(point.record.quantization.family).light)
-    cells = ""
+def _row(
+    point: Point, buckets: list[Bucket | None], cell: Callable[[Bucket], tuple[str, float | None]]
+) -> content.PageRow:
+    cells = []
     for bucket in buckets:
         text, value = cell(bucket) if bucket is not None else ("–", None)
-        cells += f'<td class="right" data-v="{"" if value is None else repr(value)}">{escape(text)}</td>'
-    return f'<tr><th scope="row"><i style="background: {colour}"></i>{escape(point.record.label)}</th>{cells}</tr>'
+        cells.append(content.Cell(text, content.sort_key(value)))
+    return content.PageRow(point.record.label, content.family_colour(point), cells)

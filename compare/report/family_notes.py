@@ -1,4 +1,4 @@
-"""What a reader should know of each family before comparing its numbers with another's; one row each."""
+"""What a reader should know of each family before comparing its numbers with another's; one row per family."""
 
 from __future__ import annotations
 

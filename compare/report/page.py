@@ -1,22 +1,22 @@
-"""The frame of a self-contained page: what it may do, its colours, its script.
+"""The frame of a self-contained page: content security policy, colours, script.
 
-The content security policy allows the one script that stands here, by its hash, and nothing from anywhere else: text
-that found a way into the markup could still not run, nor make the browser fetch anything.
+The content security policy allows the one script of the page, by its hash, and nothing from anywhere else: text that
+reached the markup could still not run, nor make the browser fetch anything.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
-from html import escape
 from pathlib import Path
 
 from compare.plot.style import DARK, LIGHT
 from compare.report.pictures import palette
+from compare.report.templating import render, trusted
 
 _HERE = Path(__file__).parent
-# Page colours that a picture has none of: what stands out from the ground, hair lines, links, warnings.
-_MORE = {
+# Page colours that no picture has: raised ground, hair lines, links, warnings; light and dark.
+_PAGE_COLOURS = {
     "raised": ("#f5f6f8", "#1d2127"),
     "line": ("#dfe2e7", "#313741"),
     "link": ("#1659c7", "#7db2ff"),
@@ -24,36 +24,31 @@ _MORE = {
 }
 
 
-def page(title: str, body: str, colours: dict[str, str] | None = None, dark: bool = False, bare: bool = False) -> bytes:
-    """A whole HTML file. title: text; body: markup; colours: of the pictures (`pictures.palette`).
+def page(template: str, title: str, colours: dict[str, str], dark: bool, **values: object) -> bytes:
+    """Renders a template as a complete HTML file.
 
+    title: text; colours: those of the pictures (`pictures.palette`); values: further values of the template.
     dark: dark whatever the reader's system says; otherwise as the system says, with a button, and light in print.
     """
-    style = f"{_variables(colours or {}, dark)}\n{_read('page.css')}"
     script = _read("page.js")
     policy = (
         f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{_sha256(script)}'; img-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
-    button = "" if dark else '<button id="theme" type="button">Dark</button>'
-    frame = (
-        f'<main class="bare">{button}{body}</main>'
-        if bare
-        else f"<main>{body.replace('<!--theme-->', button, 1)}</main>"
-    )
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="referrer" content="no-referrer"><meta name="generator" content="compare">\n'
-        f'<link rel="icon" href="data:,">\n<title>{escape(title)}</title>\n<style>\n{style}</style></head>\n'
-        f"<body>{frame}\n<script>{script}</script></body></html>\n"
-    ).encode("utf-8", "backslashreplace")
+    frame: dict[str, object] = {
+        "policy": policy,
+        "title": title,
+        "style": trusted(f"{_variables(colours, dark)}\n{_read('page.css')}"),
+        "script": trusted(script),
+        "dark": dark,
+    }
+    return render(template, frame | values).encode("utf-8", "backslashreplace")
 
 
 def _variables(colours: dict[str, str], dark: bool) -> str:
+    """The CSS variables of both themes, or of the dark one alone."""
     names = {"ground": (LIGHT.ground, DARK.ground), "ink": (LIGHT.ink, DARK.ink), "soft": (LIGHT.soft, DARK.soft)}
-    pairs = {f"--{name}": pair for name, pair in (names | _MORE).items()}
+    pairs = {f"--{name}": pair for name, pair in (names | _PAGE_COLOURS).items()}
     pairs |= {f"--c{light[1:]}": (light, other) for light, other in (palette() | colours).items()}
     lights = " ".join(f"{name}: {light};" for name, (light, _) in pairs.items())
     darks = " ".join(f"{name}: {other};" for name, (_, other) in pairs.items())

@@ -1,4 +1,4 @@
-"""A picture inside a page: matplotlib's SVG, its colours made variables of the page, with places to point at."""
+"""A picture inside a page: matplotlib's SVG, its colours made variables of the page, with spots to point at."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import json
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
+
+from markupsafe import Markup
 
 from compare.comparison.comparison import Comparison
 from compare.comparison.memory import GIB
@@ -14,10 +17,12 @@ from compare.comparison.point import Point
 from compare.families import DOMINATED, FAMILIES
 from compare.plot import style
 from compare.plot.captions import alternative_text
-from compare.plot.figure import Picture, PlotSettings, Say, render
+from compare.plot.figure import render
+from compare.plot.kind import PlotKind, PlotSettings, Say
 from compare.plot.labels import readable
 from compare.plot.pictures.scatter import Spot, render_svg
 from compare.plot.series import Drawing
+from compare.report.templating import trusted
 from compare.table.columns import relative_text
 from compare.text import metric_text
 
@@ -27,22 +32,30 @@ _REFERENCE = re.compile(r"url\(#([^)]*)\)")
 _KEYBOARD = 200  # points; beyond, the Tab key does not stop at each
 
 
-def picture(comparison: Comparison, drawing: Drawing, settings: PlotSettings, number: int, say: Say) -> str:
-    """``<figure>`` with picture `number` of a page and what its points say, for page.js."""
+@dataclass(frozen=True)
+class PageFigure:
+    """A picture of a page. svg: its markup; data: JSON for page.js, what each point shows when it is pointed at."""
+
+    svg: Markup
+    data: Markup
+
+
+def interactive(comparison: Comparison, drawing: Drawing, settings: PlotSettings, number: int, say: Say) -> PageFigure:
+    """Scatter plot `number` of a page, with what its points show."""
     svg, spots = render_svg(comparison, drawing, settings, say)
     facts = [dict(_facts(comparison, spot.point)) for spot in spots]
     return _embed(svg, drawing, settings, number, alternative_text(comparison, drawing, limit=20), spots, facts)
 
 
-def still(shown: Picture, drawing: Drawing, settings: PlotSettings, number: int, say: Say) -> str:
-    """A picture whose parts say nothing on hover; `drawing` has its colours."""
-    return _embed(render(shown, settings, "svg", say), drawing, settings, number, shown.description, [], [])
+def still(picture: PlotKind, drawing: Drawing, settings: PlotSettings, number: int, say: Say) -> PageFigure:
+    """Picture `number` of a page, whose parts show nothing when pointed at; `drawing` has its colours."""
+    return _embed(render(picture, settings, "svg", say), drawing, settings, number, picture.description, [], [])
 
 
 def _embed(
     svg: bytes, drawing: Drawing, settings: PlotSettings, number: int, spoken: str, spots: list[Spot],
     facts: list[dict[str, str]],
-) -> str:  # fmt: skip
+) -> PageFigure:  # fmt: skip
     """The SVG's names get the picture's number, so that several share a page; comments and metadata are left out."""
     root = ElementTree.fromstring(svg)
     for metadata in root.findall(f"{{{_SVG}}}metadata"):
@@ -56,11 +69,7 @@ def _embed(
     root.attrib |= {"xmlns": _SVG, "role": "group" if spots else "img", "aria-label": spoken}
     _, _, width, height = (float(part) for part in root.attrib["viewBox"].split())
     root.append(_spots(spots, width, height))
-    data = for_script({"points": facts})
-    return (
-        f'<figure class="plot">{ElementTree.tostring(root, encoding="unicode")}'
-        f'<script type="application/json">{data}</script></figure>'
-    )
+    return PageFigure(trusted(ElementTree.tostring(root, encoding="unicode")), trusted(for_script({"points": facts})))
 
 
 def for_script(data: Any) -> str:
@@ -80,8 +89,8 @@ def _adapt(element: ElementTree.Element, prefix: str, colours: dict[str, str]) -
         elif "url(#" in value:
             element.set(key, _REFERENCE.sub(rf"url(#{prefix}\1)", value))
         if key in ("style", "fill", "stroke"):
-            said = element.attrib[key]
-            element.set(key, _COLOUR.sub(lambda m: colour_variable(m[0]) if m[0] in colours else m[0], said))
+            declared = element.attrib[key]
+            element.set(key, _COLOUR.sub(lambda m: colour_variable(m[0]) if m[0] in colours else m[0], declared))
 
 
 def colour_variable(light: str) -> str:
@@ -104,7 +113,7 @@ def palette(drawing: Drawing | None = None) -> dict[str, str]:
 
 
 def _tags(drawing: Drawing | None) -> Iterator[str]:
-    """Colours that labels asked for, as ``#rrggbb``: the same in both themes."""
+    """Colours given in labels, as ``#rrggbb``: the same in both themes."""
     from matplotlib.colors import to_hex
 
     for colour in dict.fromkeys(drawing.colours.values()) if drawing is not None else ():
@@ -126,7 +135,7 @@ def _spots(spots: list[Spot], width: float, height: float) -> ElementTree.Elemen
         element.attrib |= {"data-i": str(index), "class": "spot"}
         if stops:
             element.attrib |= {"tabindex": "0", "role": "img", "aria-label": _sentence(spot.point)}
-        # A browser that runs no script shows this by itself.
+        # Browsers without scripts show this on hover.
         ElementTree.SubElement(element, "title").text = _sentence(spot.point)
     return group
 
@@ -136,7 +145,7 @@ def _sentence(point: Point) -> str:
 
 
 def _facts(comparison: Comparison, point: Point) -> Iterator[tuple[str, str]]:
-    """What the pointer shows of a point: name and text, in order; ``""`` is the heading."""
+    """Yields what a point shows on hover: names and texts, in order; the name ``""`` is the heading."""
     q, record = point.record.quantization, point.record
     yield "", record.label
     yield comparison.metric.name, metric_text(point.y, point.stderr)
@@ -165,6 +174,6 @@ def _memory(comparison: Comparison, point: Point) -> Iterator[tuple[str, str]]:
     verdict = comparison.verdict
     assert verdict is not None
     needed = memory_bytes(point.record.quantization, verdict.budget.context)
-    said = fit(point.record.quantization, verdict.budget).value
+    fits = fit(point.record.quantization, verdict.budget).value
     size = "" if needed is None else f"{needed / GIB:.3f} GB, "
-    yield f"With {verdict.budget.context:,} tokens", f"{size}{said}{', best' * (point is verdict.best)}"
+    yield f"With {verdict.budget.context:,} tokens", f"{size}{fits}{', best' * (point is verdict.best)}"

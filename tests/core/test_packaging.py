@@ -31,8 +31,11 @@ def test_wheel_has_only_packages_and_data(wheel: zipfile.ZipFile) -> None:
     names = wheel.namelist()
     if any(n.startswith("_editable") for n in names):
         return  # its files stay in the checkout
-    for name in ("lmeval_ext/tasks/wiki2_strided.yaml", "lmeval_ext/tasks/sample.txt", "compare/cli.py"):
-        assert name in names
+    for needed in (
+        "lmeval_ext/tasks/wiki2_strided.yaml", "lmeval_ext/tasks/sample.txt", "compare/cli.py",
+        "compare/report/templates/report.html.j2", "compare/report/page.css",
+    ):  # fmt: skip
+        assert needed in names
     tops = {n.split("/")[0] for n in names if not n.endswith(".pth")}
     assert tops == {"lmeval_ext", "compare", next(t for t in tops if t.endswith(".dist-info"))}
     assert sum(i.file_size for i in wheel.infolist()) < 2_000_000

@@ -1,1 +1,27 @@
-"""The kinds of picture, one file each."""
+"""The kinds of picture, one class in one file each.
+
+`scatter` and `panels` draw one metric or several against size. The kinds of `DISTRIBUTIONS` show how the KL divergence
+is distributed over the tokens. A new one is a file NAME.py here, whose `KIND` is its class, and a row below.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from compare.plot.kind import DistributionKind
+
+# Flag of `compare plot` with its help; here, since the files import matplotlib, which is slow to load for a parser.
+DISTRIBUTIONS = {
+    "spread": "a box per model: median, quartiles, 5, 95 and 99 % of the tokens' KL divergence, size across",
+    "histogram": "a line per model: how many tokens have which KL divergence",
+}
+
+
+def distribution_kind(name: str) -> type[DistributionKind]:
+    """The class of a row of `DISTRIBUTIONS`. Raises KeyError for another name."""
+    if name not in DISTRIBUTIONS:
+        raise KeyError(name)
+    kind: type[DistributionKind] = import_module(f"{__name__}.{name}").KIND
+    return kind

@@ -1,4 +1,4 @@
-"""How many tokens diverge by how much: a step line a model, on a logarithmic axis across."""
+"""How many tokens diverge by how much: a step line per model, on a logarithmic axis across."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from compare.comparison.point import Point
 from compare.plot import style
 from compare.plot.axes import frame, log_ticks
 from compare.plot.captions import Texts, mixed, subtitle
-from compare.plot.distributions import Distributions, histogram
-from compare.plot.figure import Picture, PlotSettings, Say
+from compare.plot.distributions import Distributions, histogram, histograms
 from compare.plot.header import MARGIN, draw_texts, make_room_for_ticks
-from compare.text import clean, shorten
+from compare.plot.kind import DistributionKind, PlotSettings, Say
+from compare.text import shorten
 
 _TITLE = "How far tokens diverge"
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)), (0, (9, 2)))
@@ -28,26 +28,38 @@ _LEGEND = 0.31  # of the figure's width
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-def picture(comparison: Comparison, found: Distributions, settings: PlotSettings, log_y: bool) -> Picture:
-    title = clean(settings.title) if settings.title else _TITLE
+class TokenHistogram(DistributionKind):
+    """A step line per model; it needs no size."""
 
-    def draw(figure: Figure, settings: PlotSettings, say: Say) -> None:
-        _draw(figure, comparison, found, title, settings.theme, log_y)
+    excluded_flags = (*DistributionKind.excluded_flags, "--x")
 
-    names = ", ".join(point.record.label for point in found.points)
-    return Picture((style.WIDTH, style.HEIGHT), title, f"{title}: histograms of {names}.", draw)
+    @staticmethod
+    def select(comparison: Comparison) -> Distributions:
+        return histograms(comparison)
+
+    def default_title(self) -> str:
+        return _TITLE
+
+    def describe(self) -> str:
+        return f"{self.title}: histograms of {', '.join(point.record.label for point in self.shown.points)}."
+
+    def draw(self, figure: Figure, settings: PlotSettings, say: Say) -> None:
+        _draw(figure, self.comparison, self.shown, self.title, settings.theme, bool(settings.log_y))
+
+
+KIND = TokenHistogram
 
 
 def power(exponent: float) -> str:
-    """``10⁻⁴``; ``10^-2.5`` where the exponent is no whole number."""
+    """``10⁻⁴``; ``10^-2.5`` where the exponent is not a whole number."""
     return "10" + str(int(exponent)).translate(_SUPERSCRIPT) if exponent == int(exponent) else f"10^{exponent:g}"
 
 
 def outside(point: Point) -> str:
-    """``0.31 % below 10⁻¹⁰``: what the axis does not show of a model; empty where it shows all."""
-    found = histogram(point)
-    parts = [(found.below, f"below {power(found.edges[0])}"), (found.above, f"above {power(found.edges[-1])}")]
-    return ", ".join(f"{_share(count, found.total)} {where}" for count, where in parts if count)
+    """``0.31 % below 10⁻¹⁰``: the tokens of a model outside the axis; empty where there are none."""
+    counts = histogram(point)
+    parts = [(counts.below, f"below {power(counts.edges[0])}"), (counts.above, f"above {power(counts.edges[-1])}")]
+    return ", ".join(f"{_share(count, counts.total)} {where}" for count, where in parts if count)
 
 
 def _share(count: int, total: int) -> str:
@@ -56,11 +68,11 @@ def _share(count: int, total: int) -> str:
 
 
 def _draw(
-    figure: Figure, comparison: Comparison, found: Distributions, title: str, theme: style.Theme, log_y: bool
+    figure: Figure, comparison: Comparison, models: Distributions, title: str, theme: style.Theme, log_y: bool
 ) -> None:
     caption = ["Tokens by the divergence of their next-token distribution from the reference's, as a share of all "
                "tokens per factor of ten."]  # fmt: skip
-    if found.noise_floor:
+    if models.noise_floor:
         caption.append("Shaded: full precision, whose divergence is noise.")
     caption += mixed(comparison)
     layout = draw_texts(figure, Texts(title, subtitle(comparison), caption), [], theme)
@@ -70,20 +82,20 @@ def _draw(
     frame(ax, "KL divergence of a token (nats)", "Share of tokens per factor of ten")
     handles: list[Any] = []
     names: list[str] = []
-    room = 30 if len(found.points) <= 14 else 36
-    for point, stroke in zip(found.points, _strokes(found, theme), strict=True):
+    room = 30 if len(models.points) <= 14 else 36
+    for point, stroke in zip(models.points, _strokes(models, theme), strict=True):
         steps, heights = _steps(point)
         ax.plot(steps, heights, **stroke, linewidth=1.7, zorder=3, solid_joinstyle="miter")
         handles.append(Line2D([], [], **stroke, linewidth=1.9))
         names.append(_name(point, shorten(point.record.label, room)))
-    for number, point in enumerate(found.noise_floor):
+    for number, point in enumerate(models.noise_floor):
         steps, heights = _steps(point)
         alpha = 0.13 + 0.12 * (number % 3)
         ax.fill_between(steps, 0 if not log_y else 1e-12, heights, color=theme.soft, alpha=alpha, linewidth=0, zorder=1)
         ax.plot(steps, heights, color=theme.soft, linewidth=0.8, zorder=1.5)
         handles.append(Patch(facecolor=theme.soft, alpha=alpha + 0.06))
         names.append(_name(point, shorten(source(point), room)))
-    _limits(ax, found, log_y)
+    _limits(ax, models, log_y)
     make_room_for_ticks(figure, ax, box)
     size = style.TICK - 1 if len(names) <= 14 else style.CAPTION - 1
     figure.legend(
@@ -97,34 +109,34 @@ def _name(point: Point, label: str) -> str:
     return f"{label}\n{more}" if more else label
 
 
-def _strokes(found: Distributions, theme: style.Theme) -> list[dict[str, Any]]:
-    """How each line is drawn: in its family's colour, each next of a family paler and dashed otherwise."""
+def _strokes(models: Distributions, theme: style.Theme) -> list[dict[str, Any]]:
+    """How each line is drawn: in its family's colour, each further one of a family paler and with other dashes."""
     seen: dict[str, int] = defaultdict(int)
     result = []
-    for point, series in found.pairs:
+    for point, series in models.pairs:
         rank = seen[series.name]
         seen[series.name] += 1
         paler = (rank + rank // len(_DASHES)) % len(_DASHES)
-        colour = found.drawing.colour(point, series, theme.dark)
+        colour = models.drawing.colour(point, series, theme.dark)
         result.append({"color": colour, "alpha": 1 - 0.13 * paler, "linestyle": _DASHES[rank % len(_DASHES)]})
     return result
 
 
 def _steps(point: Point) -> tuple[list[float], list[float]]:
     """The outline of a histogram, from zero to zero."""
-    found = histogram(point)
-    steps, heights = [found.edges[0]], [0.0]
-    for (a, b), density in zip(pairwise(found.edges), found.densities(), strict=True):
+    counts = histogram(point)
+    steps, heights = [counts.edges[0]], [0.0]
+    for (a, b), density in zip(pairwise(counts.edges), counts.densities(), strict=True):
         steps += [a, b]
         heights += [density, density]
-    return [*steps, found.edges[-1]], [*heights, 0.0]
+    return [*steps, counts.edges[-1]], [*heights, 0.0]
 
 
-def _limits(ax: Any, found: Distributions, log_y: bool) -> None:
-    """From the first to the last bin that holds a token; of the shares, all."""
+def _limits(ax: Any, models: Distributions, log_y: bool) -> None:
+    """Sets x from the first to the last bin that holds a token, and y so that every share fits."""
     ends: list[float] = []
     peaks: list[float] = []
-    for point in found.points + found.noise_floor:
+    for point in models.points + models.noise_floor:
         shown = histogram(point)
         ends += [e for (a, b), n in zip(pairwise(shown.edges), shown.counts, strict=True) if n for e in (a, b)]
         peaks += [density for density in shown.densities() if density]

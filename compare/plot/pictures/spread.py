@@ -1,4 +1,4 @@
-"""How each model's divergence is spread over the tokens: a box a model, from the quantiles of its result file."""
+"""How each model's divergence is spread over the tokens: a box per model, from the quantiles of its result file."""
 
 from __future__ import annotations
 
@@ -17,44 +17,56 @@ from compare.comparison.point import Point
 from compare.plot import style
 from compare.plot.axes import frame, log_ticks
 from compare.plot.captions import Texts, mixed, point_label, subtitle
-from compare.plot.distributions import FAR, LOWEST, Distributions, quantile
-from compare.plot.figure import Picture, PlotSettings, Say
+from compare.plot.distributions import FAR, LOWEST, Distributions, boxes, quantile
 from compare.plot.header import draw_texts, make_room_for_ticks, marker_size
+from compare.plot.kind import DistributionKind, PlotSettings, Say
 from compare.plot.labels import readable
-from compare.text import clean, shorten
+from compare.text import shorten
 
 _NAME = "KL divergence of a token"
 _BOX, _LABEL_LENGTH = 11.0, 22  # points across; characters
-_FEET = 0.045  # of what is shown, below it
+_FEET = 0.045  # room below the boxes, as a share of the range shown
 _FOOT = 0.028  # of the axes' height: where strokes lead from a box to its true place
 
 
-def picture(comparison: Comparison, found: Distributions, settings: PlotSettings, log_y: bool) -> Picture:
-    title = clean(settings.title) if settings.title else f"{_NAME} by {comparison.axis.short}"
+class Spread(DistributionKind):
+    """A box per model at its size."""
 
-    def draw(figure: Figure, settings: PlotSettings, say: Say) -> None:
-        _draw(figure, comparison, found, title, settings.theme, log_y)
+    @staticmethod
+    def select(comparison: Comparison) -> Distributions:
+        return boxes(comparison)
 
-    spoken = "; ".join(f"{p.record.label}: median {quantile(p, 50):.3g}" for p in found.points)
-    return Picture((style.WIDTH, style.HEIGHT), title, f"{title}. {spoken}.", draw)
+    def default_title(self) -> str:
+        return f"{_NAME} by {self.comparison.axis.short}"
+
+    def describe(self) -> str:
+        medians = "; ".join(f"{p.record.label}: median {quantile(p, 50):.3g}" for p in self.shown.points)
+        return f"{self.title}. {medians}."
+
+    def draw(self, figure: Figure, settings: PlotSettings, say: Say) -> None:
+        log_y = settings.log_y is not False  # divergences span decades
+        _draw(figure, self.comparison, self.shown, self.title, settings.theme, log_y)
 
 
-def lowest(found: Distributions, log_y: bool) -> tuple[float, list[Point]]:
-    """Where the axis may begin, and the models that go on below it."""
-    lows = [quantile(point, 5.0) or 0.0 for point in found.points]
+KIND = Spread
+
+
+def lowest(models: Distributions, log_y: bool) -> tuple[float, list[Point]]:
+    """The lowest value of the axis, and the models whose whiskers continue below it."""
+    lows = [quantile(point, 5.0) or 0.0 for point in models.points]
     if not log_y:
         return min(0.0, *lows), []
     inner = [
-        value for p in found.points for q in (5.0, 25.0, 50.0, 75.0, 95.0) if (value := quantile(p, q) or 0) >= LOWEST
+        value for p in models.points for q in (5.0, 25.0, 50.0, 75.0, 95.0) if (value := quantile(p, q) or 0) >= LOWEST
     ]
-    return min(inner, default=LOWEST), [point for point, low in zip(found.points, lows, strict=True) if low < LOWEST]
+    return min(inner, default=LOWEST), [point for point, low in zip(models.points, lows, strict=True) if low < LOWEST]
 
 
 def spread_apart(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
     """The places nearest to `places` (sum of squares), in their order, at least `gap` apart, from `low` to `high`.
 
-    Isotonic regression of place − i × gap by pooling adjacent violators (Barlow et al. 1972). A gap that there is no
-    room for is made smaller.
+    Isotonic regression of place − i × gap by pooling adjacent violators (Barlow et al. 1972). A gap that does not
+    fit is made smaller.
     """
     if not places:
         return []
@@ -68,25 +80,25 @@ def spread_apart(places: Sequence[float], gap: float, low: float, high: float) -
             mean, size = (other * count + mean * size) / (count + size), count + size
         pools.append((mean, size))
     level = [min(max(mean, low), high - (len(places) - 1) * gap) for mean, size in pools for _ in range(size)]
-    found = [0.0] * len(places)
+    separated = [0.0] * len(places)
     for rank, index in enumerate(order):
-        found[index] = level[rank] + rank * gap
-    return found
+        separated[index] = level[rank] + rank * gap
+    return separated
 
 
 def _draw(
-    figure: Figure, comparison: Comparison, found: Distributions, title: str, theme: style.Theme, log_y: bool
+    figure: Figure, comparison: Comparison, models: Distributions, title: str, theme: style.Theme, log_y: bool
 ) -> None:
-    bottom, beyond = lowest(found, log_y)
-    texts = Texts(title, subtitle(comparison), _caption(comparison, found, bool(beyond)))
-    layout = draw_texts(figure, texts, [found.drawing], theme)
+    bottom, beyond = lowest(models, log_y)
+    texts = Texts(title, subtitle(comparison), _caption(comparison, models, bool(beyond)))
+    layout = draw_texts(figure, texts, [models.drawing], theme)
     ax: Any = figure.add_axes(layout.axes_box)
     frame(ax, comparison.axis.name, f"{_NAME} (nats; lower is better)")
-    xs = [point.x for point in found.points if point.x is not None]
+    xs = [point.x for point in models.points if point.x is not None]
     room = (max(xs) - min(xs)) * 0.07 or abs(xs[0]) * 0.2 or 1.0
     ax.set_xlim(min(xs) - room, max(xs) + room)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=9, steps=[1, 2, 2.5, 5, 10]))
-    tops = [max(quantile(p, 95.0) or 0.0, quantile(p, FAR) or 0.0) for p in found.points]
+    tops = [max(quantile(p, 95.0) or 0.0, quantile(p, FAR) or 0.0) for p in models.points]
     if log_y:
         ax.set_yscale("log")
     top = max(*tops, bottom * 10 if log_y else bottom + max(abs(bottom), 1e-9))
@@ -94,34 +106,34 @@ def _draw(
     if log_y:
         log_ticks(ax, top / bottom)
     make_room_for_ticks(figure, ax, layout.axes_box)
-    labels = _labels(ax, found, layout.legend_shown, theme)
+    labels = _labels(ax, models, layout.legend_shown, theme)
     _make_room(ax, labels, tops, bottom, log_y)
     if log_y:
         log_ticks(ax, ax.get_ylim()[1] / bottom)
     ax.yaxis.set_major_locator(FixedLocator([t for t in ax.get_yticks() if bottom * 0.99 <= t <= 1.02 * top]))
     make_room_for_ticks(figure, ax, layout.axes_box)
-    _boxes(ax, found, theme, labels, tops, bottom)
-    _floor(ax, comparison, found, theme)
+    _boxes(ax, models, theme, labels, tops, bottom)
+    _floor(ax, comparison, models, theme)
 
 
 def _scale(ax: Any) -> float:
     return float(ax.figure.dpi) / 72
 
 
-def _labels(ax: Any, found: Distributions, legend_shown: bool, theme: style.Theme) -> list[Any]:
-    """Upright, one a model, still without a place."""
+def _labels(ax: Any, models: Distributions, legend_shown: bool, theme: style.Theme) -> list[Any]:
+    """One upright label per model, not yet placed."""
     return [
         ax.text(
             0, 0, shorten(point_label(point, legend_shown), _LABEL_LENGTH), rotation=90, fontsize=style.LABEL,
-            color=readable(found.drawing.colour(point, series, theme.dark), theme), ha="center", va="bottom", zorder=6,
+            color=readable(models.drawing.colour(point, series, theme.dark), theme), ha="center", va="bottom", zorder=6,
             path_effects=[withStroke(linewidth=2.6, foreground=theme.ground)], transform=None,
         )
-        for point, series in found.pairs
+        for point, series in models.pairs
     ]  # fmt: skip
 
 
 def _make_room(ax: Any, labels: list[Any], tops: list[float], bottom: float, log_y: bool) -> None:
-    """Raise the upper limit until each label has room above its box; below the lowest, room for the boxes' feet."""
+    """Raises the upper limit until each label fits above its box, and leaves room for the feet of the boxes."""
     height, pad = ax.get_window_extent().height, 12 * _scale(ax)
     to, back = (log, exp) if log_y else (float, float)
     start, end = to(bottom), to(ax.get_ylim()[1])
@@ -132,11 +144,11 @@ def _make_room(ax: Any, labels: list[Any], tops: list[float], bottom: float, log
 
 
 def _boxes(
-    ax: Any, found: Distributions, theme: style.Theme, labels: list[Any], tops: list[float], bottom: float
+    ax: Any, models: Distributions, theme: style.Theme, labels: list[Any], tops: list[float], bottom: float
 ) -> None:
-    """Quartile box, median, whiskers from 5 to 95 %, a stroke at 99 %; boxes that would meet stand side by side."""
+    """Quartile box, median, whiskers from 5 to 95 %, a stroke at 99 %; boxes that would meet are drawn side by side."""
     scale, extent = _scale(ax), ax.get_window_extent()
-    true = [float(ax.transData.transform((point.x, 1))[0]) for point in found.points]
+    true = [float(ax.transData.transform((point.x, 1))[0]) for point in models.points]
     gap = 1.25 * style.LABEL * scale
     shown = spread_apart(true, gap, extent.x0 + gap, extent.x1 - gap)
     spacing = min((b - a for a, b in pairwise(sorted(shown))), default=gap)
@@ -146,8 +158,8 @@ def _boxes(
     def x(pixel: float) -> float:
         return float(to_x.transform((pixel, extent.y0))[0])
 
-    for (point, series), place, own, label, top in zip(found.pairs, shown, true, labels, tops, strict=True):
-        colour = found.drawing.colour(point, series, theme.dark)
+    for (point, series), place, own, label, top in zip(models.pairs, shown, true, labels, tops, strict=True):
+        colour = models.drawing.colour(point, series, theme.dark)
         low, q1, median, q3, high = (max(quantile(point, q) or 0.0, bottom) for q in (5.0, 25.0, 50.0, 75.0, 95.0))
         left, right, middle = x(place - half), x(place + half), x(place)
         ax.plot([x(own), middle], [0, _FOOT], transform=ax.get_xaxis_transform(), color=colour, linewidth=1.0, zorder=2)
@@ -179,15 +191,15 @@ def _boxes(
 
 
 def _pixels(ax: Any) -> Any:
-    """Pixels of this figure that stay where they are when it is saved at another resolution."""
+    """A transform from pixels of this figure that holds when it is saved at another resolution."""
     from matplotlib.transforms import Affine2D
 
     return Affine2D().scale(1 / ax.figure.bbox.width, 1 / ax.figure.bbox.height) + ax.figure.transFigure
 
 
-def _floor(ax: Any, comparison: Comparison, found: Distributions, theme: style.Theme) -> None:
-    """Up to where three quarters of the tokens of full precision lie."""
-    highs = [quantile(point, 75.0) or 0.0 for point in found.noise_floor]
+def _floor(ax: Any, comparison: Comparison, models: Distributions, theme: style.Theme) -> None:
+    """Shades up to where three quarters of the tokens of full precision lie."""
+    highs = [quantile(point, 75.0) or 0.0 for point in models.noise_floor]
     low, high = ax.get_ylim()
     if not highs or max(highs) <= low:
         return
@@ -196,15 +208,15 @@ def _floor(ax: Any, comparison: Comparison, found: Distributions, theme: style.T
     ax.axhline(max(highs), color=theme.soft, linewidth=0.9, zorder=1)
 
 
-def _caption(comparison: Comparison, found: Distributions, beyond: bool) -> list[str]:
+def _caption(comparison: Comparison, models: Distributions, beyond: bool) -> list[str]:
     lines = ["Boxes: quartiles and median of all tokens; whiskers: 5 % and 95 %; stroke above: 99 %."]
     lines[0] += " Boxes that would meet stand side by side, a stroke at their foot leads to the true place."
     if beyond:
         lines.append(f"▼: goes on below the axis: zero, negative by rounding, or under {LOWEST:g}.")
-    if found.noise_floor:
-        highs = max(quantile(point, 75.0) or 0.0 for point in found.noise_floor)
+    if models.noise_floor:
+        highs = max(quantile(point, 75.0) or 0.0 for point in models.noise_floor)
         lines.append(
             f"Shaded: the noise floor, below {highs:.2g}: three quarters or more of the tokens of "
-            f"{sources(found.noise_floor)}."
+            f"{sources(models.noise_floor)}."
         )
     return lines + mixed(comparison)

@@ -235,20 +235,22 @@ def test_plot_of_several_metrics_has_a_panel_for_each(folder, compare, tmp_path)
 def panels_of(folder, *metrics, **options):
     """The figure of several metrics, in which every point has a label."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     from compare.comparison.build import build_comparisons
     from compare.comparison.comparison import Options
     from compare.plot import style
     from compare.plot.figure import style_sheet
-    from compare.plot.pictures import panels as multiples
+    from compare.plot.kind import PlotSettings
+    from compare.plot.pictures.panels import PanelGrid
     from compare.plot.series import arrange
 
     comparisons = build_comparisons(read_results([folder.path]).records, Options(metrics=metrics, **options))
-    panels = [(comparison, arrange(comparison, False)) for comparison in comparisons]
+    picture = PanelGrid([(comparison, arrange(comparison, False)) for comparison in comparisons], PlotSettings())
     with style_sheet(style.LIGHT):
-        figure = multiples.new_figure(panels)
+        figure = Figure(figsize=picture.size, dpi=style.DPI)
         FigureCanvasAgg(figure)
-        assert multiples.draw(figure, panels, None, style.LIGHT) == 0
+        picture.draw(figure, PlotSettings(), pytest.fail)
         figure.draw_without_rendering()
     return figure
 

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from compare.comparison.build import build_comparison
 from compare.comparison.comparison import Options
 from compare.plot import distributions, figure, style
+from compare.plot.kind import PlotSettings
 from compare.plot.pictures import histogram, spread
 from compare.results.reading import read_results
 from tests.compare.divergence_files import LADDER, TASK, divergent, fill, write
@@ -36,15 +37,15 @@ def drawn(picture, settings):
 
 
 def spread_of(folder, log_y=True, dark=False, **options):
-    comparison, settings = built(folder, **options), figure.PlotSettings(dark=dark)
-    found = distributions.boxes(comparison)
-    return found, drawn(spread.picture(comparison, found, settings, log_y), settings)
+    settings = PlotSettings(dark=dark, log_y=log_y)
+    picture = spread.Spread(built(folder, **options), settings)
+    return picture.shown, drawn(picture, settings)
 
 
 def histogram_of(folder, log_y=False):
-    comparison, settings = built(folder), figure.PlotSettings()
-    found = distributions.histograms(comparison)
-    return found, drawn(histogram.picture(comparison, found, settings, log_y), settings)
+    settings = PlotSettings(log_y=log_y)
+    picture = histogram.TokenHistogram(built(folder), settings)
+    return picture.shown, drawn(picture, settings)
 
 
 @pytest.mark.parametrize("kind", ["--spread", "--histogram"])
@@ -214,12 +215,12 @@ def test_more_lines_than_can_be_told_apart_are_named(folder, compare, tmp_path):
         (["--spread", "--histogram", "-o", "p.png"], "not allowed with"),
         (["--spread", "-o", "p.html"], "compare report"),
         (["--histogram", "-o", "p.html"], ".png, .svg or .pdf"),
-        (["--spread", "--pareto", "-o", "p.png"], "--pareto is not for it"),
-        (["--spread", "--budget", "8", "--context", "5", "-o", "p.png"], "--budget is not for it"),
-        (["--histogram", "--x", "vram", "-o", "p.png"], "--x is not for it"),
-        (["--spread", "--mean", "-o", "p.png"], "--mean is not for it"),
+        (["--spread", "--pareto", "-o", "p.png"], "--pareto cannot be combined with it"),
+        (["--spread", "--budget", "8", "--context", "5", "-o", "p.png"], "--budget cannot be combined with it"),
+        (["--histogram", "--x", "vram", "-o", "p.png"], "--x cannot be combined with it"),
+        (["--spread", "--mean", "-o", "p.png"], "--mean cannot be combined with it"),
         (["--spread", "--metric", "kld", "--metric", "x", "-o", "p.png"], "draws one task"),
-        (["--spread", "--metric", "token_perplexity", "-o", "p.png"], "--spread is of kld only"),
+        (["--spread", "--metric", "token_perplexity", "-o", "p.png"], "--spread shows kld only, not"),
     ],
 )
 def test_what_makes_no_sense_together_is_refused(folder, compare, arguments, words):

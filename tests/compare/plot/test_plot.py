@@ -135,7 +135,7 @@ def test_hostile_labels_are_drawn_as_text(folder, compare, tmp_path, suffix):
         assert not [element for element in root.iter() if element.tag.endswith("script")]
 
 
-@pytest.mark.parametrize("count", [3, 15, 40])
+@pytest.mark.parametrize("count", [3, 15, 25])
 @pytest.mark.parametrize("options", [{}, {"pareto": True, "axis": "memory", "budget": 5.0, "context": 8192}])
 def test_labels_cover_neither_each_other_nor_points(folder, count, options):
     """Real geometry, from matplotlib's own text extents: no two labels meet, no marker lies under one, and no leader
@@ -144,6 +144,7 @@ def test_labels_cover_neither_each_other_nor_points(folder, count, options):
     from matplotlib.figure import Figure
 
     from compare.plot import figure as pictures
+    from compare.plot.kind import PlotSettings
     from compare.plot.pictures import scatter
 
     rng = np.random.default_rng(1)
@@ -154,11 +155,11 @@ def test_labels_cover_neither_each_other_nor_points(folder, count, options):
                    8 + 9 * np.exp(1.7 - bpw) * rng.uniform(0.8, 1.2), 0.1)  # fmt: skip
     folder.add("BF16", "full precision", "bfloat16", 16.0, 8.0, 0.1)
     comparison, drawing = drawing_of(folder, **options)
-    settings = pictures.PlotSettings()
+    settings = PlotSettings()
     with pictures.style_sheet(settings.theme):
         picture = Figure(figsize=(10, 6.4), dpi=200)
         FigureCanvasAgg(picture)
-        scatter._draw(picture, comparison, drawing, settings, pytest.fail)
+        scatter.Scatter(comparison, drawing, settings).draw(picture, settings, pytest.fail)
         ax = picture.axes[0]
         boxes = {t.get_text(): t.get_window_extent() for t in ax.texts}
         bounds = ax.get_window_extent()

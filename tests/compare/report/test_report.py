@@ -142,6 +142,56 @@ def test_hostile_labels_stay_text(folder, report, command):
     assert not [text for text in page.scripts if PAYLOAD in text and not text.startswith('{"points"')]
 
 
+HOSTILE_TEXTS = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>']
+
+
+def rendered(template: str, **values: object) -> str:
+    from compare.report.templating import render
+
+    frame = {"policy": "", "title": "", "style": "", "script": "", "dark": False}
+    return render(template, frame | values)
+
+
+@pytest.mark.parametrize("text", HOSTILE_TEXTS)
+def test_plot_template_escapes_every_text(text):
+    from compare.report.pictures import PageFigure
+
+    page = rendered("plot", **dict.fromkeys(("policy", "title", "heading", "style", "script"), text),
+                    pictures=[PageFigure(text, text)])  # fmt: skip
+    assert text not in page
+    assert Page(page).texts
+    assert not [tag for tag, _ in Page(page).tags if tag == "img"]
+
+
+@pytest.mark.parametrize("text", HOSTILE_TEXTS)
+def test_report_template_escapes_every_text(text):
+    """With every value hostile: the parts, tables, verdict, settings, runs and the section on divergence."""
+    from compare.report import build, content, divergence
+
+    table = content.PageTable(
+        text, [content.Head(text)], [content.PageRow(text, text, [content.Cell(text), content.Cell(text, text)])]
+    )
+    names = ("plots", "table", "divergence", "settings", "families", "reproduce", "left-out")
+    run = content.RunEntry(text, text, text, [text], runs_foreign_code=True, shown_inexactly=True)
+    page = rendered(
+        "report", title=text, about=text, parts=[build.Part(name, text) for name in names],
+        verdicts=[content.VerdictText(text, [text])], pictures=[], tables=[table],
+        divergences=[divergence.DivergenceSection(text, tables=[table], by_confidence=[table])],
+        meaning=[(text, text)], settings=[content.SettingsList(text, [(text, text)])], families=[(text, text)],
+        runs=[run], notices=[text],
+    )  # fmt: skip
+    assert text not in page
+    assert sum(text in part for _, part in Page(page).texts) >= 35
+    assert not [tag for tag, _ in Page(page).tags if tag == "img"]
+
+
+def test_every_template_belongs_to_a_tested_page():
+    folder = Path(__file__).parents[3] / "compare" / "report" / "templates"
+    assert {file.name for file in folder.iterdir()} == {
+        "page.html.j2", "parts.html.j2", "plot.html.j2", "report.html.j2",
+    }  # fmt: skip
+
+
 def test_same_input_same_page(folder, report):
     fill_with_ladders(folder, per_family=2)
     assert report("--pareto") == report("--pareto")
@@ -413,6 +463,7 @@ def test_pictures_look_the_same_at_every_resolution(folder):
     from compare.comparison.build import build_comparison
     from compare.comparison.comparison import Options
     from compare.plot import figure as pictures
+    from compare.plot.kind import PlotSettings
     from compare.plot.pictures import scatter
     from compare.plot.series import arrange
     from compare.results.reading import read_results
@@ -421,11 +472,11 @@ def test_pictures_look_the_same_at_every_resolution(folder):
     options = Options(axis="memory", budget=5, context=8192)
     comparison = build_comparison(read_results([folder.path]).records, options)
     drawing = arrange(comparison, log_y=False)
-    settings = pictures.PlotSettings()
+    settings = PlotSettings()
     with pictures.style_sheet(settings.theme):
         picture = Figure(figsize=(10, 6.4), dpi=200)
         FigureCanvasAgg(picture)
-        scatter._draw(picture, comparison, drawing, settings, pytest.fail)
+        scatter.Scatter(comparison, drawing, settings).draw(picture, settings, pytest.fail)
         places = []
         for dpi in (200, 72):
             picture.set_dpi(dpi)
@@ -443,7 +494,7 @@ def test_spots_lie_where_the_points_are(folder):
 
     from compare.comparison.build import build_comparison
     from compare.comparison.comparison import Options
-    from compare.plot.figure import PlotSettings
+    from compare.plot.kind import PlotSettings
     from compare.plot.pictures.scatter import render_svg
     from compare.plot.series import arrange
     from compare.results.reading import read_results
