@@ -28,8 +28,8 @@ from lmeval_ext.models.exllama.v2.rope import read_rope, tell_v2_rope
 from lmeval_ext.models.sampling import Sampling
 from lmeval_ext.models.shared_contexts import group_requests, shared_batches, split_groups
 from tests.conftest import VOCABULARY, make_llama, make_tokenizer
-from tests.models.test_adapters import answers, by_hand, requests_of, windows
 from tests.models.exllama.tiny_engine import PagedTinyEngine, TinyExLlama
+from tests.models.test_adapters import answers, by_hand, requests_of, windows
 
 QUESTION = "Iceland is an island country in the North Atlantic Ocean, and its capital is"
 CHOICES = [" Reykjavik", " a large town in the north", " a", " a volcano that erupts every year."]
