@@ -21,6 +21,8 @@ TASKS = ROOT / "lmeval_ext" / "tasks"
 VOCABULARY = 384
 # Folders whose tests all have one marker
 FOLDER_MARKERS = {"gpu": "gpu", "conformance": "engine"}
+# Pictures are drawn as SVG in every test of them; these formats repeat the same test, more slowly
+SLOW_FORMATS = {"png", "pdf"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,10 +39,20 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     tests = Path(__file__).parent
     for item in items:
-        if tests in item.path.parents:
-            marker = FOLDER_MARKERS.get(item.path.relative_to(tests).parts[0])
-            if marker:
-                item.add_marker(marker)
+        if tests not in item.path.parents:
+            continue
+        marker = FOLDER_MARKERS.get(item.path.relative_to(tests).parts[0])
+        if marker:
+            item.add_marker(marker)
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if any(isinstance(value, str) and value in SLOW_FORMATS for value in parameters):
+            item.add_marker("slow")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`--fast` does not even import the folders that it would leave out."""
+    left_out = FOLDER_MARKERS.keys() if config.getoption("--fast") else ()
+    return True if collection_path.parent == Path(__file__).parent and collection_path.name in left_out else None
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -16,6 +16,7 @@ MODULES = frozenset({"vllm", "llama_cpp", "exllamav2", "exllamav3", "ray", "sele
 COMMANDS = frozenset({"chromium", "chromium-browser", "google-chrome", "chromedriver", "ray", "raylet"})
 
 started: list[str] = []  # forbidden commands, in the order of their start
+known: set[str] = set()  # forbidden modules that were reported, so that one test is blamed for each
 watching: list[bool] = []
 
 
@@ -34,8 +35,10 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
 
 
 def loaded() -> list[str]:
-    """Returns the forbidden modules that this process has imported, sorted."""
-    return sorted(MODULES & sys.modules.keys())
+    """Returns the forbidden modules that this process has imported since the last call, sorted."""
+    new = (MODULES & sys.modules.keys()) - known
+    known.update(new)
+    return sorted(new)
 
 
 def violation() -> str | None:

@@ -14,9 +14,11 @@ from tests import fast_guard
 
 def test_imported_engine_is_a_violation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fast_guard, "MODULES", frozenset({"stands_for_an_engine"}))
+    monkeypatch.setattr(fast_guard, "known", set())
     assert fast_guard.violation() is None
     monkeypatch.setitem(sys.modules, "stands_for_an_engine", types.ModuleType("stands_for_an_engine"))
     assert "imported stands_for_an_engine" in (fast_guard.violation() or "")
+    assert fast_guard.violation() is None  # one test is blamed
 
 
 def test_started_browser_is_a_violation_once(tmp_path: Path) -> None:

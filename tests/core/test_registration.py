@@ -128,9 +128,9 @@ print("vllm_nvfp4" in model_registry)"""
 @pytest.mark.parametrize(
     ("model", "module", "words"),
     [
-        ("vllm_nvfp4", "vllm", "lmeval-ext[vllm]"),
+        pytest.param("vllm_nvfp4", "vllm", "lmeval-ext[vllm]", marks=pytest.mark.slow),
         ("llamacpp", "llama_cpp", "lmeval-ext[gguf]"),
-        ("hf_quant", "accelerate", "lmeval-ext[quant]"),
+        pytest.param("hf_quant", "accelerate", "lmeval-ext[quant]", marks=pytest.mark.slow),
     ],
 )
 def test_missing_engine_is_one_line(tmp_path: Path, model: str, module: str, words: str) -> None:

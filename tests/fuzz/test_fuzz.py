@@ -17,6 +17,9 @@ EXAMPLES = {"result": 60, "spec": 80}
 
 @pytest.mark.parametrize("reader", READERS.values(), ids=list(READERS))
 def test_damaged_files_are_read_or_refused_in_one_line(reader: Reader, tmp_path: Path) -> None:
+    reader.prepare(tmp_path, Random(0))
+    reader.read(tmp_path)  # imports: they are not a case's time
+
     @settings(
         max_examples=EXAMPLES.get(reader.name, 150), deadline=5000, derandomize=True,
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
@@ -61,7 +64,7 @@ def test_runner_stops_a_reader_that_hangs(tmp_path: Path, monkeypatch, capfd) ->
         while True:
             pass
 
-    monkeypatch.setattr("run._WARM_UP", 0)
+    monkeypatch.setattr("tests.fuzz.run._WARM_UP", 0)
     monkeypatch.setitem(READERS, "hangs", Reader("hangs", READERS["labels"].make, hangs))
     monkeypatch.setattr("sys.argv", ["run.py", "hangs", "--cases", "1", "--seconds", "0.1"])
     assert main() == 1

@@ -159,6 +159,7 @@ COUNTS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("case", COUNTS)
 def test_gguf_files(gguf: bytes, tmp_path: Path, case: str, capfd: pytest.CaptureFixture[str]) -> None:
     """Two of these make llama.cpp abort, and this process with it, where its file is not looked at first."""
@@ -170,6 +171,7 @@ def test_gguf_files(gguf: bytes, tmp_path: Path, case: str, capfd: pytest.Captur
     assert str(path) in message
 
 
+@pytest.mark.engine
 def test_the_sound_file_is_taken(gguf: bytes, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(gguf)
@@ -180,6 +182,7 @@ def test_the_sound_file_is_taken(gguf: bytes, tmp_path: Path) -> None:
 # ------------------------------------------------------------------ the command
 
 
+@pytest.mark.slow
 def test_the_command_says_one_line(checkpoint: Path, tmp_path: Path) -> None:
     weights = checkpoint / WEIGHTS
     weights.write_bytes(weights.read_bytes()[:-10])

@@ -138,6 +138,7 @@ def test_two_trackers_in_one_folder(tmp_path: Path, tracker: Any) -> None:
     assert len(list((tmp_path / "wanted").rglob("samples_*.jsonl"))) == 2
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_beside_another_in_one_folder(tiny_llama: Path, tmp_path: Path) -> None:
     """Ctrl-C in the midst of one leaves no half result of its own, and the other's whole."""
     endless = start(*command(tiny_llama, tmp_path / "out", '{"eval_len": 64, "stride": 1, "max_rows": 0}'))

@@ -284,6 +284,7 @@ def test_ranks_without_logits_take_nothing() -> None:
     assert scorer.take() is None
 
 
+@pytest.mark.engine
 def test_incomplete_prompts_are_told_from_complete_ones() -> None:
     from lmeval_ext.models.vllm.client import ScoringPrompt, _assemble
 
@@ -335,6 +336,7 @@ def test_v2_runner_rows_and_targets() -> None:
     assert seen == ["add", "add", "remove"]
 
 
+@pytest.mark.engine
 def test_private_names_of_vllm_are_still_there() -> None:
     """`vllm_runners.py` rests on these; where one goes, scoring falls back and this test says why."""
     from vllm.v1.worker import gpu_model_runner as v1
