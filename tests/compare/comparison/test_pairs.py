@@ -58,7 +58,7 @@ def test_the_difference_of_two_perplexities_by_the_delta_method():
     assert found.high - found.difference == pytest.approx(half, rel=0.04)
 
 
-@pytest.mark.parametrize("blocks", [5, 6, 10])
+@pytest.mark.parametrize("blocks", [5, *(pytest.param(n, marks=pytest.mark.slow) for n in (6, 10))])
 def test_few_blocks_are_covered(blocks):
     """1,500 samples of a true difference of 0.2: the interval holds it 95 times in a hundred, which the percentiles of
     the same resamples miss by far."""
