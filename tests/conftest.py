@@ -30,6 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    os.environ.pop("COLUMNS", None)  # pytest-xdist sets it, and `compare table` would then wrap its rows
     if config.getoption("--fast"):
         config.option.markexpr = " and ".join(f"not {marker}" for marker in fast_guard.MARKERS)
         fast_guard.watch_commands()
