@@ -6,11 +6,11 @@ TORCH ?= torch==2.13.0
 
 export HF_HUB_OFFLINE ?= 1
 
-# llama.cpp (of llama-cpp-python 0.3.36) compiled for a CPU with AMX dies of an illegal instruction: it loads a tile before
-# it has configured any. Without AMX it is what it is on other CPUs
+# llama.cpp (llama-cpp-python 0.3.36) compiled for a CPU with AMX dies with an illegal instruction, because it loads a
+# tile before it configures one. Compile without AMX, as on other CPUs
 NO_AMX := $(if $(shell grep -m1 -o amx_tile /proc/cpuinfo 2>/dev/null),-mno-amx-tile -mno-amx-int8 -mno-amx-bf16)
 
-.PHONY: install test lint tests demo clean
+.PHONY: install test lint fast tests demo clean
 install: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml requirements/cpu.txt
@@ -19,7 +19,7 @@ $(VENV)/installed: pyproject.toml requirements/cpu.txt
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	CFLAGS="$(CFLAGS) $(NO_AMX)" CXXFLAGS="$(CXXFLAGS) $(NO_AMX)" $(BIN)/python -m pip install --quiet \
 		$(if $(NO_AMX),--no-cache-dir) -r requirements/cpu.txt
-	@# built for another torch, and vLLM fails to import beside them
+	@# they are built for another torch, and vLLM fails to import beside them
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(BIN)/python -m pip install --quiet -e '.[dev,quant,gguf,ray]'
 	touch $@
@@ -31,6 +31,10 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Everything that needs no engine, no browser and no Ray: run it at every change (tests/README.md)
+fast: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --fast -q -n auto
 
 tests: install
 	$(BIN)/python -m pytest

@@ -1,24 +1,32 @@
-"""The ways of `harness_tasks.py`, by engine: the adapter's own, the harness' stock class, the engine's batch API."""
+"""Ways that `harness_tasks.py` times, by engine: the adapter, the harness' stock class, the engine's batch API."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-Way = Callable[[Any], Any]  # an int: so many tokens were made, where that need not be the number asked for
+Way = Callable[[Any], Any]  # returns the number of generated tokens where that may differ from the one requested
 Ways = dict[str, Way]
-LENGTH = 2048  # of the longest sequence
+LENGTH = 2048  # tokens of the longest sequence
 
 
 def instances(texts: Sequence[str], arguments: dict[str, Any]) -> list[Any]:
-    """Requests of the harness for texts to go on from."""
+    """Returns the harness' requests to continue each text."""
     from lm_eval.api.instance import Instance
 
     return [Instance("generate_until", {}, (text, dict(arguments)), i) for i, text in enumerate(texts)]
 
 
+def prompts(requests: Any) -> list[list[int]]:
+    """Returns the token ids of each (None, context, continuation)."""
+    return [context + continuation for _, context, continuation in requests]
+
+
 class Engine:
-    """A loaded adapter and the ways to use it. generation_arguments: as a task's YAML would give them."""
+    """A loaded adapter and the ways to use it.
+
+    more: generation arguments, as a task's YAML would give them. stock: the harness' class of the same engine, if any.
+    """
 
     stock: Any = None
 
@@ -33,35 +41,40 @@ class Engine:
     def text(self, ids: list[int]) -> str:
         return str(self.model.tokenizer.decode(ids))
 
-    def most_prompts(self, wanted: int) -> int:
-        return wanted
+    def most_prompts(self, count: int) -> int:
+        """Returns how many of `count` prompts one run may take."""
+        return count
 
     def choices(self) -> Ways:
-        ways: Ways = {"ours": lambda asked: self.model._loglikelihood_tokens(asked, disable_tqdm=True)}
+        """Returns the ways to score multiple choice, by name."""
+        ways: Ways = {"ours": lambda requests: self.model._loglikelihood_tokens(requests, disable_tqdm=True)}
         if self.stock is not None:
-            ways["stock"] = lambda asked: self.stock._loglikelihood_tokens(self.model, asked, disable_tqdm=True)
+            ways["stock"] = lambda requests: self.stock._loglikelihood_tokens(self.model, requests, disable_tqdm=True)
         return ways | self.engine_choices()
 
     def generation(self) -> Ways:
+        """Returns the ways to continue texts, by name."""
         ways: Ways = {"ours": lambda texts: self._checked(self.model.generate_until, texts)}
         if self.stock is not None:
             ways["stock"] = lambda texts: self._checked(lambda r: self.stock.generate_until(self.model, r), texts)
         return ways | self.engine_generation()
 
     def _checked(self, generate: Callable[[Any], list[str]], texts: list[str]) -> int | None:
-        answers = generate(instances(texts, self.arguments))
-        assert len(answers) == len(texts)
+        outputs = generate(instances(texts, self.arguments))
+        assert len(outputs) == len(texts)
         return None
 
     def engine_choices(self) -> Ways:
+        """Returns the engine's own ways to score or compute prompts."""
         raise NotImplementedError
 
     def engine_generation(self) -> Ways:
+        """Returns the engine's own ways to generate."""
         raise NotImplementedError
 
 
 class Transformers(Engine):
-    """`hf_quant`; stock: `hf`; engine: one padded forward or `generate` a batch."""
+    """`hf_quant`; stock: `hf`; engine: one padded forward or one `generate` per batch."""
 
     def __init__(self, path: str, new_tokens: int, batch_size: int, **arguments: Any) -> None:
         from lmeval_ext.models.hf.adapter import HFLM, HFQuantized
@@ -73,10 +86,10 @@ class Transformers(Engine):
     def engine_choices(self) -> Ways:
         return {"engine": self._forward}
 
-    def _forward(self, asked: Any) -> None:
+    def _forward(self, requests: Any) -> None:
         import torch
 
-        ordered = sorted((context + continuation for _, context, continuation in asked), key=len)
+        ordered = sorted(prompts(requests), key=len)
         for start in range(0, len(ordered), self.batch_size):
             rows = [torch.tensor(ids) for ids in ordered[start : start + self.batch_size]]
             padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(self.model.device)
@@ -91,7 +104,7 @@ class Transformers(Engine):
         for start in range(0, len(texts), self.batch_size):
             batch = texts[start : start + self.batch_size]
             padded = tokenizer(batch, padding=True, padding_side="left", return_tensors="pt").to(self.model.device)
-            made = self.model.model.generate(
+            output = self.model.model.generate(
                 input_ids=padded["input_ids"],
                 attention_mask=padded["attention_mask"],
                 do_sample=False,
@@ -99,8 +112,8 @@ class Transformers(Engine):
                 min_new_tokens=self.new,
                 pad_token_id=tokenizer.pad_token_id,
             )
-            assert made.shape[1] == padded["input_ids"].shape[1] + self.new
-            tokenizer.batch_decode(made)
+            assert output.shape[1] == padded["input_ids"].shape[1] + self.new
+            tokenizer.batch_decode(output)
 
 
 class VLLM(Engine):
@@ -114,36 +127,33 @@ class VLLM(Engine):
         self.stock = vllm_nvfp4.VLLM
 
     def engine_choices(self) -> Ways:
-        def whole(asked: Any) -> list[list[int]]:
-            return [context + continuation for _, context, continuation in asked]
-
         return {
-            "engine": lambda asked: self._generate(whole(asked), max_tokens=1, prompt_logprobs=0),
-            "bare": lambda asked: self._generate(whole(asked), max_tokens=1, detokenize=False),
+            "engine": lambda requests: self._generate(prompts(requests), max_tokens=1, prompt_logprobs=0),
+            "bare": lambda requests: self._generate(prompts(requests), max_tokens=1, detokenize=False),
         }
 
     def engine_generation(self) -> Ways:
         return {"engine": self._texts}
 
     def _texts(self, texts: list[str]) -> None:
-        made = self._generate(
+        outputs = self._generate(
             [self.encode(text) for text in texts], max_tokens=self.new, min_tokens=self.new, ignore_eos=True
         )
-        assert all(len(m.outputs[0].token_ids) == self.new for m in made)
+        assert all(len(output.outputs[0].token_ids) == self.new for output in outputs)
 
-    def _generate(self, prompts: list[list[int]], **sampling: Any) -> Any:
+    def _generate(self, sequences: list[list[int]], **sampling: Any) -> Any:
         import vllm
 
         params = vllm.SamplingParams(temperature=0, **sampling)
-        tokens = [vllm.TokensPrompt(prompt_token_ids=ids) for ids in prompts]
+        tokens = [vllm.TokensPrompt(prompt_token_ids=ids) for ids in sequences]
         return self.model.model.generate(tokens, sampling_params=params, use_tqdm=False)
 
 
 class LlamaCpp(Engine):
-    """`llamacpp`; no stock class runs llama.cpp in process; engine: `Llama.eval`, `Llama.create_completion`.
+    """`llamacpp`; engine: `Llama.eval` and `Llama.create_completion`. No stock class runs llama.cpp in process.
 
-    A logit bias would keep the model from ending, in a Python loop over the vocabulary that takes longer than the
-    model; so the tokens that were made are counted.
+    The model may stop early, so generated tokens are counted: a logit bias against the end token is applied in a Python
+    loop over the vocabulary, which takes longer than the model.
     """
 
     def __init__(self, path: str, new_tokens: int, batch_size: int, **arguments: Any) -> None:
@@ -157,19 +167,19 @@ class LlamaCpp(Engine):
     def engine_choices(self) -> Ways:
         return {"engine": self._eval}
 
-    def _eval(self, asked: Any) -> None:
-        for _, context, continuation in asked:
+    def _eval(self, requests: Any) -> None:
+        for prompt in prompts(requests):
             self.model.llama.reset()
-            self.model.llama.eval(context + continuation)
-        self.model.scorer.forget()  # the adapter's cache is gone
+            self.model.llama.eval(prompt)
+        self.model.scorer.forget()  # the calls above overwrote the cache that the adapter remembers
 
     def _checked(self, generate: Callable[[Any], list[str]], texts: list[str]) -> int:
-        made, tokens = 0, self.model.llama.generate
+        count, tokens = 0, self.model.llama.generate
 
         def counted(*args: Any, **kwargs: Any) -> Any:
-            nonlocal made
+            nonlocal count
             for token in tokens(*args, **kwargs):
-                made += 1
+                count += 1
                 yield token
 
         self.model.llama.generate = counted
@@ -177,19 +187,19 @@ class LlamaCpp(Engine):
             super()._checked(generate, texts)
         finally:
             del self.model.llama.generate
-        return made
+        return count
 
     def engine_generation(self) -> Ways:
         return {"engine": self._complete}
 
     def _complete(self, texts: list[str]) -> int:
         complete = self.model.llama.create_completion
-        made = [complete(self.encode(text), max_tokens=self.new, temperature=0) for text in texts]
-        return sum(int(m["usage"]["completion_tokens"]) for m in made)
+        outputs = [complete(self.encode(text), max_tokens=self.new, temperature=0) for text in texts]
+        return sum(int(output["usage"]["completion_tokens"]) for output in outputs)
 
 
 class ExLlama(Engine):
-    """`exllamav3`, `exllamav2`; no stock class; engine: jobs put straight into its dynamic generator."""
+    """`exllamav3`, `exllamav2`; engine: jobs that go straight to its dynamic generator. The harness has no class."""
 
     adapter = ""
 
@@ -200,10 +210,10 @@ class ExLlama(Engine):
         model = getattr(importlib.import_module(module), name)(path, **{"max_length": LENGTH, **arguments})
         super().__init__(model, new_tokens)
 
-    def most_prompts(self, wanted: int) -> int:
-        """Fewer where the generator takes one prompt after the other (ExLlamaV2 without flash-attn)."""
+    def most_prompts(self, count: int) -> int:
+        """Fewer where the generator runs one prompt at a time (ExLlamaV2 without flash-attn)."""
         paged = getattr(self.model.generator().wrapped, "paged", True)
-        return wanted if paged else min(wanted, 4)
+        return count if paged else min(count, 4)
 
     def _checked(self, generate: Callable[[Any], list[str]], texts: list[str]) -> int | None:
         generator = self.model.generator()
@@ -220,26 +230,27 @@ class ExLlama(Engine):
             del generator.submit
 
     def engine_choices(self) -> Ways:
-        """The generator shares full pages of prompts, and gives no scores of them: one new token each."""
-        return {"bare": lambda asked: self._jobs([context + continuation for _, context, continuation in asked], 1)}
+        """One new token per prompt: the generator shares full pages of prompts and returns no scores of them."""
+        return {"bare": lambda requests: self._jobs(prompts(requests), 1)}
 
     def engine_generation(self) -> Ways:
         return {"engine": lambda texts: self._jobs([self.encode(text) for text in texts], self.new)}
 
-    def _jobs(self, prompts: list[list[int]], new: int) -> None:
+    def _jobs(self, sequences: list[list[int]], new: int) -> None:
         import torch
 
         generator = self.model.generator().wrapped
-        for index, ids in enumerate(prompts):
+        for index, ids in enumerate(sequences):
             generator.enqueue(self.job(torch.tensor([ids]), new, index))
-        made = 0
+        count = 0
         while generator.num_remaining_jobs():
             for result in generator.iterate():
                 parts = (result, result.get("held") or {} if result.get("eos") else {})
-                made += sum(p["token_ids"].numel() for p in parts if p.get("token_ids") is not None)
-        assert made == new * len(prompts), f"{made} tokens of {new * len(prompts)}"
+                count += sum(p["token_ids"].numel() for p in parts if p.get("token_ids") is not None)
+        assert count == new * len(sequences), f"{count} tokens of {new * len(sequences)}"
 
     def job(self, ids: Any, new: int, index: int) -> Any:
+        """Returns a greedy job that generates exactly `new` tokens."""
         raise NotImplementedError
 
 

@@ -1,9 +1,9 @@
-"""What the hook costs: starts of Python with and without it, in turn, and the median of the differences.
+"""Times the cost of the import hook: starts of Python with and without it, in turn; medians and their difference.
 
     python benchmarks/import_cost.py [--runs 25]
 
-Two bare environments are made that share this one's packages through a path file; one has our .pth file beside
-it, the other does not (Python reads no .pth files of a folder that a path file names). They differ in nothing else.
+Makes two bare environments that share this one's packages through a path file; only one has our .pth file beside it
+(Python reads no .pth files in a folder that a path file names). They differ in nothing else.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sysconfig
 import tempfile
 import time
 import venv
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,7 +30,7 @@ CASES = {
 
 
 def environment(folder: Path, hook: bool) -> Path:
-    """The interpreter of a new environment with this one's packages."""
+    """Makes an environment with this one's packages and returns its interpreter."""
     venv.create(folder, with_pip=False)
     site = next(folder.glob("lib/python*/site-packages"))
     (site / "a.pth").write_text(f"{sysconfig.get_paths()['purelib']}\n{ROOT}\n")
@@ -39,16 +40,18 @@ def environment(folder: Path, hook: bool) -> Path:
 
 
 def seconds(python: Path, code: str) -> float:
-    """Wall time of one fresh interpreter."""
+    """Returns the wall seconds of one fresh interpreter."""
     start = time.perf_counter()
     subprocess.run([str(python), "-c", code], check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - start
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=25, help="pairs of starts a case")
-    runs = parser.parse_args().runs
+    parser.add_argument("--runs", type=int, default=25, help="pairs of starts per case")
+    parser.add_argument("--case", choices=CASES, action="append", help="only this case (may be repeated)")
+    options = parser.parse_args(argv)
+    runs: int = options.runs
     with tempfile.TemporaryDirectory() as scratch:
         with_hook = environment(Path(scratch) / "with", hook=True)
         without = environment(Path(scratch) / "without", hook=False)
@@ -56,7 +59,8 @@ def main() -> None:
         assert subprocess.run([str(with_hook), "-c", check], check=False).returncode == 0
         assert subprocess.run([str(without), "-c", check], check=False).returncode == 1
         print(f"{'case':40} {'with':>10} {'without':>10} {'difference':>12}   (medians of {runs}, {sys.version[:6]})")
-        for name, code in CASES.items():
+        for name in options.case or CASES:
+            code = CASES[name]
             seconds(with_hook, code), seconds(without, code)  # warm the file cache
             pairs = [(seconds(with_hook, code), seconds(without, code)) for _ in range(runs)]
             ours, theirs = (statistics.median(side) * 1000 for side in zip(*pairs, strict=True))

@@ -1,127 +1,138 @@
-"""What scoring prompts costs in vLLM: bare prefill, the limit, the guide's way, stock lm-eval, and ours. One process.
+"""Times prompt scoring in vLLM: bare prefill, the limit, the guides' way, stock lm-eval and this project.
 
     python benchmarks/vllm_scoring.py MODEL [--windows 80] [--repeats 5] [--output FILE.json] [-- ENGINE_ARG=VALUE …]
 
-bare        prefill alone: no score of any token
-limit       prefill and the output matrix on every scored position; no softmax, nothing brought back
-guide       prompt_logprobs=1, one window a call (the way of the guides on comparing quantizations)
+bare        prefill alone: no token is scored
+limit       prefill and the output matrix on every scored position; no softmax, no result returned
+guide       prompt_logprobs=1, one window per call (as guides on comparing quantizations do)
 stock       the harness' `vllm` class: prompt_logprobs=1, all windows at once
-flat        prompt_logprobs=0, flat_logprobs=True: our fallback
+flat        prompt_logprobs=0, flat_logprobs=True: this project's fallback
 ours        `vllm_nvfp4`
 
-Windows are random tokens, new ones for every call, so that no prefix cache serves them. `--choices` adds multiple
-choice: questions with four answers that share a long context, stock against ours. Medians of repeated runs, in turn;
-peak memory is what a way needs beyond bare prefill.
+One process. Prints tokens per second (medians of repeated runs, the ways taking turns), each way's share of the limit,
+how many times as fast `ours` is, and peak GPU memory. Windows are random tokens, new for every call, so that no prefix
+cache serves them. --choices adds multiple choice: questions with four answers that share a long context, stock against
+ours.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, installed or not
-from benchmarks.gpu_turns import turn
+from benchmarks.common import GIB, add_common_options, engine_arguments, random_windows, turn, window_requests
 
-EXTENSION = "benchmarks.vllm_limit.LimitedWorker"
-GIB = 1024**3
+SLOW_WAYS = ("guide", "stock", "flat")
+SLOW_REPEATS = 3  # timed runs of a slow way, at most
+CONTEXT = (560, 640)  # tokens of a question's context, like five examples
+ANSWER = (1, 20)
 
-Sample = list[list[int]]
+Windows = list[list[int]]
+Questions = list[tuple[None, list[int], list[int]]]
 
 
-def arguments() -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--windows", type=int, default=80)
     parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--guide-windows", type=int, default=8, help="windows of the slow way")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--guide-windows", type=int, default=8, help="windows of the guides' slow way")
     parser.add_argument("--choices", type=int, default=0, metavar="QUESTIONS")
-    parser.add_argument("--lock", type=Path, help="measure only while holding this file (benchmarks/gpu_turns.py)")
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("engine", nargs="*", metavar="ENGINE_ARG=VALUE")
-    return parser.parse_intermixed_args()
+    add_common_options(parser, repeats=5)
+    return parser.parse_intermixed_args(argv)
+
+
+def drop_logits(worker: Any, drop: bool) -> None:
+    """Runs in vLLM's worker: from now on its scorer computes logits and keeps nothing, or scores again.
+
+    Logits of None are what a rank without them passes on, and the scorer skips them.
+    """
+    scorer = worker.lmeval_ext_scorer
+    if not drop:
+        scorer.compute_logits = scorer.compute_logits.wrapped
+        return
+    compute_logits = scorer.compute_logits
+
+    def computed_and_dropped(hidden_states: Any) -> None:
+        compute_logits(hidden_states)
+
+    computed_and_dropped.wrapped = compute_logits  # type: ignore[attr-defined]
+    scorer.compute_logits = computed_and_dropped
 
 
 class Bench:
-    """One engine, and the ways to score with it."""
+    """One loaded engine, and the ways to score with it."""
 
     def __init__(self, options: argparse.Namespace) -> None:
+        os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # sends `drop_logits` to worker processes
         import lmeval_ext.models.vllm.adapter as ours
 
-        engine = dict(pair.split("=", 1) for pair in options.engine)
-        values = {k: json.loads(v) if v[:1] in "[{0123456789tf" else v for k, v in engine.items()}
         self.options = options
         self.model = ours.VLLMQuantized(
-            options.model, max_model_len=options.length + 1, worker_extension_cls=EXTENSION, **values
+            options.model, **{"max_model_len": options.length + 1, **engine_arguments(options.engine)}
         )
-        # the adapter knows its own extension only; this one is a subclass of it
-        self.client = self.model._engine = ours.EngineScoring(self.model.model)
-        self.model._own_worker = True
         self.model.batch_size = "auto"
-        self.vocabulary = self.model.vocabulary
         self.random = random.Random(0)
         self.stock_class = ours.VLLM
 
-    def windows(self, n: int) -> Sample:
-        """Fresh random windows."""
-        return [[self.random.randrange(self.vocabulary) for _ in range(self.options.length)] for _ in range(n)]
+    def windows(self, count: int) -> Windows:
+        """Returns new random windows."""
+        return random_windows(self.random, self.model.vocabulary, count, self.options.length)
 
-    def questions(self, n: int) -> list[tuple[None, list[int], list[int]]]:
-        """n questions with four choices: 5-shot-like contexts of 600 tokens, answers of 1 to 20."""
-        asked = []
-        for _ in range(n):
-            context = [self.random.randrange(self.vocabulary) for _ in range(self.random.randrange(560, 640))]
-            for _ in range(4):
-                answer = [self.random.randrange(self.vocabulary) for _ in range(self.random.randrange(1, 20))]
-                asked.append((None, context, answer))
-        return asked
+    def questions(self, count: int) -> Questions:
+        """Returns `count` questions with four answers each, as the harness' (None, context, continuation)."""
+        requests: Questions = []
+        for _ in range(count):
+            context = self._tokens(*CONTEXT)
+            requests += [(None, context, self._tokens(*ANSWER)) for _ in range(4)]
+        return requests
+
+    def _tokens(self, least: int, below: int) -> list[int]:
+        return random_windows(self.random, self.model.vocabulary, 1, self.random.randrange(least, below))[0]
 
     # ------------------------------------------------------------- the ways
 
-    def bare(self, windows: Sample) -> None:
+    def bare(self, windows: Windows) -> None:
         self._generate(windows)
 
-    def limit(self, windows: Sample) -> None:
-        self.model.model.collective_rpc("lmeval_ext_limit", args=(True,))
-        self.client._run([self._prompt(w) for w in windows], [None] * len(windows), False, False)
-        self.model.model.collective_rpc("lmeval_ext_limit", args=(False,))
+    def limit(self, windows: Windows) -> None:
+        from lmeval_ext.models.vllm.scoring import EXTRA_ARG
 
-    def guide(self, windows: Sample) -> None:
+        self.model.model.collective_rpc(drop_logits, args=(True,))
+        # Request 0, scored from position 1; all prompts may have one number, as no score is kept
+        self._generate(windows, extra_args={EXTRA_ARG: [0, 1]})
+        self.model.model.collective_rpc(drop_logits, args=(False,))
+
+    def guide(self, windows: Windows) -> None:
         for window in windows:
             for token in self._generate([window], prompt_logprobs=1)[0].prompt_logprobs[1:]:
                 next(iter(token.values()))
 
-    def stock(self, windows: Sample) -> None:
-        self.stock_class._loglikelihood_tokens(self.model, [(None, w[:1], w[1:]) for w in windows], disable_tqdm=True)
+    def stock(self, windows: Windows) -> None:
+        self.choices_stock([(None, w[:1], w[1:]) for w in windows])
 
-    def flat(self, windows: Sample) -> None:
+    def flat(self, windows: Windows) -> None:
         self._generate(windows, prompt_logprobs=0, flat_logprobs=True)
 
-    def ours(self, windows: Sample) -> None:
-        from lmeval_ext.requests import window_request
+    def ours(self, windows: Windows) -> None:
+        self.model._loglikelihood_tokens(window_requests(windows))
 
-        requests = [window_request("w", w, 1, {}, (None, None, None)) for w in windows]
-        self.model._loglikelihood_tokens(requests)
-
-    def choices_stock(self, questions: Any) -> None:
+    def choices_stock(self, questions: Questions) -> None:
         self.stock_class._loglikelihood_tokens(self.model, questions, disable_tqdm=True)
 
-    def choices_ours(self, questions: Any) -> None:
+    def choices_ours(self, questions: Questions) -> None:
         self.model._loglikelihood_tokens(questions, disable_tqdm=True)
 
-    def _prompt(self, window: list[int]) -> Any:
-        from lmeval_ext.models.vllm.client import ScoringPrompt
-
-        return ScoringPrompt(window, 1)
-
-    def _generate(self, windows: Sample, **scores: Any) -> Any:
+    def _generate(self, windows: Windows, **scores: Any) -> Any:
         import vllm
 
         params = vllm.SamplingParams(temperature=0, max_tokens=1, detokenize=False, ignore_eos=True, **scores)
@@ -131,7 +142,7 @@ class Bench:
     # ------------------------------------------------------------- measuring
 
     def seconds(self, way: Callable[[Any], None], sample: Any) -> tuple[float, float | None]:
-        """Wall time, and GiB at the peak above what the weights and the KV pool take."""
+        """Returns wall seconds, and the peak of GPU memory in GiB (None on a CPU)."""
         rpc = self.model.model.collective_rpc
         rpc("lmeval_ext_reset_peak")
         start = time.perf_counter()
@@ -142,7 +153,7 @@ class Bench:
         return taken, None if None in peaks else sum(peaks) / GIB
 
     def measure(self) -> dict[str, Any]:
-        """Medians of every way, the ways taking turns."""
+        """Returns the medians of every way, the ways taking turns."""
         n = self.options.windows
         ways: dict[str, tuple[Callable[[Any], None], int]] = {
             "bare": (self.bare, n),
@@ -154,10 +165,9 @@ class Bench:
         }
         times: dict[str, list[float]] = {name: [] for name in ways}
         peaks: dict[str, list[float]] = {name: [] for name in ways}
-        for repeat in range(self.options.repeats + 1):  # the first warms up: graphs, kernels, allocator
+        for repeat in range(self.options.repeats + 1):  # the first run warms up graphs, kernels and the allocator
             for name, (way, count) in ways.items():
-                slow = name in ("guide", "stock", "flat")
-                if slow and repeat > 3:
+                if name in SLOW_WAYS and repeat > SLOW_REPEATS:
                     continue
                 taken, peak = self.seconds(way, self.windows(count))
                 if repeat:
@@ -174,11 +184,11 @@ class Bench:
         }
 
     def measure_choices(self) -> dict[str, Any]:
-        """Requests per second, stock against ours."""
+        """Returns requests per second, stock against ours."""
         result: dict[str, list[float]] = {"stock": [], "ours": []}
         for repeat in range(self.options.repeats + 1):
             for name, way in (("stock", self.choices_stock), ("ours", self.choices_ours)):
-                if name == "stock" and repeat > 3:
+                if name in SLOW_WAYS and repeat > SLOW_REPEATS:
                     continue
                 questions = self.questions(self.options.choices)
                 taken, _ = self.seconds(way, questions)
@@ -188,8 +198,8 @@ class Bench:
         return {"requests_per_second": medians, "ours_over_stock": medians["ours"] / medians["stock"]}
 
 
-def main() -> None:
-    options = arguments()
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parse(argv)
     bench = Bench(options)
     report: dict[str, Any] = {"model": Path(options.model).name, "windows": options.windows, "length": options.length}
     facts = bench.model.describe()

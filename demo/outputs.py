@@ -1,4 +1,4 @@
-"""What the demo's scripts share: outputs that appear whole or not at all, and errors in one line."""
+"""What the demo's scripts share: outputs that appear complete or not at all, and one-line errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class UsageError(Exception):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main`; a UsageError ends the program with its message and exit code 1, without a traceback."""
+    """Calls `main`; a UsageError ends the program with its message and exit code 1, without a traceback."""
     try:
         main()
     except UsageError as error:
@@ -30,13 +30,13 @@ def _refuse_existing(path: Path) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `path`; it becomes `path` if the block ends without an error."""
+    """Yields an empty folder beside `path`; it becomes `path` if the block ends without an error."""
     _refuse_existing(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
         work = scratch / path.name
-        work.mkdir()  # mkdtemp's own folder is closed to other users; this one follows the umask
+        work.mkdir()  # mkdtemp's folder is closed to other users; this one follows the umask
         yield work
         work.replace(path)
     finally:
@@ -45,7 +45,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yield a name beside `path` to write to; it becomes `path` if the block ends without an error."""
+    """Yields a name beside `path` to write to; it becomes `path` if the block ends without an error."""
     _refuse_existing(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}-{os.getpid()}")
@@ -57,7 +57,7 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 def checkpoint(argument: str) -> Path:
-    """A checkpoint folder given on the command line (UsageError unless it has config.json and weights)."""
+    """Returns a checkpoint folder given on the command line (UsageError unless it has config.json and weights)."""
     folder = Path(argument)
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder} has no config.json: expected the folder of a Hugging Face checkpoint")

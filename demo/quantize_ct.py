@@ -1,10 +1,10 @@
-"""Quantize a checkpoint to a compressed-tensors scheme by round-to-nearest, with that package alone.
+"""Quantizes a checkpoint to a compressed-tensors scheme by round-to-nearest, with that package alone.
 
     python demo/quantize_ct.py MODEL_DIR OUT_DIR --scheme NVFP4A16
 
-SCHEME is one of compressed-tensors' presets (NVFP4A16, NVFP4, FP8_DYNAMIC, W8A8, W4A16, MXFP4A16 ...), with
-another group size (W4A16_G64) or one scale for each output channel (W8A16_CHANNEL) if that is added. Every
-Linear but lm_head is quantized. A scheme with static input scales (NVFP4, FP8) needs text to observe.
+SCHEME is one of compressed-tensors' presets (NVFP4A16, NVFP4, FP8_DYNAMIC, W8A8, W4A16, MXFP4A16 ...), optionally
+with a suffix for another group size (W4A16_G64) or one scale per output channel (W8A16_CHANNEL). Every Linear but
+lm_head is quantized. A scheme with static input scales (NVFP4, FP8) needs a calibration text.
 
 The output is what llm-compressor's QuantizationModifier (0.14) writes without an algorithm:
 
@@ -14,7 +14,7 @@ The output is what llm-compressor's QuantizationModifier (0.14) writes without a
   values), where the layers that vLLM runs as one (q/k/v, gate/up) share the absmax of the group
   (`fuse_weight_observers`, `FUSED_LAYER_NAMES` in `llmcompressor/observers/helpers.py`);
 - input scales by the same formula from the absmax of each module's own input over all calibration tokens,
-  in the unquantized model (observer "static_minmax"; inputs are not fused, nor need be: q/k/v read one tensor).
+  in the unquantized model (observer "static_minmax"; inputs need no fusing: q/k/v read one tensor).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def parse_scheme(name: str) -> QuantizationScheme:
         raise UsageError(f"--scheme {name}: no such preset; expected one of {', '.join(PRESET_SCHEMES)}")
     scheme = preset_name_to_scheme(preset, targets=["Linear"])
     if scheme.weights is None:
-        raise UsageError(f"--scheme {name} quantizes no weights: choose another")
+        raise UsageError(f"--scheme {name} does not quantize weights: choose another")
     if group_size or channel:
         if scheme.weights.strategy not in ("group", "channel"):
             raise UsageError(f"--scheme {name}: {preset}'s group size is fixed; leave the suffix out")
@@ -76,7 +76,7 @@ def parse_scheme(name: str) -> QuantizationScheme:
 
 
 def needs_calibration(scheme: QuantizationScheme) -> bool:
-    """Whether any input scale is fixed beforehand (dynamic "local": only the global one is)."""
+    """Whether any input scale is static (dynamic "local": only the global one is)."""
     return scheme.input_activations is not None and scheme.input_activations.dynamic is not True
 
 
@@ -167,7 +167,7 @@ def copy_settings(source: Path, folder: Path) -> None:
     """Copy the source's configuration, tokenizer and chat template, over what `save_pretrained` rewrote.
 
     Transformers 5 drops settings that it does not know when it writes config.json: a top-level `rope_theta`,
-    for one, without which some engines take another value in silence.
+    for example, without which some engines silently take another value.
     """
     for pattern in ("*.json", "*.jinja", "*.txt", "*.model"):
         for path in source.glob(pattern):

@@ -1,10 +1,10 @@
-"""Quantize a GGUF file with llama.cpp's own quantizer, through llama-cpp-python's bindings.
+"""Quantizes a GGUF file with llama.cpp's own quantizer, through llama-cpp-python's bindings.
 
     python demo/quantize_gguf.py IN.gguf OUT.gguf Q4_K_M
 
-No importance matrix is used, so the types that need one (IQ1, IQ2, Q2_K_S) are not offered. Printed is how many
-tensors got which type: where a width is no multiple of the type's block, llama.cpp falls back tensor by tensor,
-and the name then says more than the file holds.
+No importance matrix is used, so the types that need one (IQ1, IQ2, Q2_K_S) are not offered. Prints how many tensors
+have which type: where a width is not a multiple of the type's block, llama.cpp falls back to another type for that
+tensor, so the type in the file's name may not be that of all its tensors.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ QUIET = llama_cpp.llama_log_callback(lambda _level, _text, _data: None)
 
 
 def tensor_types(path: Path) -> Counter[str]:
-    """Number of tensors of each GGML type in the file."""
+    """Returns the number of tensors of each GGML type in the file."""
     return Counter(tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors)
 
 
 def quantize(source: Path, target: Path, kind: str) -> None:
-    """Run llama.cpp's quantizer (UsageError with its last words if it gives up)."""
+    """Runs llama.cpp's quantizer (UsageError with its last messages if it fails)."""
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
     parameters.nthread = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    last_words: deque[str] = deque(maxlen=3)
+    last_messages: deque[str] = deque(maxlen=3)
     total = sum(tensor_types(source).values())
     with tqdm(total=total, desc=kind, unit="tensor") as progress:
 
@@ -54,15 +54,15 @@ def quantize(source: Path, target: Path, kind: str) -> None:
             if TENSOR_LINE.search(line):
                 progress.update()
             elif line.strip():
-                last_words.append(line.strip())
+                last_messages.append(line.strip())
 
         llama_cpp.llama_log_set(log, ctypes.c_void_p(0))
         try:
             failed = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(parameters))
         finally:
-            llama_cpp.llama_log_set(QUIET, ctypes.c_void_p(0))  # `log` is freed with this frame
+            llama_cpp.llama_log_set(QUIET, ctypes.c_void_p(0))  # `log` is freed when this function returns
     if failed:
-        raise UsageError(f"llama.cpp could not quantize {source} to {kind}: {' '.join(last_words)}")
+        raise UsageError(f"llama.cpp could not quantize {source} to {kind}: {' '.join(last_messages)}")
 
 
 def main() -> None:

@@ -1,10 +1,10 @@
-"""Write a Llama-architecture Hugging Face checkpoint as a GGUF file, with gguf's own writer.
+"""Writes a Llama-architecture Hugging Face checkpoint as a GGUF file, with gguf's own writer.
 
     python demo/to_gguf.py MODEL_DIR OUT.gguf [--type BF16]
 
 Matrices are stored in the given type and vectors (norms, biases) in float32, as llama.cpp does. The tokenizer
-is GPT-2-style byte-level BPE with llama.cpp's pre-tokenizer "smollm"; any other is refused, because a wrong
-pre-tokenizer gives other tokens, and so other numbers, without an error.
+is GPT-2-style byte-level BPE with llama.cpp's pre-tokenizer "smollm"; others are refused, because a wrong
+pre-tokenizer gives other tokens and other figures without an error.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TYPES = {
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json, refused where this script would write a file that computes something else."""
+    """Reads config.json (UsageError where the written file would compute something else)."""
     config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     architectures = config.get("architectures")
     if architectures != ["LlamaForCausalLM"]:
@@ -46,7 +46,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def rope_theta(config: dict[str, Any]) -> float:
-    """Base of the rotary frequencies: in `rope_parameters` since transformers 5, at the top level before."""
+    """Returns the base of the rotary frequencies; `rope_parameters` holds it since transformers 5."""
     return float((config.get("rope_parameters") or {}).get("rope_theta") or config.get("rope_theta") or 10000.0)
 
 
@@ -81,15 +81,15 @@ def interleave_heads(tensor: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """All tensors of the folder's safetensors files, one in memory at a time."""
+    """Yields all tensors of the folder's safetensors files, one in memory at a time."""
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+            for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
                 yield name, file.get_tensor(name)
 
 
 def as_stored(tensor: torch.Tensor, kind: gguf.GGMLQuantizationType, name: str) -> np.ndarray:
-    """The tensor as gguf stores it: vectors in float32, matrices in `kind`."""
+    """Returns the tensor as gguf stores it: vectors in float32, matrices in `kind`."""
     if tensor.ndim == 1:
         kind = gguf.GGMLQuantizationType.F32
     values = tensor.float().numpy()
@@ -109,7 +109,7 @@ def add_tensors(writer: gguf.GGUFWriter, folder: Path, config: dict[str, Any], k
             continue
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if target is None:
-            raise UsageError(f"{folder}: tensor {name} has no place in architecture llama")
+            raise UsageError(f"{folder}: tensor {name} is not part of architecture llama")
         projection = name.split(".")[-2]
         if projection in rotated:
             tensor = interleave_heads(tensor, rotated[projection])

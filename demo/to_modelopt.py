@@ -1,9 +1,9 @@
-"""Write a compressed-tensors NVFP4 checkpoint in ModelOpt's layout: the same codes and scales under other names.
+"""Writes a compressed-tensors NVFP4 checkpoint in ModelOpt's layout: the same codes and scales under other names.
 
     python demo/to_modelopt.py NVFP4_DIR OUT_DIR
 
 compressed-tensors stores the reciprocal of a global scale (448 · 6 / absmax), ModelOpt the scale itself (absmax /
-2688): TensorRT-Model-Optimizer, modelopt/torch/export/quant_utils.py. So both run to the same perplexity.
+2688; TensorRT-Model-Optimizer, modelopt/torch/export/quant_utils.py), so both have the same perplexity.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ RECIPROCAL = {"weight_global_scale", "input_global_scale"}
 
 
 def convert(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors under ModelOpt's names; those that are not quantized keep theirs."""
+    """Renames quantized tensors as ModelOpt does; other tensors keep their names."""
     quantized = {name.removesuffix(".weight_packed") for name in tensors if name.endswith(".weight_packed")}
     if not all(f"{module}.input_global_scale" in tensors for module in quantized):
         raise UsageError(
-            "the checkpoint has no input scales (NVFP4A16?): ModelOpt's layout is of W4A4; quantize with NVFP4"
+            "the checkpoint has no input scales (NVFP4A16?): ModelOpt's layout is for W4A4; quantize with NVFP4"
         )
     converted = {}
     for name, tensor in tensors.items():
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     options = parser.parse_args()
     if (options.model / INDEX).exists():
-        raise UsageError(f"{options.model} is sharded, which this small script does not do")
+        raise UsageError(f"{options.model} is sharded, which this script does not support")
     with new_folder(options.out) as out:
         for file in options.model.iterdir():
             if file.suffix == ".safetensors":

@@ -1,14 +1,17 @@
-"""Shared fixtures: a tiny random Llama for contracts, and the real data set and small model for figures."""
+"""`pytest --fast`, markers by folder, and shared fixtures: a tiny random Llama, and the real data set."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests import fast_guard
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -16,10 +19,59 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 ROOT = Path(__file__).parent.parent
 TASKS = ROOT / "lmeval_ext" / "tasks"
 VOCABULARY = 384
+# Folders whose tests all have one marker
+FOLDER_MARKERS = {"gpu": "gpu", "conformance": "engine"}
+# Pictures are drawn as SVG in every test of them; these formats repeat the same test, more slowly
+SLOW_FORMATS = {"png", "pdf"}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="only tests without an engine, a browser or Ray: make fast")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    os.environ.pop("COLUMNS", None)  # pytest-xdist sets it, and `compare table` would then wrap its rows
+    if config.getoption("--fast"):
+        config.option.markexpr = " and ".join(f"not {marker}" for marker in fast_guard.MARKERS)
+        fast_guard.watch_commands()
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by marker
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    tests = Path(__file__).parent
+    for item in items:
+        if tests not in item.path.parents:
+            continue
+        marker = FOLDER_MARKERS.get(item.path.relative_to(tests).parts[0])
+        if marker:
+            item.add_marker(marker)
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if any(isinstance(value, str) and value in SLOW_FORMATS for value in parameters):
+            item.add_marker("slow")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`--fast` does not even import the folders that it would leave out."""
+    left_out = FOLDER_MARKERS.keys() if config.getoption("--fast") else ()
+    return True if collection_path.parent == Path(__file__).parent and collection_path.name in left_out else None
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    broken = fast_guard.violation() if session.config.getoption("--fast") else None
+    if broken:
+        raise pytest.UsageError(f"the collection {broken}")
+
+
+@pytest.fixture(autouse=True)
+def _fast_guard(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    broken = fast_guard.violation() if request.config.getoption("--fast") else None
+    if broken:
+        pytest.fail(broken)
 
 
 def make_tokenizer(folder: Path, vocabulary: int = VOCABULARY, bos: bool = False) -> None:
-    """A byte-level BPE of SmolLM2's kind, trained on the bundled text; with `bos` it puts <s> before every text."""
+    """Writes a byte-level BPE like SmolLM2's, trained on the bundled text; with `bos` it puts <s> before every text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -42,7 +94,7 @@ def make_tokenizer(folder: Path, vocabulary: int = VOCABULARY, bos: bool = False
 
 
 def make_llama(folder: Path, dtype: str = "float32", vocabulary: int = VOCABULARY, **config: Any) -> Path:
-    """A random two-layer Llama with a context of 256 tokens, and its tokenizer."""
+    """Writes a random two-layer Llama with a context of 256 tokens, and its tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -77,7 +129,7 @@ def bos_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load_task(name: str, **metadata: Any) -> Any:
-    """One of our tasks, without the seven seconds in which the harness indexes its own."""
+    """Loads one of our tasks; the harness' own are not indexed, which would take seven seconds."""
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata=metadata)
@@ -85,7 +137,7 @@ def load_task(name: str, **metadata: Any) -> Any:
 
 
 def evaluate(model: Any, task: str, limit: int | None = None, metadata: Any = None, **model_args: Any) -> Any:
-    """simple_evaluate with our tasks only. `model`: a registered name, or a model object."""
+    """Runs simple_evaluate with our tasks only. `model`: a registered name, or a model object."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 
@@ -102,7 +154,7 @@ def evaluate(model: Any, task: str, limit: int | None = None, metadata: Any = No
 
 
 def run(*command: str | Path, env: dict[str, str] | None = None, cwd: Path | None = None) -> Any:
-    """A command of this environment, as a user would type it: completed process with text output."""
+    """Runs a command of this environment, as a user would type it, and returns the process with its text output."""
     name, *arguments = map(str, command)
     program = Path(sys.executable).parent / name
     return subprocess.run(

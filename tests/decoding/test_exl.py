@@ -453,6 +453,7 @@ def digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
 
 
+@pytest.mark.engine
 @needs_fixtures
 @each_fixture
 def test_perplexity_equals_the_engines(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The demo's scripts on the import path (they run as files, not as a package), and tiny checkpoints."""
+"""Puts the demo's scripts on the import path, since they run as files, and makes tiny checkpoints."""
 
 from __future__ import annotations
 

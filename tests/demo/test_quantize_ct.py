@@ -1,4 +1,4 @@
-"""The compressed-tensors maker against round-to-nearest worked out here from the formats' definitions."""
+"""demo/quantize_ct.py against round-to-nearest computed here from the formats' definitions."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def quantize(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Qua
 
 
 def nearest_fp4(values: np.ndarray) -> np.ndarray:
-    """Nearest FP4 value, ties to the even mantissa (even index of the table)."""
+    """Returns the nearest FP4 value, ties to the even mantissa (even index of the table)."""
     distance = np.abs(np.abs(values)[:, None] - FP4)
     even_first = np.argsort(np.arange(8) % 2, kind="stable")
     index = even_first[distance[:, even_first].argmin(1)]
@@ -44,12 +44,12 @@ def nearest_fp4(values: np.ndarray) -> np.ndarray:
 
 
 def unpack(packed: torch.Tensor) -> np.ndarray:
-    """FP4 values of packed bytes, low nibble first, bit 3 the sign."""
+    """Returns the FP4 values of packed bytes: low nibble first, bit 3 is the sign."""
     nibbles = np.stack([packed.numpy() & 15, packed.numpy() >> 4], -1).reshape(packed.shape[0], -1)
     return np.where(nibbles & 8, -1, 1) * FP4[nibbles & 7]
 
 
-def test_one_nvfp4_block_by_hand(tiny: Path, quantize: Quantize) -> None:
+def test_nvfp4_block_equals_the_definition(tiny: Path, quantize: Quantize) -> None:
     source, found = load_file(tiny / "model.safetensors"), load_file(quantize("NVFP4A16") / "model.safetensors")
     group = [source[Q.replace("q_proj", f"{name}_proj") + ".weight"] for name in "qkv"]
     # llm-compressor divides in the weights' own bfloat16, here and for the block's scale.
@@ -74,7 +74,7 @@ def test_global_scales_are_shared_as_vllm_fuses(quantize: Quantize) -> None:
     assert len({scale("self_attn.q"), scale("self_attn.o"), scale("mlp.gate"), scale("mlp.down")}) == 4
 
 
-def test_int8_channel_by_hand(tiny: Path, quantize: Quantize) -> None:
+def test_int8_channel_equals_the_definition(tiny: Path, quantize: Quantize) -> None:
     folder = quantize("W8A16_CHANNEL")
     row = load_file(tiny / "model.safetensors")[f"{Q}.weight"][3]
     found = load_file(folder / "model.safetensors")
@@ -85,7 +85,7 @@ def test_int8_channel_by_hand(tiny: Path, quantize: Quantize) -> None:
     np.testing.assert_array_equal(words, expected)
 
 
-def test_input_global_scale_is_of_the_calibration_text(tiny: Path, tmp_path: Path, quantize: Quantize) -> None:
+def test_input_global_scale_comes_from_the_calibration_text(tiny: Path, tmp_path: Path, quantize: Quantize) -> None:
     text = tmp_path / "text.txt"
     text.write_text(TEXT[:4000], encoding="utf-8")
     folder = quantize("NVFP4", "--calibration", str(text), "--calibration-tokens", "1024")
@@ -102,7 +102,7 @@ def test_input_global_scale_is_of_the_calibration_text(tiny: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("scheme", ["NVFP4A16", "NVFP4", "FP8_DYNAMIC", "W8A16_CHANNEL", "W4A16_G32", "W8A8", "FP8"])
-def test_transformers_loads_it(scheme: str, tiny: Path, quantize: Quantize) -> None:
+def test_transformers_loads_the_checkpoint_and_logits_are_similar(scheme: str, tiny: Path, quantize: Quantize) -> None:
     folder = quantize(scheme, "--calibration-tokens", "512")
     ids = torch.tensor([AutoTokenizer.from_pretrained(folder)(TEXT[:300]).input_ids])
     full = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16)
@@ -110,10 +110,10 @@ def test_transformers_loads_it(scheme: str, tiny: Path, quantize: Quantize) -> N
     with torch.no_grad():
         expected, found = full(ids).logits.float(), quantized(ids).logits.float()
     similarity = torch.cosine_similarity(expected.flatten(), found.flatten(), dim=0).item()
-    assert 0.6 < similarity < 0.9999  # alike, but not the unquantized model (W4A4 on random weights is rough)
+    assert 0.6 < similarity < 0.9999  # similar, not equal (W4A4 on random weights is rough)
 
 
-def test_folder_is_complete(tiny: Path, quantize: Quantize) -> None:
+def test_folder_has_config_tokenizer_and_weights(tiny: Path, quantize: Quantize) -> None:
     folder = quantize("W4A16_G32")
     config = json.loads((folder / "config.json").read_text())
     settings = config["quantization_config"]
@@ -129,13 +129,13 @@ def test_folder_is_complete(tiny: Path, quantize: Quantize) -> None:
     )
 
 
-def test_tied_output_stays_tied(tiny_tied: Path, quantize: Quantize) -> None:
+def test_tied_output_matrix_is_not_written(tiny_tied: Path, quantize: Quantize) -> None:
     folder = quantize("NVFP4A16", source=tiny_tied)
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
     assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is True
 
 
-def test_same_input_same_bytes(tmp_path: Path, quantize: Quantize) -> None:
+def test_same_input_gives_the_same_bytes(tmp_path: Path, quantize: Quantize) -> None:
     first = (quantize("NVFP4", "--calibration-tokens", "512") / "model.safetensors").read_bytes()
     (tmp_path / "NVFP4").rename(tmp_path / "first")
     assert (quantize("NVFP4", "--calibration-tokens", "512") / "model.safetensors").read_bytes() == first
@@ -146,7 +146,7 @@ def test_same_input_same_bytes(tmp_path: Path, quantize: Quantize) -> None:
     [
         ("NVFP5", (), "NVFP5: no such preset"),
         ("NVFP4_G32", (), "group size is fixed"),
-        ("UNQUANTIZED", (), "quantizes no weights"),
+        ("UNQUANTIZED", (), "does not quantize weights"),
         ("FP8_BLOCK", (), "not supported"),
         ("W4A16", (), "group size 128 does not divide"),
         ("NVFP4", ("--calibration-tokens", "100"), "at least 512"),
@@ -154,7 +154,7 @@ def test_same_input_same_bytes(tmp_path: Path, quantize: Quantize) -> None:
         ("NVFP4", ("--calibration-tokens", "10000000"), "fewer than the"),
     ],
 )
-def test_bad_input_leaves_nothing_behind(
+def test_bad_input_is_refused_and_leaves_no_files(
     scheme: str, options: tuple[str, ...], message: str, tmp_path: Path, quantize: Quantize
 ) -> None:
     with pytest.raises(outputs.UsageError, match=message):
@@ -162,7 +162,7 @@ def test_bad_input_leaves_nothing_behind(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_existing_output_is_kept(tmp_path: Path, quantize: Quantize) -> None:
+def test_existing_output_is_refused(tmp_path: Path, quantize: Quantize) -> None:
     (tmp_path / "FP8").mkdir()
     with pytest.raises(outputs.UsageError, match="exists already"):
         quantize("FP8")

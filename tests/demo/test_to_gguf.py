@@ -1,4 +1,4 @@
-"""The GGUF writer against transformers (logits, tokens) and gguf's own reader (tensors, metadata)."""
+"""demo/to_gguf.py against transformers (logits, tokens) and gguf's own reader (tensors, metadata)."""
 
 from __future__ import annotations
 
@@ -12,17 +12,14 @@ from typing import Any
 
 import gguf
 import numpy as np
+import outputs
 import pytest
+import to_gguf
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .tiny import SPECIAL, TEXT, VOCABULARY
-
-llama_cpp = pytest.importorskip("llama_cpp", reason="the demo's GGUF scripts need llama-cpp-python")
-import outputs  # noqa: E402
-import quantize_gguf  # noqa: E402
-import to_gguf  # noqa: E402
 
 Convert = Callable[..., Path]
 
@@ -47,6 +44,7 @@ def matrices(path: Path) -> dict[str, np.ndarray]:
 
 
 def engine(path: Path) -> Any:
+    llama_cpp = pytest.importorskip("llama_cpp", reason="the demo's GGUF scripts need llama-cpp-python")
     float32 = llama_cpp.GGML_TYPE_F32  # llama.cpp's default for keys and values is float16
     return llama_cpp.Llama(
         str(path), n_ctx=256, n_batch=256, logits_all=True, type_k=float32, type_v=float32, verbose=False
@@ -59,6 +57,7 @@ def llama_cpp_logits(path: Path, ids: list[int]) -> np.ndarray:
     return np.array(model.scores[: len(ids)])
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("checkpoint", ["tiny", "tiny_tied"])
 def test_llama_cpp_computes_what_transformers_computes(
     checkpoint: str, convert: Convert, request: pytest.FixtureRequest
@@ -69,18 +68,18 @@ def test_llama_cpp_computes_what_transformers_computes(
     with torch.no_grad():
         expected = model(torch.tensor([ids])).logits[0].numpy()
     found = llama_cpp_logits(convert(source), ids)
-    assert np.ptp(expected) > 5  # else the tolerance would say nothing
+    assert np.ptp(expected) > 5  # or the tolerance would be too loose
     np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
-def test_rows_of_q_and_k_pair_up_for_adjacent_rotation() -> None:
-    # Two heads of four rows: row i of a head rotates with row i + 2; in GGUF the two stand side by side.
+def test_rows_of_q_and_k_are_interleaved_for_adjacent_rotation() -> None:
+    # Two heads of four rows: row i of a head rotates with row i + 2; in GGUF the two are adjacent.
     rows = torch.arange(8.0).unsqueeze(1) * torch.ones(1, 3)
     assert to_gguf.interleave_heads(rows, heads=2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
-def test_stored_values_are_the_checkpoints(kind: str, tiny: Path, convert: Convert) -> None:
+def test_stored_values_equal_the_checkpoint(kind: str, tiny: Path, convert: Convert) -> None:
     source = load_file(tiny / "model.safetensors")
     found = matrices(convert(tiny, kind))
     assert len(found) == len(source)
@@ -103,11 +102,11 @@ def test_vectors_stay_float32_and_matrices_take_the_type(tiny: Path, convert: Co
     assert {kind for name, kind in kinds.items() if "norm" not in name} == {"BF16"}
 
 
-def test_tied_output_is_left_out(tiny_tied: Path, convert: Convert) -> None:
+def test_tied_output_matrix_is_not_written(tiny_tied: Path, convert: Convert) -> None:
     assert "output.weight" not in matrices(convert(tiny_tied))
 
 
-def test_hyperparameters(tiny: Path, convert: Convert) -> None:
+def test_hyperparameters_are_the_config_values(tiny: Path, convert: Convert) -> None:
     found = fields(convert(tiny, "F16"))
     expected = {
         "general.architecture": "llama",
@@ -132,7 +131,8 @@ def test_hyperparameters(tiny: Path, convert: Convert) -> None:
     assert {key: found.get(key) for key in expected} == expected
 
 
-def test_tokens_equal_the_tokenizers(tiny: Path, convert: Convert) -> None:
+@pytest.mark.engine
+def test_llama_cpp_tokens_equal_the_tokenizer(tiny: Path, convert: Convert) -> None:
     path = convert(tiny)
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     text = TEXT[:20000] + "x 1234567 \t\n\n don't 日本 🙂 ½²"
@@ -152,7 +152,7 @@ def test_ids_beyond_the_tokenizer_are_marked_unused(tiny: Path, convert: Convert
     assert types[320:] == [gguf.TokenType.UNUSED] * (VOCABULARY - 320)
 
 
-def test_a_tokenizer_that_adds_bos_says_so(tiny: Path, tmp_path: Path, convert: Convert) -> None:
+def test_tokenizer_that_adds_bos_sets_add_bos_token(tiny: Path, tmp_path: Path, convert: Convert) -> None:
     source = tmp_path / "with-bos"
     shutil.copytree(tiny, source)
     tokenizer = json.loads((source / "tokenizer.json").read_text())
@@ -169,7 +169,7 @@ def test_a_tokenizer_that_adds_bos_says_so(tiny: Path, tmp_path: Path, convert: 
     assert fields(convert(source))["tokenizer.ggml.add_bos_token"] is True
 
 
-def test_another_pre_tokenizer_is_refused(tiny: Path, tmp_path: Path, convert: Convert) -> None:
+def test_unknown_pre_tokenizer_is_refused(tiny: Path, tmp_path: Path, convert: Convert) -> None:
     source = tmp_path / "other"
     shutil.copytree(tiny, source)
     tokenizer = json.loads((source / "tokenizer.json").read_text())
@@ -191,12 +191,27 @@ def test_float16_overflow_is_an_error(tiny: Path, tmp_path: Path, convert: Conve
     assert not [path for path in tmp_path.iterdir() if "gguf" in path.name]
 
 
-def test_quantizer_writes_the_type_asked_for(
-    tiny: Path, tmp_path: Path, convert: Convert, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.fixture
+def quantizer() -> Any:
+    """demo/quantize_gguf.py, which needs llama.cpp."""
+    pytest.importorskip("llama_cpp", reason="the demo's GGUF scripts need llama-cpp-python")
+    import quantize_gguf
+
+    return quantize_gguf
+
+
+@pytest.mark.engine
+def test_quantizer_writes_the_requested_type(
+    quantizer: Any,
+    tiny: Path,
+    tmp_path: Path,
+    convert: Convert,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     source, target = convert(tiny, "F32"), tmp_path / "q8.gguf"
     monkeypatch.setattr(sys, "argv", ["quantize_gguf.py", str(source), str(target), "q8_0"])
-    quantize_gguf.main()
+    quantizer.main()
     kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(target).tensors}
     assert {kind for name, kind in kinds.items() if "norm" not in name} == {"Q8_0"}
     assert "16 Q8_0, 5 F32" in capsys.readouterr().out
@@ -207,11 +222,12 @@ def test_quantizer_writes_the_type_asked_for(
     assert (error <= step * 0.57).all()
     assert error.max() > 0
     with pytest.raises(outputs.UsageError, match="exists already"):
-        quantize_gguf.main()
+        quantizer.main()
     assert math.isfinite(found.sum())
 
 
-def test_quantizer_refuses_what_is_no_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.engine
+def test_quantizer_refuses_a_missing_file(quantizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["quantize_gguf.py", str(tmp_path / "absent.gguf"), "out.gguf", "Q8_0"])
     with pytest.raises(outputs.UsageError, match=r"absent\.gguf: no such file"):
-        quantize_gguf.main()
+        quantizer.main()

@@ -1,4 +1,4 @@
-"""ModelOpt's layout of a compressed-tensors NVFP4 checkpoint, worked out from each layout's definition."""
+"""demo/to_modelopt.py against both layouts' definitions of a global scale."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Q = "model.layers.0.self_attn.q_proj"
 
 @pytest.fixture
 def nvfp4(tmp_path: Path) -> Path:
-    """One quantized layer with a bias, 64 × 32, and an embedding."""
+    """A checkpoint of one quantized layer with a bias, 64 × 32, and an embedding."""
     folder = tmp_path / "nvfp4"
     folder.mkdir()
     tensors = {

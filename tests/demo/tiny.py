@@ -1,4 +1,4 @@
-"""A random Llama of a few hundred kilobytes with a trained tokenizer, in SmolLM2's form."""
+"""Writes a random Llama of a few hundred kilobytes with a trained tokenizer, in SmolLM2's form."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Byte-level BPE with SmolLM2's pre-tokenizer, 320 tokens."""
+    """Writes a byte-level BPE with SmolLM2's pre-tokenizer, 320 tokens."""
     tokenizer = Tokenizer(models.BPE())
     digits = pre_tokenizers.Digits(individual_digits=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
@@ -40,7 +40,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def write_model(folder: Path, tied: bool) -> None:
-    """Two layers, 4 query and 2 key/value heads of 16; an odd rope_theta and large weights, so that errors show."""
+    """Writes two layers, 4 query and 2 key/value heads of 16; odd rope_theta and large weights, so that errors show."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,

@@ -1,4 +1,4 @@
-"""Damage to files: bytes changed, cut, doubled; JSON documents with parts replaced by what a stranger might write."""
+"""Damages files: bytes changed, cut or doubled; JSON documents with parts replaced by unexpected values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SCALARS: tuple[Any, ...] = (
 
 
 def damage(data: bytes, random: Random) -> bytes:
-    """One to four changes of bytes."""
+    """Returns the bytes with one to four changes."""
     raw = bytearray(data)
     for _ in range(random.choice((1, 1, 1, 2, 4))):
         raw = _CHANGES[random.randrange(len(_CHANGES))](raw, random)
@@ -25,7 +25,7 @@ def damage(data: bytes, random: Random) -> bytes:
 
 
 def _at(raw: bytearray, random: Random) -> int:
-    """A position, mostly in the first bytes, where headers are."""
+    """Returns a position, mostly in the first bytes, where headers are."""
     end = len(raw) if random.random() < 0.5 else min(len(raw), 64)
     return random.randrange(end) if end else 0
 
@@ -59,7 +59,7 @@ def _double(raw: bytearray, random: Random) -> bytearray:
 
 
 def _number(raw: bytearray, random: Random) -> bytearray:
-    """A number of 1 to 8 bytes, little or big endian, written over what stands there."""
+    """Overwrites 1 to 8 bytes with a number, little or big endian."""
     size, at = random.choice((1, 2, 4, 8)), _at(raw, random)
     value = random.choice(NUMBERS) + random.choice((0, 0, 1, -1))
     raw[at : at + size] = (value % 256**size).to_bytes(size, random.choice(("little", "little", "big")))
@@ -67,7 +67,7 @@ def _number(raw: bytearray, random: Random) -> bytearray:
 
 
 def _digits(raw: bytearray, random: Random) -> bytearray:
-    """Text put in between: digits, quotes, brackets."""
+    """Inserts text: digits, quotes, brackets."""
     at = _at(raw, random)
     raw[at:at] = random.choice(_TEXTS)
     return raw
@@ -83,11 +83,11 @@ _CHANGES = (_flip, _set, _cut, _remove, _double, _number, _digits)
 
 
 def damage_json(document: Any, random: Random) -> Any:
-    """A copy of `document` with one to five parts replaced, removed, renamed or put elsewhere."""
+    """Returns a copy of `document` with one to five parts replaced, removed, renamed or moved."""
     copy = _copy(document)
     for _ in range(random.choice((1, 1, 2, 5))):
         places = list(_places(copy))
-        if len(places) > 5000:  # lists doubled again and again: what takes time must be the reader
+        if len(places) > 5000:  # lists doubled repeatedly: the reader must take the time, not the damage
             break
         if not places:
             return _copy(random.choice(SCALARS))
@@ -115,18 +115,18 @@ def _copy(document: Any) -> Any:
 
 
 def _places(document: Any) -> list[tuple[Any, Any]]:
-    found, todo = [], [document]
+    places, todo = [], [document]
     while todo:
         at = todo.pop()
         keys = list(at) if isinstance(at, dict) else range(len(at)) if isinstance(at, list) else ()
         for key in keys:
-            found.append((at, key))
+            places.append((at, key))
             todo.append(at[key])
-    return found
+    return places
 
 
 def dump(document: Any, random: Random) -> bytes:
-    """As JSON, NaN and lone surrogates included; now and then in another encoding."""
+    """Returns the document as JSON, with NaN and lone surrogates, sometimes in another encoding."""
     text = json.dumps(document, ensure_ascii=random.random() < 0.7)
     encoding = random.choice(("utf-8",) * 8 + ("utf-16", "utf-8-sig"))
     return text.encode(encoding, "surrogatepass")

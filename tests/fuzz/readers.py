@@ -1,4 +1,4 @@
-"""What is fuzzed: our own readers, each with sound files to damage and the only answers that it may give."""
+"""The readers to fuzz: for each, sound files to damage, and a check of what it returns or refuses."""
 
 from __future__ import annotations
 
@@ -13,24 +13,29 @@ from tests.fuzz.mutations import damage, damage_json, dump
 
 
 class Unsound(AssertionError):
-    """A reader's answer that is no answer: a message of many lines, or one that does not name its file."""
+    """A reader's message has several lines, or does not name its file."""
 
 
 def check_message(message: str, name: str, longest: int = 2000) -> None:
+    """Raises Unsound unless the message is one line of at most `longest` characters that contains `name`."""
     if "\n" in message or len(message) > longest or name not in message:
         raise Unsound(f"expected one line that names {name}, got {message[:300]!r}")
 
 
 @dataclass(frozen=True)
 class Reader:
-    """make: damaged files, by name, from a random source; read: the reader on their folder. Raises on any mistake."""
+    """A reader under test.
+
+    make: returns damaged files, by name, from a random source. read: runs the reader on their folder, and raises on any
+    mistake.
+    """
 
     name: str
     make: Callable[[Random], dict[str, bytes]]
     read: Callable[[Path], None]
 
     def prepare(self, folder: Path, random: Random) -> dict[str, bytes]:
-        """Write the files of one case; returns them."""
+        """Writes the files of one case and returns them."""
         files = self.make(random)
         for name, data in files.items():
             (folder / name).write_bytes(data)
@@ -72,14 +77,14 @@ def _inspect(name: str) -> Callable[[Path], None]:
             check_message(str(error), str(folder))
             return
         if not isinstance(info, StorageInfo):
-            raise Unsound(f"inspect answered {type(info)}")
+            raise Unsound(f"inspect returned {type(info)}")
         json.dumps(info.to_dict(), allow_nan=False)
 
     return read
 
 
 def _gguf_file() -> bytes:
-    """A GGUF file by llama.cpp's own Python writer, with scalars, strings and arrays in its metadata."""
+    """Returns a GGUF file from llama.cpp's own Python writer, with scalars, strings and arrays in its metadata."""
     import tempfile
 
     import gguf
@@ -183,16 +188,16 @@ def _read_results(folder: Path) -> None:
                     Options(metrics=("mmlu/acc",), subtasks=True, mean=True),
                     Options(metrics=("mmlu/acc", "gsm8k/exact_match"))):  # fmt: skip
         try:
-            found = build_comparisons(reading.records, options)
+            comparisons = build_comparisons(reading.records, options)
         except CompareError as error:
             check_message(str(error), "", 20_000)
             continue
         for render in (render_json, render_csv, render_markdown):
-            render(found)
+            render(comparisons)
 
 
 def _draw_distributions(records: list[Any]) -> None:
-    """What is drawn of a divergence, as far as the points and their places."""
+    """Computes the points of divergence plots and their places, without drawing them."""
     from compare.comparison.build import build_comparison
     from compare.comparison.comparison import Options
     from compare.errors import CompareError
@@ -212,7 +217,7 @@ def _draw_distributions(records: list[Any]) -> None:
 
 
 def _samples(random: Random) -> dict[str, bytes]:
-    """Two runs with samples, those of the second damaged: as JSON a line at a time, or as bytes."""
+    """Returns two runs with samples; those of the second are damaged, as JSON in one line or as bytes."""
     files: dict[str, bytes] = {}
     for number, (content, lines) in enumerate(_cached(_runs)):
         files[f"results_{number}.json"] = json.dumps(content).encode()

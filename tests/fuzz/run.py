@@ -1,10 +1,10 @@
 """Fuzzes our own readers: ``python tests/fuzz/run.py [READER …] [--cases 100000] [--seed 1] [--engine atheris]``.
 
-Each case is a sound file, damaged; a reader may answer, or refuse in one line that names the file. Anything else is a
-failure: another exception, more than `--seconds` of processor time, or more than `--megabytes` above what the reader
-starts with (the process' own limit, so a MemoryError). The files of a failure are kept under `--keep` with its
-traceback; the same seed and case number make them again. `--engine atheris` lets libFuzzer choose the random bytes by
-the code they reach (`pip install atheris`); it stops at the first failure.
+Each case is a sound file with damage; a reader may read it, or refuse it in one line that names the file. Anything else
+is a failure: another exception, more than `--seconds` of processor time, or more than `--megabytes` above the start
+(the process' own limit, so a MemoryError). The files of a failure are kept under `--keep` with its traceback; the same
+seed and case number make them again. `--engine atheris` lets libFuzzer choose the random bytes by the code they reach
+(`pip install atheris`); it stops at the first failure.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _HANGS = 60.0  # seconds
 
 
 class TooSlow(BaseException):
-    """No Exception: a reader that catches everything must not swallow it."""
+    """Not an Exception, so that a reader that catches everything does not swallow it."""
 
 
 class Hangs(TooSlow):
-    """Too long by the clock, whatever it waits for."""
+    """Too slow by the clock, whatever the reader waits for."""
 
 
 def _too_slow(number: int, _frame: FrameType | None) -> None:
@@ -42,19 +42,19 @@ def _too_slow(number: int, _frame: FrameType | None) -> None:
 
 
 def _limit(seconds: float) -> None:
-    """Processor time for one case (a busy machine is no failure of the reader), and what counts as hanging; 0: none."""
+    """Limits the processor time of one case (a busy machine must not fail it) and the wall time; 0: no limit."""
     signal.setitimer(signal.ITIMER_PROF, seconds)
     signal.setitimer(signal.ITIMER_REAL, _HANGS if seconds else 0)
 
 
 def _status(field: str) -> int:
-    """Bytes of this process by a line of /proc/self/status."""
+    """Returns a size of this process from /proc/self/status, in bytes."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
 
 
 def fuzz(reader: Reader, options: argparse.Namespace) -> int:
-    """All cases of one reader; returns the number of failures."""
+    """Runs all cases of one reader and returns the number of failures."""
     for number in (signal.SIGPROF, signal.SIGALRM):
         signal.signal(number, _too_slow)
     kinds: dict[str, int] = {}
@@ -105,11 +105,11 @@ def _keep(keep: Path | None, case: str, files: dict[str, bytes], error: BaseExce
 
 
 def by_atheris(reader: Reader, options: argparse.Namespace) -> None:
-    """libFuzzer's loop, with its own limits. Does not return."""
+    """Runs libFuzzer's loop, with its own limits. Does not return."""
     import atheris
 
     class Bytes(Random):
-        """Random numbers out of the fuzzer's bytes; zeros where they end."""
+        """Random numbers from the fuzzer's bytes; zeros after their end."""
 
         def __init__(self, data: bytes) -> None:
             super().__init__(0)
@@ -152,7 +152,7 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=100_000)
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=2.0, help="processor time for a case")
+    parser.add_argument("--seconds", type=float, default=2.0, help="processor time per case")
     parser.add_argument("--megabytes", type=int, default=512, help="limit of address space beyond the start's")
     parser.add_argument("--keep", type=Path, help="folder for the files of failures")
     parser.add_argument("--tmp", help="folder for the files under test (a memory disk is faster)")
@@ -164,7 +164,7 @@ def main() -> int:
 
     failures = 0
     for name in options.readers or READERS:
-        pid = os.fork()  # a process each: its own peak and limits
+        pid = os.fork()  # one process per reader, with its own peak and limits
         if pid == 0:
             os._exit(min(fuzz(READERS[name], options), 100))
         failures += os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0

@@ -1,4 +1,4 @@
-"""A few hundred damaged files for each of our own readers; `run.py` beside this tries 100,000."""
+"""A few hundred damaged files for each of our own readers; `run.py` tries 100,000."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ EXAMPLES = {"result": 60, "spec": 80}
 
 @pytest.mark.parametrize("reader", READERS.values(), ids=list(READERS))
 def test_damaged_files_are_read_or_refused_in_one_line(reader: Reader, tmp_path: Path) -> None:
+    reader.prepare(tmp_path, Random(0))
+    reader.read(tmp_path)  # imports: they are not a case's time
+
     @settings(
         max_examples=EXAMPLES.get(reader.name, 150), deadline=5000, derandomize=True,
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
@@ -30,13 +33,13 @@ def test_damaged_files_are_read_or_refused_in_one_line(reader: Reader, tmp_path:
 
 
 @pytest.mark.parametrize("message", ["a\nb file", "no name", "file" + "x" * 9999])
-def test_an_unsound_message_is_a_failure(message: str) -> None:
+def test_message_of_several_lines_or_without_the_file_is_a_failure(message: str) -> None:
     with pytest.raises(Unsound):
         check_message(message, "file")
 
 
-def test_the_runner_counts_and_keeps_failures(tmp_path: Path, monkeypatch, capfd) -> None:
-    """A reader that fails on each case, as an exception, as a hang and as a memory blow-up."""
+def test_runner_counts_and_keeps_failures(tmp_path: Path, monkeypatch, capfd) -> None:
+    """The reader fails in each case, with an exception or by taking too much memory."""
 
     def broken(folder: Path) -> None:
         data = (folder / "compare_run.json").read_bytes()
@@ -56,18 +59,18 @@ def test_the_runner_counts_and_keeps_failures(tmp_path: Path, monkeypatch, capfd
     assert "KeyError" in "".join((tmp_path / "kept" / name / "traceback.txt").read_text() for name in kept)
 
 
-def test_the_runner_ends_what_hangs(tmp_path: Path, monkeypatch, capfd) -> None:
+def test_runner_stops_a_reader_that_hangs(tmp_path: Path, monkeypatch, capfd) -> None:
     def hangs(folder: Path) -> None:
         while True:
             pass
 
-    monkeypatch.setattr("run._WARM_UP", 0)
+    monkeypatch.setattr("tests.fuzz.run._WARM_UP", 0)
     monkeypatch.setitem(READERS, "hangs", Reader("hangs", READERS["labels"].make, hangs))
     monkeypatch.setattr("sys.argv", ["run.py", "hangs", "--cases", "1", "--seconds", "0.1"])
     assert main() == 1
     assert "TooSlow at test_fuzz.py" in capfd.readouterr().out
 
 
-def test_a_case_can_be_made_again() -> None:
+def test_same_seed_makes_the_same_case() -> None:
     for reader in READERS.values():
         assert reader.make(Random("1/x/7")) == reader.make(Random("1/x/7"))

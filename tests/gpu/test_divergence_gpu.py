@@ -1,9 +1,8 @@
-"""Divergence on a GPU: needs one, so it is deselected elsewhere. Run by hand:
-pytest -m gpu tests/gpu/test_divergence_gpu.py
+"""Divergence on a GPU; deselected elsewhere. Run by hand: pytest -m gpu tests/gpu/test_divergence_gpu.py
 
-LMEVAL_EXT_GPU_MODELS names a folder with SmolLM2-135M-w768 (bfloat16, Transformers), and of it
-SmolLM2-135M-w768-exl3-4.0bpw; WIKITEXT2_DIR the data set's test split. Checkpoints that are not there are skipped, and
-named.
+LMEVAL_EXT_GPU_MODELS names a folder with SmolLM2-135M-w768 (bfloat16, Transformers) and its EXL3 form,
+SmolLM2-135M-w768-exl3-4.0bpw; WIKITEXT2_DIR the data set's test split. Tests of a missing checkpoint are skipped
+and name it.
 """
 
 from __future__ import annotations
@@ -17,8 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
-pytestmark = pytest.mark.gpu
 
 WIDE = "SmolLM2-135M-w768"
 ENGINES: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -45,12 +42,12 @@ def hook() -> None:
 def folder(name: str) -> Path:
     path = Path(os.environ.get("LMEVAL_EXT_GPU_MODELS", ".")) / name
     if not (path / "config.json").exists():
-        pytest.skip(f"{path} is not there; LMEVAL_EXT_GPU_MODELS names the folder with the checkpoints")
+        pytest.skip(f"{path} is missing; LMEVAL_EXT_GPU_MODELS must name the folder with the checkpoints")
     return path
 
 
 def result(engine: str, checkpoint: str | None = None, **arguments: Any) -> dict[str, Any]:
-    """Over three windows: the task's figures, and `divergence` of its metadata."""
+    """Returns the task's figures over three windows, and `divergence` from its metadata."""
     from tests.conftest import evaluate
 
     adapter, name, settings = ENGINES[engine]
@@ -66,7 +63,7 @@ def result(engine: str, checkpoint: str | None = None, **arguments: Any) -> dict
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
-    """The store that an engine writes of the unquantized model, once."""
+    """Returns the store that an engine writes for the unquantized model, once."""
     made: dict[str, str] = {}
 
     def store(engine: str) -> str:
@@ -102,7 +99,7 @@ def test_kernel_equals_float64(dtype: torch.dtype, vocabulary: int) -> None:
     assert (found.agree == (p[:, :vocabulary].argmax(1) == q[:, :vocabulary].argmax(1))).all()
 
 
-def test_kernel_on_extremes() -> None:
+def test_kernel_handles_infinities_and_nan() -> None:
     from lmeval_ext.divergence.measure import token_divergence
 
     inf, nan = float("inf"), float("nan")
@@ -116,8 +113,8 @@ def test_kernel_on_extremes() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_head_sums_products_in_float32(dtype: torch.dtype) -> None:
-    """16-bit products on the matrix units, as exact as float32 arithmetic; not rounded to 16 bits at the end."""
+def test_head_accumulates_in_float32(dtype: torch.dtype) -> None:
+    """16-bit products on the matrix units are as exact as float32 arithmetic; the result is not rounded to 16 bits."""
     from lmeval_ext.divergence.head import OutputHead
 
     torch.manual_seed(0)
@@ -128,8 +125,8 @@ def test_head_sums_products_in_float32(dtype: torch.dtype) -> None:
     assert (found.double() - exact).abs().max() < 1e-3 < exact.to(torch.bfloat16).double().sub(exact).abs().max()
 
 
-def test_uploads_run_beside_what_is_queued() -> None:
-    """They do not wait for it; it waits for them; and no memory is used again before it is done with it."""
+def test_uploads_run_beside_queued_work() -> None:
+    """Uploads do not wait for queued work, which waits for them; no memory is reused before that work has finished."""
     from lmeval_ext.divergence.head import OutputHead
     from lmeval_ext.divergence.observer import Upload
 
@@ -154,8 +151,8 @@ def test_uploads_run_beside_what_is_queued() -> None:
 # ------------------------------------------------------------------ the engines
 
 
-def test_vllms_reference_is_what_transformers_computes_in_float32(reference: Callable[[str], str]) -> None:
-    """An implementation of its own: Transformers in float32 beside hidden states × output matrix of the store."""
+def test_vllm_reference_agrees_with_transformers_in_float32(reference: Callable[[str], str]) -> None:
+    """An independent implementation: Transformers in float32 against hidden states × output matrix of the store."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from lmeval_ext.divergence.store import ReferenceStore
@@ -177,15 +174,15 @@ def test_vllms_reference_is_what_transformers_computes_in_float32(reference: Cal
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_an_engine_against_its_own_reference(engine: str, reference: Callable[[str], str]) -> None:
-    """What is left is the rounding of its logits; the perplexity is the same to the last bit with or without."""
+def test_divergence_from_an_engines_own_reference_is_rounding(engine: str, reference: Callable[[str], str]) -> None:
+    """Only the rounding of logits is left; the perplexity is the same to the last bit with and without a reference."""
     plain, found = result(engine), result(engine, reference=reference(engine))
     assert found["token_perplexity"] == plain["token_perplexity"]
     assert plain["divergence"] is None
-    said = found["divergence"]
-    assert said["tokens"] == 3 * 2047
+    record = found["divergence"]
+    assert record["tokens"] == 3 * 2047
     assert -1e-6 < found["kld"] < 2e-3
-    assert found["kld"] == pytest.approx(said["rounding"]["kld"], abs=2e-3)
+    assert found["kld"] == pytest.approx(record["rounding"]["kld"], abs=2e-3)
     assert found["top1_agreement"] > 0.95
     assert found["ppl_ratio"] == pytest.approx(1, abs=3e-3)
 
@@ -198,7 +195,7 @@ def test_engines_agree_on_the_unquantized_model(engine: str, reference: Callable
     assert found["top1_agreement"] > 0.95
 
 
-def test_exl3_decoded_in_transformers_and_in_its_engine(reference: Callable[[str], str]) -> None:
+def test_exl3_in_its_engine_and_decoded_in_transformers_agree(reference: Callable[[str], str]) -> None:
     """Two implementations of one checkpoint, against one reference."""
     name = f"{WIDE}-exl3-4.0bpw"
     engine = result("exllamav3", name, reference=reference("vllm"))
@@ -209,7 +206,7 @@ def test_exl3_decoded_in_transformers_and_in_its_engine(reference: Callable[[str
     assert 0.01 < engine["kld"] < 0.2
 
 
-def test_chunks_change_nothing_but_rounding(reference: Callable[[str], str]) -> None:
+def test_reference_chunk_changes_only_rounding(reference: Callable[[str], str]) -> None:
     store = reference("vllm")
     usual = result("exllamav3", reference=store)
     small = result("exllamav3", reference=store, reference_chunk=7)

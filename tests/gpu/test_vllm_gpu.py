@@ -1,4 +1,4 @@
-"""vLLM on a GPU: needs one, so it is deselected elsewhere. Run by hand: pytest -m gpu tests/gpu/test_vllm_gpu.py
+"""vLLM on a GPU; deselected elsewhere. Run by hand: pytest -m gpu tests/gpu/test_vllm_gpu.py
 
 SMOLLM2_DIR names a folder with SmolLM2-135M-NVFP4A16, SmolLM2-135M-NVFP4 (demo/quantize_ct.py) and
 SmolLM2-135M-NVFP4-modelopt (demo/to_modelopt.py); WIKITEXT2_DIR the data set's test split.
@@ -16,11 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-pytestmark = pytest.mark.gpu
-
-# Given rather than profiled: these tests may share the GPU
+# Set rather than profiled: these tests may share the GPU
 KV_POOL = {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 4 << 30}
-# Hopper: Marlin, weight-only. Blackwell's native kernels would be other names, and quantize activations.
+# Hopper: Marlin, weight-only. Blackwell's native kernels have other names and quantize activations.
 MARLIN, EMULATION = "MarlinNvFp4LinearKernel", "EmulationNvFp4LinearKernel"
 
 
@@ -36,7 +34,7 @@ def folder(name: str) -> str:
 
 
 def perplexity(name: str, **arguments: Any) -> tuple[float, dict[str, Any]]:
-    """Over two windows, and `config.quantization`."""
+    """Returns the perplexity over two windows, and `config.quantization`."""
     from tests.conftest import evaluate
 
     text = {"text_path": str(Path(os.environ["WIKITEXT2_DIR"]) / "wiki.test.raw")}
@@ -45,7 +43,7 @@ def perplexity(name: str, **arguments: Any) -> tuple[float, dict[str, Any]]:
     return found["results"]["wiki2_strided"]["token_perplexity,none"], found["config"]["quantization"]
 
 
-def test_weight_only_kernel_is_reported_with_what_it_leaves_out() -> None:
+def test_weight_only_kernel_is_reported_with_a_note() -> None:
     """Transformers gives 25.1708 for the weights alone."""
     for scheme in ("NVFP4A16", "NVFP4"):
         value, facts = perplexity(scheme)
@@ -59,14 +57,14 @@ def test_weight_only_kernel_is_reported_with_what_it_leaves_out() -> None:
 
 
 def test_emulation_quantizes_activations() -> None:
-    """Transformers in bfloat16 and float32 give 30.3 and 30.9 for a like checkpoint; W4A4 rounds by 1–3 %."""
+    """Transformers in bfloat16 and float32 give 30.3 and 30.9 for a similar checkpoint; W4A4 rounds by 1–3 %."""
     value, facts = perplexity("NVFP4", linear_backend="emulation")
     assert value == pytest.approx(30.6, rel=0.06)
     assert facts["kernel"] == EMULATION
     assert not any("weight-only" in note for note in facts["notes"])
 
 
-def test_modelopt_is_the_same_checkpoint_under_other_names() -> None:
+def test_modelopt_checkpoint_has_the_same_perplexity() -> None:
     ours, _ = perplexity("NVFP4")
     theirs, facts = perplexity("NVFP4-modelopt")
     assert theirs == pytest.approx(ours, rel=1e-3)
@@ -106,8 +104,8 @@ def texts(model: Any, n: int, length: int) -> list[list[int]]:
     return [ids[i * length : (i + 1) * length] for i in range(n)]
 
 
-def test_same_numbers_as_prompt_logprobs(model: Any) -> None:
-    """In the same steps both read the same 16-bit logits: what is left is rounding of float32 log-softmax."""
+def test_workers_scores_equal_prompt_logprobs(model: Any) -> None:
+    """In the same steps both read the same 16-bit logits; float32 log-softmax may round differently."""
     from lmeval_ext.models.vllm.client import ScoringPrompt
 
     assert model.describe().scoring == "engine"
@@ -119,7 +117,7 @@ def test_same_numbers_as_prompt_logprobs(model: Any) -> None:
     assert np.exp(-ours.mean()) == pytest.approx(np.exp(-theirs.mean()), rel=1e-5)
 
 
-def test_batch_size_and_order_do_not_matter(model: Any) -> None:
+def test_batch_size_and_order_of_windows_do_not_change_scores(model: Any) -> None:
     from lmeval_ext.requests import window_request
 
     windows = [window_request("w", ids, 1, {}, (None, None, None)) for ids in texts(model, 8, 2048)]
@@ -130,24 +128,24 @@ def test_batch_size_and_order_do_not_matter(model: Any) -> None:
     assert [s.logprobs for s in one] == [s.logprobs for s in auto]
 
 
-def test_a_window_in_other_company_is_the_same_but_for_rounding(model: Any) -> None:
-    """Kernels choose shapes by a step's tokens: 16-bit results then differ in the last bit, logits by 0.1."""
+def test_batch_composition_changes_a_window_only_by_rounding(model: Any) -> None:
+    """Kernels choose shapes by a step's number of tokens: 16-bit results differ in the last bit, logits by 0.1."""
     from lmeval_ext.models.vllm.client import ScoringPrompt
 
     prompts = [ScoringPrompt(ids, 1) for ids in texts(model, 8, 2048)]
     together = np.concatenate([s.logprobs for s in model.score_prompts(prompts)]).astype(float)
     alone = np.concatenate([model.score_prompts([p])[0].logprobs for p in prompts]).astype(float)
     print(f"perplexity together {np.exp(-together.mean()):.6f}, alone {np.exp(-alone.mean()):.6f}")
-    print(f"a token: rms {np.std(together - alone):.3f}, max {np.abs(together - alone).max():.3f}")
+    print(f"per token: rms {np.std(together - alone):.3f}, max {np.abs(together - alone).max():.3f}")
     assert np.exp(-together.mean()) == pytest.approx(np.exp(-alone.mean()), rel=2e-3)
 
 
-def test_choices_share_a_cached_context(model: Any) -> None:
+def test_choices_that_share_a_cached_context_have_the_same_scores(model: Any) -> None:
     from lmeval_ext.models.vllm.client import ScoringPrompt
 
     prompts = []
     for i, ids in enumerate(texts(model, 6, 400)):
-        context = ids[: 16 * (10 + i)]  # on a block's border: the worst case
+        context = ids[: 16 * (10 + i)]  # ends at a block's border: the worst case
         prompts += [ScoringPrompt(context + ids[350 : 350 + n], len(context)) for n in (1, 4, 9, 30)]
     shared = [float(s.logprobs.sum()) for s in model.score_prompts(prompts, reuse_prefixes=True)]
     fresh = [float(s.logprobs.sum()) for s in model.score_prompts(prompts)]
@@ -156,8 +154,8 @@ def test_choices_share_a_cached_context(model: Any) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("vocabulary", [384, 49152, 128256])
-def test_fused_log_softmax(dtype: str, vocabulary: int) -> None:
-    """The Triton kernel against float64."""
+def test_fused_log_softmax_equals_float64(dtype: str, vocabulary: int) -> None:
+    """The Triton kernel agrees with float64; ties count for the first token; NaN stays NaN."""
     from lmeval_ext.models.target_logprobs import _fused, target_logprobs
 
     assert _fused() is not None
@@ -165,8 +163,8 @@ def test_fused_log_softmax(dtype: str, vocabulary: int) -> None:
     logits = (torch.randn(300, vocabulary + 64, device="cuda") * 6).to(getattr(torch, dtype))
     targets = torch.randint(vocabulary, (300,), device="cuda")
     logprobs, greedy = target_logprobs(logits, targets, vocabulary)
-    wanted = logits[:, :vocabulary].double().log_softmax(1).gather(1, targets[:, None])[:, 0]
-    np.testing.assert_allclose(logprobs.double().cpu(), wanted.cpu(), rtol=2e-6, atol=5e-6)
+    expected = logits[:, :vocabulary].double().log_softmax(1).gather(1, targets[:, None])[:, 0]
+    np.testing.assert_allclose(logprobs.double().cpu(), expected.cpu(), rtol=2e-6, atol=5e-6)
     top = logits[:, :vocabulary].max(1).values
     assert (greedy <= (logits.gather(1, targets[:, None])[:, 0] == top)).all()
     ties = torch.zeros(2, vocabulary, device="cuda", dtype=logits.dtype)

@@ -161,6 +161,7 @@ COUNTS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("case", COUNTS)
 def test_damaged_gguf_file_is_refused(
     gguf: bytes, tmp_path: Path, case: str, capfd: pytest.CaptureFixture[str]
@@ -174,6 +175,7 @@ def test_damaged_gguf_file_is_refused(
     assert str(path) in message
 
 
+@pytest.mark.engine
 def test_undamaged_gguf_file_loads(gguf: bytes, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(gguf)
@@ -184,6 +186,7 @@ def test_undamaged_gguf_file_loads(gguf: bytes, tmp_path: Path) -> None:
 # ------------------------------------------------------------------ the command
 
 
+@pytest.mark.slow
 def test_command_fails_with_one_line(checkpoint: Path, tmp_path: Path) -> None:
     weights = checkpoint / WEIGHTS
     weights.write_bytes(weights.read_bytes()[:-10])

@@ -142,6 +142,7 @@ def test_two_runs_in_one_folder_keep_both_results(tmp_path: Path, tracker: Any) 
     assert len(list((tmp_path / "output").rglob("samples_*.jsonl"))) == 2
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_leaves_no_partial_result_and_another_run_is_complete(
     tiny_llama: Path, tmp_path: Path
 ) -> None:

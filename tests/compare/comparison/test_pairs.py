@@ -56,7 +56,7 @@ def test_difference_of_two_perplexities_agrees_with_the_delta_method():
     assert paired.high - paired.value == pytest.approx(half, rel=0.04)
 
 
-@pytest.mark.parametrize("blocks", [5, 6, 10])
+@pytest.mark.parametrize("blocks", [5, *(pytest.param(n, marks=pytest.mark.slow) for n in (6, 10))])
 def test_interval_from_few_blocks_has_its_nominal_coverage(blocks):
     """1,500 samples of a true difference of 0.2: 95 % of the intervals contain it, unlike percentile intervals."""
     rng = np.random.default_rng(blocks)

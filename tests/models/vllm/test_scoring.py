@@ -280,6 +280,7 @@ def test_ranks_without_logits_take_nothing() -> None:
     assert scorer.take() is None
 
 
+@pytest.mark.engine
 def test_incomplete_prompts_are_told_from_complete_ones() -> None:
     from lmeval_ext.models.vllm.client import ScoringPrompt, assemble
 
@@ -331,6 +332,7 @@ def test_v2_runner_rows_and_targets() -> None:
     assert seen == ["add", "add", "remove"]
 
 
+@pytest.mark.engine
 def test_private_names_of_vllm_are_still_there() -> None:
     """`runners.py` relies on these; if one is gone, scoring falls back to prompt_logprobs, and this test names it."""
     from vllm.v1.worker import gpu_model_runner as v1
