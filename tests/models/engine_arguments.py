@@ -5,6 +5,7 @@ for an argument that is neither here nor in `Observed.neutral_arguments`, so a n
 decision on each new argument. In doubt an argument belongs here: it is then part of the identity.
 """
 
+
 def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 

@@ -33,7 +33,7 @@ _ENGINE_MODULES = ("adapter", "attention", "engine", "generation")  # that impor
 
 @contextlib.contextmanager
 def adapter_module(version: str, name: str) -> Iterator[Any]:
-    """A module of the folder `exllama/v2` or `v3`, imported anew; forgotten afterwards with all that import the engine."""
+    """Imports a module of `exllama/v2` or `v3` anew; forgets it afterwards, with all that import the engine."""
     package = f"lmeval_ext.models.exllama.{version}"
     modules = [f"{package}.{each}" for each in _ENGINE_MODULES]
     kept = {each: sys.modules.pop(each) for each in modules if each in sys.modules}

@@ -478,7 +478,10 @@ def test_an_old_gpu_is_refused(monkeypatch: Any) -> None:
     [
         (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "out of GPU memory while loading"),
         (RuntimeError("Insufficient VRAM in split for model and cache"), "out of GPU memory while loading"),
-        (AssertionError("Unknown architecture Gemma3ForCausalLM in config.json"), "exllamav3 does not know this architecture"),
+        (
+            AssertionError("Unknown architecture Gemma3ForCausalLM in config.json"),
+            "exllamav3 does not know this architecture",
+        ),
         (RuntimeError("CUDA error: no kernel image is available for execution"), "compiled for"),
         (AssertionError("mat1 and mat2"), "hidden_size=64 is not a multiple of 128"),
         (AssertionError("quantized cache must be from 2 to 8 bits"), "cache_bits is 2 to 8"),

@@ -92,7 +92,9 @@ def test_cases_that_pytorch_cannot_compute_stay_with_the_engine(attention: Any, 
         ("xformers", None, "xformers"),
     ],
 )
-def test_attention_is_replaced_and_what_attends_is_named(attention: Any, installed: str, config: Any, expected: str) -> None:
+def test_attention_is_replaced_and_what_attends_is_named(
+    attention: Any, installed: str, config: Any, expected: str
+) -> None:
     for name in installed.split():
         setattr(attention.v2_attention, f"has_{name}", True)
     assert attention.repair_attention(config) == expected
