@@ -60,7 +60,7 @@ class _Tiny(ExLlama):
     def __init__(self, path: str, new_tokens: int, batch_size: int, **arguments: Any) -> None:
         super().__init__(path, new_tokens, batch_size, **arguments)
         generator = self.model.generator()
-        generator._generator = _DynamicGenerator(generator)
+        generator.wrapped = _DynamicGenerator(generator)
 
     def job(self, ids: torch.Tensor, new: int, index: int) -> GenerationJob:
         return GenerationJob(index, ids[0].tolist(), new)

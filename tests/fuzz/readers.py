@@ -243,13 +243,13 @@ def _runs() -> list[Any]:
 def _read_samples(folder: Path) -> None:
     from compare.comparison.build import build_comparisons
     from compare.comparison.comparison import Options
-    from compare.comparison.pairs import check_formed, measure
+    from compare.comparison.pairs import check_formed, measure_pairs
     from compare.errors import CompareError
     from compare.results.reading import read_results
     from compare.table.formats import render_csv, render_json, render_markdown
 
     for comparison in build_comparisons(read_results([folder]).records, Options(metrics=("kld", "token_perplexity"))):
-        comparison.pairs = measure(comparison.points, comparison.metric, "a")
+        comparison.pairs = measure_pairs(comparison.points, comparison.metric, "a")
         for pair in comparison.pairs.pairs.values():
             if pair.reason:
                 check_message(pair.reason, "")

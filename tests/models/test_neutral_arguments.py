@@ -60,6 +60,7 @@ def llamacpp() -> tuple[type, set[str], frozenset[str]]:
     return LlamaCpp, parameters(importlib.import_module("llama_cpp").Llama.__init__), LLAMA_CPP
 
 
+@pytest.mark.engine  # signatures come from the engines' own modules
 @pytest.mark.parametrize("engine", [hf, vllm, llamacpp], ids=lambda f: f.__name__)
 def test_each_argument_is_in_one_list(engine: Callable[[], tuple[Any, set[str], frozenset[str]]]) -> None:
     try:
