@@ -165,7 +165,7 @@ def test_unreachable_engine_is_refused(model: Any, folder: Path, reference: Path
     engine, model._engine, model._why_not_engine = model._engine, None, "a reason"
     model.reference_arguments = ReferenceArguments(reference=str(reference))
     try:
-        with pytest.raises(UserError, match=r"which this run does not reach \(a reason\); drop reference="):
+        with pytest.raises(UserError, match=r"which are out of reach in this run \(a reason\); drop reference="):
             scored(model, folder, settings=LONG)
     finally:
         model._engine, model._why_not_engine = engine, None

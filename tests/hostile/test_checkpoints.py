@@ -148,7 +148,7 @@ COUNTS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "many keys": (lambda raw: overwrite(raw, 16, 2**62), "metadata keys"),
     "a key more": (lambda raw: overwrite(raw, 16, raw[16] + 1), "could not load"),
     "many words": (lambda raw: overwrite(raw, after(raw, b"tokenizer.ggml.tokens", 8), 2**50), "strings in an array"),
-    "no layers": (lambda raw: overwrite(raw, after(raw, b"llama.block_count", 4), 0, "<I"), "announces 0 layers"),
+    "no layers": (lambda raw: overwrite(raw, after(raw, b"llama.block_count", 4), 0, "<I"), "declares 0 layers"),
     "many layers": (lambda raw: overwrite(raw, after(raw, b"llama.block_count", 4), 2**31, "<I"), "2147483648 layers"),
     "five dimensions": (lambda raw: overwrite(raw, after(raw, TENSOR, 0), 5, "<I"), "5 dimensions"),
     "huge size": (lambda raw: overwrite(raw, after(raw, TENSOR, 4), 2**40), "could not load"),

