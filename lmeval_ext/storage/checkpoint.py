@@ -76,7 +76,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise StorageError(f"{path} holds no tensors. Give the folder of a complete checkpoint.")
     config: dict[str, Any] = {}
     if (folder / "config.json").exists():
-        config = read_object(path_inside(folder, "config.json"))
+        config = read_object(path_inside(folder, "config.json"), constants=True)
     else:
         notes.append("no config.json: draft layers, tied embeddings and the scheme are judged by the tensors alone")
     return Checkpoint(tensors, config, _quantization(folder, config), notes)
@@ -87,7 +87,7 @@ def read_config(folder: Path) -> Checkpoint:
 
     Raises StorageError if config.json is missing or cannot be read.
     """
-    config = read_object(path_inside(folder, "config.json"))
+    config = read_object(path_inside(folder, "config.json"), constants=True)
     return Checkpoint({}, config, _quantization(folder, config))
 
 
@@ -103,7 +103,7 @@ def _quantization(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         return {"quant_method": "qtip" if "td_x" in str(config["quip_params"]) else "quip"}
     for name in ("hf_quant_config.json", "quantization_config.json", "quantize_config.json", "quant_config.json"):
         if quantization is None and (folder / name).exists():
-            quantization = read_object(path_inside(folder, name))
+            quantization = read_object(path_inside(folder, name), constants=True)
             method = {"quantize_config.json": "gptq", "quant_config.json": "awq"}.get(name)
             quantization.setdefault("quant_method", method)
     if quantization is not None and not isinstance(quantization, dict):
