@@ -8,19 +8,27 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
+from lmeval_ext.storage.decoder import Facts
 from lmeval_ext.storage.info import DOWNLOAD_AGAIN, StorageError, parts_missing
 from lmeval_ext.storage.json_file import read_object
+from lmeval_ext.storage.roles import of_another_modality
 from lmeval_ext.storage.safetensors_header import read_header
-from lmeval_ext.storage.tensors import StoredTensor
+from lmeval_ext.storage.tensors import Header, TensorTable
 
 INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"^(.*)-(\d{5,})-of-(\d{5,})\.safetensors$")
 # The files that ExLlamaV2's converter writes (0.3.2, conversion/compile.py). The converter also copies every other file
 # of the original, including its index, which names files that the converted folder does not have.
 EXL2_FILE = re.compile(r"^output(-\d{5,}-of-\d{5,})?\.safetensors$")
+# Keys by which a config says that the token embedding is the output matrix (Mamba, OLMo and Molmo have their own).
+TIE_KEYS = ("tie_word_embeddings", "tie_embeddings", "weight_tying")
+GENERATING = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
+# Architectures that take images or sound, unless an encoder of text stands before their decoder.
+MULTIMODAL = ("ForConditionalGeneration", "ForVision2Seq", "ForImageTextToText", "ForMultimodalLM")
 # Keys under which a composite config of transformers keeps the language model's config.
 TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
 
@@ -32,7 +40,7 @@ class Checkpoint:
     tensors: by name. config: config.json, {} without one. quantization: the quantization config, {} without one.
     """
 
-    tensors: dict[str, StoredTensor]
+    tensors: TensorTable
     config: dict[str, Any] = field(default_factory=dict)
     quantization: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -54,14 +62,37 @@ class Checkpoint:
     @property
     def tied(self) -> bool | None:
         """Return whether the token embedding is the output matrix where none is stored; None if unknown."""
-        values = [config.get("tie_word_embeddings") for config in (self.config, self.text_config)]
+        values = [config.get(key) for config in (self.config, self.text_config) for key in TIE_KEYS]
         flags = [value for value in values if isinstance(value, bool)]
         if flags:
             return any(flags)
-        names = self.config.get("architectures")
-        heads = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
         # A generating model needs an output matrix, so a config.json without the flag means the default, "tied".
-        return True if isinstance(names, list) and any(str(name).endswith(heads) for name in names) else None
+        return True if any(name.endswith(GENERATING) for name in self._architectures) else None
+
+    @property
+    def facts(self) -> Facts:
+        """Return what the config says of the decoder."""
+        encoder = any(config.get("is_encoder_decoder") is True for config in (self.config, self.text_config))
+        other = any(value and of_another_modality([key]) for key, value in self.config.items())
+        composite = any(name.endswith(MULTIMODAL) for name in self._architectures)
+        return Facts(
+            layers=self.layers,
+            vocabulary=_count(self.text_config, self.config, "vocab_size"),
+            hidden=_count(self.text_config, self.config, "hidden_size"),
+            multimodal=other or (composite and not encoder),
+            encoder_decoder=encoder,
+            transforms=bool(self.quantization.get("transform_config")),
+        )
+
+    @property
+    def _architectures(self) -> list[str]:
+        names = self.config.get("architectures")
+        return list(map(str, names)) if isinstance(names, list) else []
+
+
+def _count(text: dict[str, Any], config: dict[str, Any], key: str) -> int | None:
+    value = text.get(key, config.get(key))
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -71,7 +102,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     folder = path if path.is_dir() else path.parent
     notes: list[str] = []
-    tensors = _tensors(folder, _only_file(path, folder, notes), notes)
+    tensors = TensorTable(_headers(folder, _only_file(path, folder, notes), notes))
     if not tensors:
         raise StorageError(f"{path} holds no tensors. Give the folder of a complete checkpoint.")
     config: dict[str, Any] = {}
@@ -88,7 +119,7 @@ def read_config(folder: Path) -> Checkpoint:
     Raises StorageError if config.json is missing or cannot be read.
     """
     config = read_object(path_inside(folder, "config.json"), constants=True)
-    return Checkpoint({}, config, _quantization(folder, config))
+    return Checkpoint(TensorTable([]), config, _quantization(folder, config))
 
 
 def _quantization(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
@@ -170,7 +201,7 @@ def _only_file(path: Path, folder: Path, notes: list[str]) -> Path | None:
     return path
 
 
-def _tensors(folder: Path, only: Path | None, notes: list[str]) -> dict[str, StoredTensor]:
+def _headers(folder: Path, only: Path | None, notes: list[str]) -> list[Header]:
     """Read the headers of the checkpoint's files; only: the one file to read."""
     if only is not None:
         return _merge([only])
@@ -225,28 +256,42 @@ def _present(folder: Path, names: list[str]) -> list[Path]:
     return paths
 
 
-def _indexed(folder: Path, notes: list[str]) -> dict[str, StoredTensor]:
+def _indexed(folder: Path, notes: list[str]) -> list[Header]:
     """Read the shards that the index names; each tensor comes from the shard that the index gives for it."""
     index, files = folder / INDEX, _index_files(folder)
     names = sorted(set(files.values()))
     if others := [name for name in names if not name.endswith(".safetensors")]:
         path_inside(folder, others[0])
         raise StorageError(f"{index} names {others[0][:200]!r}, which is not a safetensors file. {DOWNLOAD_AGAIN}")
-    tensors: dict[str, StoredTensor] = {}
+    headers = []
     unlisted = 0
     for path in _present(folder, names):
-        for tensor in read_header(path):
-            unlisted += tensor.name not in files
-            if files.get(tensor.name, path.name) == path.name:
-                _add(tensor, tensors)
-    if absent := [name for name in files if name not in tensors]:
-        raise StorageError(
-            f"{folder / files[absent[0]]} lacks {absent[0][:200]!r}, which it holds by {INDEX} "
-            f"({len(absent)} tensors in all). The files have different versions: download the checkpoint again."
-        )
+        header = read_header(path)
+        shards = list(map(files.get, header.names))
+        if shards.count(path.name) != len(shards):
+            unlisted += shards.count(None)
+            header = _selected(header, [shard in (None, path.name) for shard in shards])
+        headers.append(header)
+    if unlisted or sum(map(len, headers)) != len(files):
+        stored = _check_unique(headers)
+        if absent := [name for name in files if name not in stored]:
+            raise StorageError(
+                f"{folder / files[absent[0]]} lacks {absent[0][:200]!r}, which it holds by {INDEX} "
+                f"({len(absent)} tensors in all). The files have different versions: download the checkpoint again."
+            )
     if unlisted:
         notes.append(f"{unlisted} tensors stand in the shards but not in {INDEX}; they are counted")
-    return tensors
+    return headers
+
+
+def _selected(header: Header, chosen: list[bool]) -> Header:
+    """Return the chosen tensors of a file."""
+    names, forms, offsets = (
+        list(compress(header.names, chosen)),
+        list(compress(header.forms, chosen)),
+        list(compress(header.offsets, chosen)),
+    )
+    return Header(header.path, names, forms, offsets)
 
 
 def _index_files(folder: Path) -> dict[str, str]:
@@ -258,16 +303,19 @@ def _index_files(folder: Path) -> dict[str, str]:
     return files
 
 
-def _merge(paths: list[Path]) -> dict[str, StoredTensor]:
-    tensors: dict[str, StoredTensor] = {}
-    for path in paths:
-        for tensor in read_header(path):
-            _add(tensor, tensors)
-    return tensors
+def _merge(paths: list[Path]) -> list[Header]:
+    headers = [read_header(path) for path in paths]
+    if len(headers) > 1:
+        _check_unique(headers)
+    return headers
 
 
-def _add(tensor: StoredTensor, tensors: dict[str, StoredTensor]) -> None:
-    """Add a tensor by its name. Raises StorageError if another shard has already given one of this name."""
-    if tensor.name in tensors:
-        raise StorageError(f"{tensor.path}: tensor {tensor.name[:200]!r} is also in another shard. {DOWNLOAD_AGAIN}")
-    tensors[tensor.name] = tensor
+def _check_unique(headers: list[Header]) -> set[str]:
+    """Return the names of all tensors. Raises StorageError if two shards give a tensor of the same name."""
+    names: set[str] = set()
+    for header in headers:
+        if not names.isdisjoint(header.names):
+            name = next(name for name in header.names if name in names)
+            raise StorageError(f"{header.path}: tensor {name[:200]!r} is also in another shard. {DOWNLOAD_AGAIN}")
+        names.update(header.names)
+    return names

@@ -69,7 +69,7 @@ def _measure_gguf(path: Path) -> StorageInfo:
 
 def _measure_safetensors(checkpoint: Checkpoint) -> StorageInfo:
     """Group the tensors, name scheme and family, sum up. A method without a row in `SCHEMES` gives no figures."""
-    weights = group_tensors(checkpoint.tensors, checkpoint.layers)
+    weights = group_tensors(checkpoint.tensors, checkpoint.facts)
     packing = main_packing(weights, DENSE)
     notes, config = list(checkpoint.notes), checkpoint.quantization
     method = method_of(config)

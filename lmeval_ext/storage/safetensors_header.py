@@ -4,19 +4,24 @@ Layout and rules: https://github.com/huggingface/safetensors, README "Format" an
 The header is parsed here because the library maps the whole file, does not show offsets, silently keeps the last of
 two equal keys and does not name the file in its errors. The tests check that both accept the same files.
 
+A header that is written exactly as the library writes it is cut at its separators, in a fifth of the time of a JSON
+parser (`_compact`). Any other header goes through the parser and a check of every field (`_parsed`), which words the
+errors. Both give the same columns.
+
 `DTYPE_BITS` has one row per dtype: its name in the header and its bits per element. To add a dtype, add its row, and
 name it in FLOATS or FLOAT8 if a dense weight may be stored in it.
 """
 
 from __future__ import annotations
 
+import re
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from lmeval_ext.storage.info import DOWNLOAD_AGAIN, StorageError, unreadable
 from lmeval_ext.storage.json_file import MAX_BYTES, parse_object
-from lmeval_ext.storage.tensors import StoredTensor
+from lmeval_ext.storage.tensors import Form, Header, StoredTensor
 
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
@@ -28,9 +33,15 @@ DTYPE_BITS = {
 FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
 FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
 MAX_DIMENSIONS = 16
+# The library's own form of a header: metadata of plain texts first, then one entry per tensor, without spaces.
+_NOT_COMPACT = bytes(range(32)) + b"\\\x7f"  # no control characters and no escapes
+_START = re.compile(r'\{(?:"__metadata__":(\{[^{}]*\}),)?"')
+_NUMBER = "(?:0|[1-9][0-9]{0,17})"
+_FORM = re.compile(rf'"dtype":"(\w+)","shape":\[((?:{_NUMBER}(?:,{_NUMBER}){{0,{MAX_DIMENSIONS - 1}}})?)\]')
+_QUOTES_PER_TENSOR = 10
 
 
-def read_header(path: Path) -> list[StoredTensor]:
+def read_header(path: Path) -> Header:
     """Return the tensors of a safetensors file, in the order of their data.
 
     Raises StorageError if the header is truncated or malformed, if the bytes of a tensor are not dtype x shape, or if
@@ -51,17 +62,77 @@ def read_header(path: Path) -> list[StoredTensor]:
     return header_tensors(path, raw, size)[0]
 
 
-def header_tensors(path: Path, raw: bytes, size: int) -> tuple[list[StoredTensor], dict[str, Any]]:
+def header_tensors(path: Path, raw: bytes, size: int) -> tuple[Header, dict[str, Any]]:
     """Parse the header `raw` of a file of `size` bytes.
 
     Returns the tensors, in the order of their data, and the metadata. Raises StorageError as `read_header` does.
     """
+    return _compact(path, raw, size) or _parsed(path, raw, size)
+
+
+def _compact(path: Path, raw: bytes, size: int) -> tuple[Header, dict[str, Any]] | None:
+    """Parse a header that is written as the library writes it; None for any other, and for any that has an error."""
+    if not raw.isascii() or len(raw.translate(None, _NOT_COMPACT)) != len(raw):
+        return None
+    text = raw.decode("ascii").rstrip(" ")
+    start = _START.match(text)
+    if not start or not text.endswith("]}}"):
+        return None
+    entries = text[start.end() : -2].split('},"')
+    names, forms, offsets = [], [], []
+    known: dict[str, Form] = {}
+    data = 8 + len(raw)
+    position = 0
+    try:
+        for entry in entries:
+            name_end, form_end = entry.index('":{'), entry.rindex(',"data_offsets":[')
+            described = entry[name_end + 3 : form_end]
+            form = known.get(described)
+            if form is None:
+                form = known[described] = _form(described)
+            end = position + form.nbytes
+            if entry[form_end:] != f',"data_offsets":[{position},{end}]':
+                return None
+            names.append(entry[:name_end])
+            forms.append(form)
+            offsets.append(data + position)
+            position = end
+    except ValueError:  # a separator is missing, or a form is not known
+        return None
+    # A quotation mark in a name, or a field between the known ones, changes the number of quotation marks.
+    quotes = text.count('"', start.end() - 1)
+    if quotes != _QUOTES_PER_TENSOR * len(entries) or len(set(names)) != len(names) or data + position != size:
+        return None
+    metadata = parse_object(start[1].encode(), f"the metadata of {path}", DOWNLOAD_AGAIN) if start[1] else {}
+    return None if "__metadata__" in names else (Header(path, names, forms, offsets), metadata)
+
+
+def _form(described: str) -> Form:
+    """Return the form that the text `"dtype":…,"shape":…` describes. Raises ValueError if it is not exactly that."""
+    match = _FORM.fullmatch(described)
+    if not match or match[1] not in DTYPE_BITS:
+        raise ValueError(described)
+    shape = tuple(map(int, match[2].split(","))) if match[2] else ()
+    size, rest = divmod(prod(shape) * DTYPE_BITS[match[1]], 8)
+    if rest:
+        raise ValueError(described)
+    return Form(match[1], shape, size)
+
+
+def _parsed(path: Path, raw: bytes, size: int) -> tuple[Header, dict[str, Any]]:
+    """Parse any header, with a check of every field. Raises StorageError as `read_header` does."""
     header = parse_object(raw, f"the header of {path}", DOWNLOAD_AGAIN)
     metadata = header.pop("__metadata__", None)
     tensors = [_tensor(path, 8 + len(raw), name, entry) for name, entry in header.items()]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
     _check_cover(path, tensors, 8 + len(raw), size)
-    return tensors, metadata if isinstance(metadata, dict) else {}
+    columns = Header(
+        path,
+        [tensor.name for tensor in tensors],
+        [Form(tensor.dtype, tensor.shape, tensor.nbytes) for tensor in tensors],
+        [tensor.offset for tensor in tensors],
+    )
+    return columns, metadata if isinstance(metadata, dict) else {}
 
 
 def _is_count(value: Any) -> bool:
