@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from lmeval_ext.storage.pieces import Piece
 from lmeval_ext.storage.roles import (
@@ -70,17 +71,27 @@ class Decoder:
     shared: bool
     modules: frozenset[str]
 
-    def weights(self, pieces: Iterable[Piece]) -> list[Weight]:
+    def weights(self, pieces: Sequence[Piece]) -> list[Weight]:
         """Return the pieces as weights with roles, draft layers apart from the others."""
         weights = []
+        drafts = self._draft_layers(pieces)
         for piece in pieces:
             role = self.role(piece)
             elements = 0 if role == "layer" and self._is_transform(piece) else piece.elements
-            drafts = [number for number in piece.numbers if self._is_draft(piece, number)]
-            rest = [number for number in piece.numbers if number not in drafts] if drafts else piece.numbers
-            weights += [_weight(piece, "draft", drafts, elements)] if drafts else []
-            weights += [_weight(piece, role, rest, elements)] if rest else []
+            if piece.stack != self.stack or drafts.isdisjoint(piece.numbers):
+                weights.append(_weight(piece, role, piece.numbers, elements))
+                continue
+            weights.append(_weight(piece, "draft", [number for number in piece.numbers if number in drafts], elements))
+            if rest := [number for number in piece.numbers if number not in drafts]:
+                weights.append(_weight(piece, role, rest, elements))
         return weights
+
+    def _draft_layers(self, pieces: Iterable[Piece]) -> set[str]:
+        """Return the numbers of the decoder's layers that follow its last one."""
+        if self.stack is None or self.facts.layers is None:
+            return set()
+        numbers = set(chain.from_iterable(piece.numbers for piece in pieces if piece.stack == self.stack))
+        return {number for number in numbers if len(number) > 9 or int(number) >= self.facts.layers}
 
     def role(self, piece: Piece) -> Role:
         """Return the role of a weight; for one of the layers, as long as it is not a draft layer."""
@@ -109,11 +120,6 @@ class Decoder:
         if is_embedding(path[-1]) or (piece.stack and is_embedding(piece.stack.split(".")[-1])):
             return "embedding"
         return "unknown"
-
-    def _is_draft(self, piece: Piece, number: str) -> bool:
-        if self.facts.layers is None or piece.stack is None or piece.stack != self.stack:
-            return False
-        return len(number) > 9 or int(number) >= self.facts.layers
 
     def _is_dense_gate(self, piece: Piece) -> bool:
         """Return whether a matrix called `gate` is too large for a router: a router has one row per expert."""

@@ -19,7 +19,7 @@ from lmeval_ext.storage.packings import PACKINGS, Packing
 from lmeval_ext.storage.pieces import Piece
 from lmeval_ext.storage.roles import BUFFERS, CACHE_SCALE, is_routing
 from lmeval_ext.storage.safetensors_header import DTYPE_BITS, FLOAT8, FLOATS
-from lmeval_ext.storage.tensors import Form, StoredTensor, TensorTable, Weight
+from lmeval_ext.storage.tensors import Form, StoredTensor, TensorTable, Weight, joined
 
 # Last parts of tensor names in packings that have no row: one row per name, and such a tensor makes the figure unknown.
 _UNSUPPORTED_SUFFIXES = frozenset({
@@ -29,7 +29,6 @@ _UNSUPPORTED_SUFFIXES = frozenset({
 })  # fmt: skip
 # A matrix with such a name scales another tensor. If no row has used it, the packing is unknown.
 _SIDE_TENSOR = re.compile(r"(scales?|scale_inv|scale_2|zeros|zero_point|absmax|centroids\.weight)$")
-_NUMBERED = re.compile(r"(?:(.*?)\.)?([0-9]+)(\..+)", re.DOTALL)
 
 _ROWS: dict[str, list[Packing]] = {}
 for _row in PACKINGS:
@@ -42,18 +41,18 @@ _SUFFIXES = {
 _ENDINGS = [payload for payload in _ROWS if not payload.startswith(".")]  # the last component does not give these
 
 
-class _Run:
+class _Group:
     """Tensors of one name but for the layer's number, and of one form. first: one of them; numbers: their layers."""
 
     __slots__ = ("first", "numbers")
 
-    def __init__(self, first: StoredTensor) -> None:
+    def __init__(self, first: StoredTensor, numbers: list[str]) -> None:
         self.first = first
-        self.numbers: list[str] = []
+        self.numbers = numbers
 
 
-_Runs = dict[Form, _Run]
-_Names = dict[str, _Runs]  # by the name below the layer's number (".mlp.up_proj.weight"), or by the full name
+_Forms = dict[Form, _Group]
+_Names = dict[str, _Forms]  # by the name below the layer's number (".mlp.up_proj.weight"), or by the full name
 
 
 def group_tensors(tensors: TensorTable, facts: Facts) -> list[Weight]:
@@ -71,40 +70,17 @@ def group_tensors(tensors: TensorTable, facts: Facts) -> list[Weight]:
 
 
 def _collect(tensors: TensorTable) -> dict[str | None, _Names]:
-    """Collect the tensors by stack of layers ("model.layers"; None outside any), name below the layer, and form."""
+    """Collect the tensors of all files by stack of layers, name below the layer, and form."""
     stacks: dict[str | None, _Names] = {}
-    digits: set[str] = set()  # numbers that are known to be numbers
-    roots: dict[str, str | None] = {}  # stacks by their name without ".layers"; None if that has a number itself
     for header in tensors.headers:
-        for index, name in enumerate(header.names):
-            root, _, rest = name.partition(".layers.")
-            number = rest.partition(".")[0]
-            stack = roots.get(root)
-            if stack is None or number not in digits:
-                stack, number, rest = _cut(name)
-                if stack is not None and stack.endswith(".layers"):
-                    roots[stack.removesuffix(".layers")] = stack
-                    digits.add(number)
+        for run in header.runs:
+            forms = stacks.setdefault(run.stack, {}).setdefault(run.rest, {})
+            group = forms.get(run.form)
+            if group is None:
+                forms[run.form] = _Group(header[run.index], run.numbers.copy())
             else:
-                rest = rest[len(number) :]
-            names = stacks.get(stack)
-            if names is None:
-                names = stacks[stack] = {}
-            form = header.forms[index]
-            runs = names.get(rest)
-            if runs is None:
-                runs = names[rest] = {}
-            run = runs.get(form)
-            if run is None:
-                run = runs[form] = _Run(header[index])
-            run.numbers.append(number)
+                group.numbers += run.numbers
     return stacks
-
-
-def _cut(name: str) -> tuple[str | None, str, str]:
-    """Cut a name at its first number: ("model.layers", "3", ".mlp.up_proj.weight"), or (None, "", name)."""
-    match = _NUMBERED.fullmatch(name)
-    return (match[1] or "", match[2], match[3]) if match else (None, "", name)
 
 
 def _packed_pieces(stack: str | None, names: _Names, tensors: TensorTable) -> Iterator[Piece]:
@@ -137,7 +113,7 @@ def _payloads(name: str) -> Iterator[str]:
 
 
 def _alike(
-    stack: str | None, base: str, payload: str, parts: dict[str, _Runs], tensors: TensorTable
+    stack: str | None, base: str, payload: str, parts: dict[str, _Forms], tensors: TensorTable
 ) -> list[tuple[Parts, list[str]]]:
     """Return the layers whose tensors of a base name have the same suffixes and forms, with the tensors of one."""
     runs = {suffix: next(iter(forms.values())) for suffix, forms in parts.items()}
@@ -154,13 +130,9 @@ def _alike(
         if payload in signature:
             groups.setdefault(tuple(signature.items()), []).append(number)
     return [
-        ({suffix: tensors[_full_name(stack, numbers[0], base + suffix)] for suffix, _ in signature}, numbers)
+        ({suffix: tensors[joined(stack, numbers[0], base + suffix)] for suffix, _ in signature}, numbers)
         for signature, numbers in groups.items()
     ]
-
-
-def _full_name(stack: str | None, number: str, rest: str) -> str:
-    return rest if stack is None else f"{stack}.{number}{rest}" if stack else number + rest
 
 
 def _take(names: _Names, name: str, tensor: StoredTensor, numbers: list[str]) -> None:
@@ -200,7 +172,7 @@ def _packed(row: Packing, stack: str | None, base: str, parts: Parts, numbers: l
     try:
         shape = row.shape(parts)
     except (Unclear, ValueError, OSError) as error:
-        name = _full_name(stack, numbers[0], base)
+        name = joined(stack, numbers[0], base)
         problem = f"{name[:200]!r} looks like {row.family}, but {error}"
         return Piece(stack, module, numbers, bits, None, None, row.name, True, problem)
     dtype = parts[row.payload].dtype if row.name == "unpacked" else row.name

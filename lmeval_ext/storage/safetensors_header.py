@@ -21,7 +21,7 @@ from typing import Any
 
 from lmeval_ext.storage.info import DOWNLOAD_AGAIN, StorageError, unreadable
 from lmeval_ext.storage.json_file import MAX_BYTES, parse_object
-from lmeval_ext.storage.tensors import Form, Header, StoredTensor
+from lmeval_ext.storage.tensors import Form, Header, Run, StoredTensor, cut
 
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
@@ -38,6 +38,7 @@ _NOT_COMPACT = bytes(range(32)) + b"\\\x7f"  # no control characters and no esca
 _START = re.compile(r'\{(?:"__metadata__":(\{[^{}]*\}),)?"')
 _NUMBER = "(?:0|[1-9][0-9]{0,17})"
 _FORM = re.compile(rf'"dtype":"(\w+)","shape":\[((?:{_NUMBER}(?:,{_NUMBER}){{0,{MAX_DIMENSIONS - 1}}})?)\]')
+_OFFSETS = ',"data_offsets":['
 _QUOTES_PER_TENSOR = 10
 
 
@@ -79,32 +80,67 @@ def _compact(path: Path, raw: bytes, size: int) -> tuple[Header, dict[str, Any]]
     if not start or not text.endswith("]}}"):
         return None
     entries = text[start.end() : -2].split('},"')
-    names, forms, offsets = [], [], []
-    known: dict[str, Form] = {}
-    data = 8 + len(raw)
-    position = 0
+    names, forms, runs = [], [], _Runs()
+    position, root, known = 0, None, {}
     try:
-        for entry in entries:
-            name_end, form_end = entry.index('":{'), entry.rindex(',"data_offsets":[')
-            described = entry[name_end + 3 : form_end]
-            form = known.get(described)
-            if form is None:
-                form = known[described] = _form(described)
-            end = position + form.nbytes
-            if entry[form_end:] != f',"data_offsets":[{position},{end}]':
+        for index, entry in enumerate(entries):
+            # "model.layers.3.mlp.up_proj.weight":{"dtype":"BF16","shape":[2,2],"data_offsets":[0,8]
+            prefix, _, rest = entry.partition(".layers.")
+            number, _, rest = rest.partition(".")
+            described, _, span = rest.rpartition(_OFFSETS)
+            if prefix != root:
+                root, known = prefix, runs.regular.setdefault(prefix, {})
+            run = known.get(described)
+            if run is None or not number.isdigit():
+                run, number, span = runs.find(entry, index)
+            end = position + run.form.nbytes
+            if span != f"{position},{end}]":
                 return None
-            names.append(entry[:name_end])
-            forms.append(form)
-            offsets.append(data + position)
             position = end
+            run.numbers.append(number)
+            forms.append(run.form)
+            names.append(entry[: entry.index('"')])
     except ValueError:  # a separator is missing, or a form is not known
         return None
     # A quotation mark in a name, or a field between the known ones, changes the number of quotation marks.
     quotes = text.count('"', start.end() - 1)
-    if quotes != _QUOTES_PER_TENSOR * len(entries) or len(set(names)) != len(names) or data + position != size:
+    if quotes != _QUOTES_PER_TENSOR * len(entries) or len(set(names)) != len(names) or 8 + len(raw) + position != size:
         return None
     metadata = parse_object(start[1].encode(), f"the metadata of {path}", DOWNLOAD_AGAIN) if start[1] else {}
-    return None if "__metadata__" in names else (Header(path, names, forms, offsets), metadata)
+    return None if "__metadata__" in names else (Header(path, names, forms, 8 + len(raw), runs.all), metadata)
+
+
+class _Runs:
+    """The runs of a header while it is read.
+
+    all: every run. regular: those in a stack "….layers", by the stack's name before that, and by the text from the
+    layer's number to the offsets. others: the other runs, by stack and text.
+    """
+
+    def __init__(self) -> None:
+        self.all: list[Run] = []
+        self.regular: dict[str, dict[str, Run]] = {}
+        self.others: dict[tuple[str | None, str], Run] = {}
+        self._forms: dict[str, Form] = {}
+
+    def find(self, entry: str, index: int) -> tuple[Run, str, str]:
+        """Return the run of any entry, its layer's number and its offsets. Raises ValueError if it has no form."""
+        name_end, form_end = entry.index('":{'), entry.rindex(_OFFSETS)
+        stack, number, rest = cut(entry[:name_end])
+        text = rest + entry[name_end:form_end]
+        prefix = stack.removesuffix(".layers") if stack is not None else None
+        run = self.others.get((stack, text))
+        if run is None:
+            described = entry[name_end + 3 : form_end]
+            form = self._forms.get(described)
+            if form is None:
+                form = self._forms[described] = _form(described)
+            run = Run(stack, rest, form, index)
+            self.all.append(run)
+            self.others[stack, text] = run
+            if prefix is not None and prefix != stack:
+                self.regular.setdefault(prefix, {})[text[1:]] = run
+        return run, number, entry[form_end + len(_OFFSETS) :]
 
 
 def _form(described: str) -> Form:

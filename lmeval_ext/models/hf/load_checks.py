@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lmeval_ext.errors import UserError
-from lmeval_ext.storage.checkpoint import check_index
+from lmeval_ext.storage.shard_index import check_index
 
 logger = logging.getLogger(__name__)
 
