@@ -63,7 +63,8 @@ class Checkpoint:
     def facts(self) -> Facts:
         """Return what the config says of the decoder."""
         encoder = any(config.get("is_encoder_decoder") is True for config in (self.config, self.text_config))
-        other = any(value and of_another_modality([key]) for key, value in self.config.items())
+        # BLT and other models of bytes have patches of text.
+        other = any(value and of_another_modality([key]) for key, value in self.config.items() if "patch" not in key)
         composite = any(name.endswith(MULTIMODAL) for name in self._architectures)
         return Facts(
             layers=self.layers,

@@ -17,6 +17,7 @@ from lmeval_ext.storage.roles import (
     DECODER_PARTS,
     DRAFTS,
     ENCODER_STACKS,
+    HEAD_MODULES,
     HEADS,
     HEADS_BESIDE_THE_LAYERS,
     LANGUAGE_MODELS,
@@ -59,8 +60,9 @@ class Decoder:
     """Where the decoder of a checkpoint is.
 
     stack: the name of its numbered layers, None if there are none. scope: what the names of embedding and layers
-    share. embedding: the token embedding. heads: the output matrices. shared: whether parts for other modalities lie
-    beside the layers. modules: the names of the packed and dense matrices in the layers.
+    share. embedding: the token embedding. heads: the output matrices. towers: components below the scope that are of
+    another modality by their structure. shared: whether every part for other modalities lies beside the layers.
+    rivals: other stacks that may as well be the decoder. modules: names of the matrices in the layers.
     """
 
     facts: Facts
@@ -68,7 +70,9 @@ class Decoder:
     scope: Path
     embedding: Piece | None
     heads: tuple[Piece, ...]
+    towers: frozenset[str]
     shared: bool
+    rivals: frozenset[str]
     modules: frozenset[str]
 
     def weights(self, pieces: Sequence[Piece]) -> list[Weight]:
@@ -105,6 +109,8 @@ class Decoder:
             return "token_embedding"
         if piece in self.heads:
             return "head"
+        if piece.stack in self.rivals:
+            return "unknown" if piece.matrix else "other"
         if self._is_foreign(piece, path):
             return "vision"
         if not piece.matrix or path[-1].endswith("bias") or NORM.search(path[-1]):
@@ -113,7 +119,7 @@ class Decoder:
 
     def _role_beside_the_layers(self, piece: Piece, path: Path) -> Role:
         below = path[len(self.scope) :] if path[: len(self.scope)] == self.scope else path
-        if any(map(DECODER_PARTS.match, below)) or self._is_text_stack(piece):
+        if any(map(DECODER_PARTS.match, below)) or self._is_text_stack(piece) or _is_in_head(path):
             return layer_role(piece.module, True)
         if is_routing(piece.module):
             return "router"
@@ -137,11 +143,14 @@ class Decoder:
         if of_another_modality(path[len(self.scope) :] if inside else path):
             return True
         if inside:
-            known = not piece.matrix or self._role_beside_the_layers(piece, path) != "unknown"
-            return self.shared and not known
+            if not self.towers.isdisjoint(path[len(self.scope) : len(self.scope) + 1]):
+                return True
+            return self.shared and piece.matrix and self._role_beside_the_layers(piece, path) == "unknown"
         if not piece.matrix:
             return self.facts.multimodal and not _is_prefix(path[:-1], self.scope)
-        return not self._is_text_stack(piece) and not (not self.facts.multimodal and is_embedding(path[-1]))
+        if self._is_text_stack(piece) or (_is_in_head(path) and _is_above(path, self.scope)):
+            return False
+        return self.facts.multimodal or not is_embedding(path[-1])
 
     def _is_text_stack(self, piece: Piece) -> bool:
         """Return whether a stack beside the decoder's holds layers for text."""
@@ -178,7 +187,10 @@ def find_decoder(pieces: Sequence[Piece], facts: Facts) -> Decoder:
         for stack, members in stacks.items()
         for index, embedding in enumerate(embeddings or [None])
     ]
-    _, _, stack, embedding = min(pairs, key=lambda pair: pair[:2]) if pairs else (None, 0, None, None)
+    pairs.sort(key=lambda pair: pair[:2])
+    rank, _, stack, embedding = pairs[0] if pairs else (None, 0, None, None)
+    # An equal match of another embedding with another stack leaves it open which of the two is the decoder.
+    rivals = {name for other, _, name, table in pairs if rank and other[:-1] == rank[:-1] and table is not embedding}
     if stack is None:
         embedding = next(iter(embeddings), None)
     root = tuple(stack.split("."))[:-1] if stack else ()
@@ -191,9 +203,31 @@ def find_decoder(pieces: Sequence[Piece], facts: Facts) -> Decoder:
         for piece in matrices
         if piece.path[: len(scope)] != scope and piece not in heads and not is_embedding(piece.path[-1])
     ]
-    shared = facts.multimodal and not outside and LANGUAGE_MODELS.isdisjoint(scope)
+    separate = not facts.multimodal or not LANGUAGE_MODELS.isdisjoint(scope)
+    towers = frozenset() if separate else _towers(matrices, stack, scope)
+    shared = not separate and not outside
     modules = frozenset(piece.module for piece in stacks.get(stack, ())) if stack is not None else frozenset()
-    return Decoder(facts, stack, scope, embedding, heads, shared, modules)
+    return Decoder(facts, stack, scope, embedding, heads, towers, shared, frozenset(rivals - {stack}), modules)
+
+
+def _towers(matrices: Sequence[Piece], stack: str | None, scope: Path) -> frozenset[str]:
+    """Return the components below the scope, other than known parts, that have numbered layers or kernels of images."""
+    names = {
+        piece.path[len(scope)]
+        for piece in matrices
+        if piece.path[: len(scope)] == scope
+        and len(piece.path) > len(scope)
+        and piece.stack != stack
+        and (piece.stack is not None or len(piece.shape or ()) >= 4)
+    }
+    own = set(stack.split(".")[len(scope) : len(scope) + 1]) if stack else set()
+    return frozenset(
+        name for name in names - own if not DECODER_PARTS.match(name) and name not in HEAD_MODULES | {"decoder"}
+    )
+
+
+def _is_in_head(path: Path) -> bool:
+    return not HEAD_MODULES.isdisjoint(path[:-1])
 
 
 def _embeddings(flat: Sequence[Piece], facts: Facts) -> list[Piece]:
@@ -247,7 +281,7 @@ def _rank(stack: str, members: Sequence[Piece], embedding: Piece | None, facts: 
 def _heads(flat: Sequence[Piece], scope: Path, embedding: Piece | None, facts: Facts) -> tuple[Piece, ...]:
     """Return the output matrices: by their names, or by the shape of the token embedding if no name is known."""
     others = [piece for piece in flat if piece is not embedding]
-    named = [piece for piece in others if not HEADS.isdisjoint(piece.path[-2:])]
+    named = [piece for piece in others if piece.path[-1] in HEADS]
     if not named:
         named = [piece for piece in others if _is_above(piece.path, scope) and _is_head(piece, embedding, facts)]
     if not named and embedding is not None:
@@ -263,7 +297,7 @@ def _heads(flat: Sequence[Piece], scope: Path, embedding: Piece | None, facts: F
 
 def _is_head(piece: Piece, embedding: Piece | None, facts: Facts) -> bool:
     """Return whether a matrix has the name and, as far as it is known, the size of an output matrix."""
-    if piece.path[-1] not in HEADS_BESIDE_THE_LAYERS:
+    if piece.path[-1] not in HEADS_BESIDE_THE_LAYERS and not _is_in_head(piece.path):
         return False
     rows = facts.vocabulary or (max(embedding.shape) if embedding and embedding.shape else None)
     return rows is None or piece.shape is None or any(rows <= size < rows + _PADDING for size in piece.shape)
@@ -271,7 +305,9 @@ def _is_head(piece: Piece, embedding: Piece | None, facts: Facts) -> bool:
 
 def _is_above(path: Path, scope: Path) -> bool:
     """Return whether a weight lies beside the layers, or in a module around the decoder."""
-    parent = path[:-2] if len(path) > 1 and path[-2] in HEADS | HEADS_BESIDE_THE_LAYERS else path[:-1]
+    parent = path[:-1]
+    while parent and parent[-1] in HEAD_MODULES:
+        parent = parent[:-1]
     return _is_prefix(parent, scope)
 
 

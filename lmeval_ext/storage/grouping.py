@@ -42,12 +42,16 @@ _ENDINGS = [payload for payload in _ROWS if not payload.startswith(".")]  # the 
 
 
 class _Group:
-    """Tensors of one name but for the layer's number, and of one form. first: one of them; numbers: their layers."""
+    """Tensors of one name but for the layer's number, and of one form.
 
-    __slots__ = ("first", "numbers")
+    first: the tensor of the layer `number`. numbers: all layers.
+    """
+
+    __slots__ = ("first", "number", "numbers")
 
     def __init__(self, first: StoredTensor, numbers: list[str]) -> None:
         self.first = first
+        self.number = numbers[0]
         self.numbers = numbers
 
 
@@ -125,14 +129,25 @@ def _alike(
         for form, run in forms.items():
             for number in run.numbers:
                 by_number.setdefault(number, {})[suffix] = form
-    groups: dict[tuple[tuple[str, Form], ...], list[str]] = {}
+    alike: dict[tuple[tuple[str, Form], ...], list[str]] = {}
     for number, signature in by_number.items():
         if payload in signature:
-            groups.setdefault(tuple(signature.items()), []).append(number)
+            alike.setdefault(tuple(signature.items()), []).append(number)
     return [
-        ({suffix: tensors[joined(stack, numbers[0], base + suffix)] for suffix, _ in signature}, numbers)
-        for signature, numbers in groups.items()
+        (
+            {
+                suffix: _one_of(parts[suffix][form], stack, base + suffix, numbers, tensors)
+                for suffix, form in signature
+            },
+            numbers,
+        )
+        for signature, numbers in alike.items()
     ]
+
+
+def _one_of(group: _Group, stack: str | None, rest: str, numbers: list[str], tensors: TensorTable) -> StoredTensor:
+    """Return the tensor of one of the layers `numbers`."""
+    return group.first if group.number in numbers else tensors[joined(stack, numbers[0], rest)]
 
 
 def _take(names: _Names, name: str, tensor: StoredTensor, numbers: list[str]) -> None:

@@ -138,6 +138,11 @@ def bnb_4bit(parts: Parts) -> Shape:
     return (elements, 1)
 
 
+def bnb_4bit_fused(parts: Parts) -> Shape:
+    """The same for fused experts, whose tensors are not called ".weight"."""
+    return bnb_4bit({".weight": parts[""], ".weight.absmax": parts[".absmax"]})
+
+
 def exl2(parts: Parts) -> Shape:
     """q_weight [rows, out]: columns of mixed bit widths in int32; the permutation has one entry per input."""
     rows, out = _two(parts, ".q_weight")

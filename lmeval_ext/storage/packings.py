@@ -149,6 +149,12 @@ PACKINGS: tuple[Packing, ...] = (
              _BNB_SIDES, {"U8", *FLOATS}, layouts.bnb_4bit, "bitsandbytes, functional.py QuantState.as_dict")
         for kind in ("nf4", "fp4")
     ),
+    *(
+        _row(f"bnb-{kind}", "bitsandbytes", "", f".absmax .quant_state.bitsandbytes__{kind}",
+             (".quant_map", ".nested_absmax", ".nested_quant_map"), {"U8", *FLOATS},
+             layouts.bnb_4bit_fused, "transformers, integrations/bitsandbytes.py (fused experts)")
+        for kind in ("nf4", "fp4")
+    ),
     _row("bnb-int8", "bitsandbytes", ".weight", ".SCB", (".weight_format",), {"I8"},
          layouts.as_stored(".weight"), "bitsandbytes, nn/modules.py Linear8bitLt"),
     # AWQ and GPTQ have the same suffixes; they differ in the packed dimension.

@@ -28,8 +28,7 @@ class Piece:
     @property
     def path(self) -> tuple[str, ...]:
         """Return the components of the name, without the layer's number."""
-        below = tuple(self.module.split(".")) if self.module else ()
-        return (tuple(self.stack.split(".")) if self.stack else ()) + below
+        return tuple((f"{self.stack}." if self.stack else "").split(".")[:-1]) + tuple(self.module.split("."))
 
     def name(self, number: str) -> str:
         """Return the full name in the layer `number`."""

@@ -20,7 +20,7 @@ DRAFTS = re.compile(r"(^|\.)(mtp(_\w+)?|nextn\w*|eagle\w*|medusa\w*|hydra\w*|dra
 
 # Words (between underscores, dots and capitals) that name a part for another modality than text.
 MODALITY_WORDS = frozenset({
-    "vision", "visual", "vit", "image", "images", "img", "pixel", "pixels", "patch", "video", "ocr", "clip", "siglip",
+    "vision", "visual", "vit", "image", "img", "pixel", "patch", "video", "ocr", "clip", "siglip",
     "dino", "sam", "vqmodel", "vqvae", "vpm", "audio", "speech", "sound", "voice", "acoustic", "whisper", "mel", "wav",
     "token2wav", "code2wav", "codec", "tts", "talker", "apm", "modal", "multimodal", "modality", "mm", "qformer",
     "resampler", "perceiver", "projector", "merger", "aligner", "connector", "abstractor",
@@ -29,7 +29,7 @@ MODALITY_WORDS = frozenset({
 # Components of names. The first of the embeddings that lies beside the layers is the token embedding.
 TOKEN_EMBEDDINGS = frozenset({
     "embed_tokens", "wte", "word_embeddings", "word_embedding", "tok_embeddings", "embed_in", "token_embedding",
-    "token_embeddings", "tokens_embed", "embed", "tok_emb", "token_emb",
+    "token_embeddings", "tokens_embed", "embed", "tok_emb", "token_emb", "input_embedding", "input_embeddings",
 })  # fmt: skip
 # These are the token embedding only where no component above is.
 POSSIBLE_TOKEN_EMBEDDINGS = frozenset({"embeddings", "embedding", "emb", "shared"})
@@ -41,8 +41,10 @@ _PROJECTION_WORDS = frozenset({"proj", "projs", "projection", "projections", "li
 HEADS = frozenset({"lm_head", "embed_out", "output_layer", "unembed", "unembedding", "unembeddings", "lm_output"})
 HEADS_BESIDE_THE_LAYERS = frozenset({
     "output", "head", "ff_out", "proj_out", "decoder", "output_projection", "output_proj", "generator", "logits",
-    "vocab_head", "predictions", "lm_proj",
+    "vocab_head", "lm_proj",
 })  # fmt: skip
+# Modules around an output matrix; their other matrices, through which every token passes, count as layers.
+HEAD_MODULES = HEADS | {"cls", "predictions", "generator_predictions", "head", "generator"}
 
 # Matrices beside the layers that every token passes through, so they count as layers.
 DECODER_PARTS = re.compile(
@@ -85,7 +87,7 @@ def words(components: Iterable[str]) -> set[str]:
 
 def of_another_modality(components: Iterable[str]) -> bool:
     """Return whether a name says that the weight serves another modality than text."""
-    return not MODALITY_WORDS.isdisjoint(words(components))
+    return any(word in MODALITY_WORDS or word.removesuffix("s") in MODALITY_WORDS for word in words(components))
 
 
 def is_embedding(name: str) -> bool:

@@ -38,6 +38,7 @@ _NOT_COMPACT = bytes(range(32)) + b"\\\x7f"  # no control characters and no esca
 _START = re.compile(r'\{(?:"__metadata__":(\{[^{}]*\}),)?"')
 _NUMBER = "(?:0|[1-9][0-9]{0,17})"
 _FORM = re.compile(rf'"dtype":"(\w+)","shape":\[((?:{_NUMBER}(?:,{_NUMBER}){{0,{MAX_DIMENSIONS - 1}}})?)\]')
+_LAYERS = "layers."
 _OFFSETS = ',"data_offsets":['
 _QUOTES_PER_TENSOR = 10
 
@@ -84,15 +85,16 @@ def _compact(path: Path, raw: bytes, size: int) -> tuple[Header, dict[str, Any]]
     position, root, known = 0, None, {}
     try:
         for index, entry in enumerate(entries):
-            # "model.layers.3.mlp.up_proj.weight":{"dtype":"BF16","shape":[2,2],"data_offsets":[0,8]
-            prefix, _, rest = entry.partition(".layers.")
+            # model.layers.3.mlp.up_proj.weight":{"dtype":"BF16","shape":[2,2],"data_offsets":[0,8]
+            prefix, _, rest = entry.partition(_LAYERS)
             number, _, rest = rest.partition(".")
             described, _, span = rest.rpartition(_OFFSETS)
             if prefix != root:
-                root, known = prefix, runs.regular.setdefault(prefix, {})
+                root, known = prefix, runs.regular.get(prefix, {})
             run = known.get(described)
             if run is None or not number.isdigit():
                 run, number, span = runs.find(entry, index)
+                known = runs.regular.get(prefix, {})
             end = position + run.form.nbytes
             if span != f"{position},{end}]":
                 return None
@@ -113,34 +115,43 @@ def _compact(path: Path, raw: bytes, size: int) -> tuple[Header, dict[str, Any]]
 class _Runs:
     """The runs of a header while it is read.
 
-    all: every run. regular: those in a stack "….layers", by the stack's name before that, and by the text from the
+    all: every run. regular: those in a stack "…layers", by what stands before that word, and by the text from the
     layer's number to the offsets. others: the other runs, by stack and text.
     """
 
     def __init__(self) -> None:
         self.all: list[Run] = []
         self.regular: dict[str, dict[str, Run]] = {}
-        self.others: dict[tuple[str | None, str], Run] = {}
+        self._others: dict[tuple[str | None, str], Run] = {}
         self._forms: dict[str, Form] = {}
 
     def find(self, entry: str, index: int) -> tuple[Run, str, str]:
         """Return the run of any entry, its layer's number and its offsets. Raises ValueError if it has no form."""
+        prefix, found, below = entry.partition(_LAYERS)
+        if prefix in self.regular:
+            number, _, text = below.partition(".")
+            text, _, span = text.rpartition(_OFFSETS)
+            if number.isdigit() and text:
+                name_end = text.index('":{')
+                run = self._new(prefix + "layers", "." + text[:name_end], text[name_end + 3 :], index)
+                return self.regular[prefix].setdefault(text, run), number, span
         name_end, form_end = entry.index('":{'), entry.rindex(_OFFSETS)
         stack, number, rest = cut(entry[:name_end])
         text = rest + entry[name_end:form_end]
-        prefix = stack.removesuffix(".layers") if stack is not None else None
-        run = self.others.get((stack, text))
-        if run is None:
-            described = entry[name_end + 3 : form_end]
-            form = self._forms.get(described)
-            if form is None:
-                form = self._forms[described] = _form(described)
-            run = Run(stack, rest, form, index)
-            self.all.append(run)
-            self.others[stack, text] = run
-            if prefix is not None and prefix != stack:
-                self.regular.setdefault(prefix, {})[text[1:]] = run
+        run = self._others.get((stack, text)) or self._new(stack, rest, entry[name_end + 3 : form_end], index)
+        if found and stack == prefix + "layers":
+            self.regular[prefix] = {text[1:]: run}
+        else:
+            self._others[stack, text] = run
         return run, number, entry[form_end + len(_OFFSETS) :]
+
+    def _new(self, stack: str | None, rest: str, described: str, index: int) -> Run:
+        form = self._forms.get(described)
+        if form is None:
+            form = self._forms[described] = _form(described)
+        run = Run(stack, rest, form, index)
+        self.all.append(run)
+        return run
 
 
 def _form(described: str) -> Form:
