@@ -76,7 +76,7 @@ def account(
         layer_bits=layer_bits,
         layer_elements=layer_elements,
         head_bits=head_bits,
-        head_elements=head_elements,
+        head_elements=head_elements or None,
         elements=all_elements,
         excluded=_by_kind(rest, elements),
         notes=tuple(remarks),
