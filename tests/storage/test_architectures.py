@@ -152,6 +152,11 @@ def test_layers_beside_the_decoders_are_a_tower_if_the_model_takes_images(tmp_pa
     assert_layers_and_head(measure(tmp_path, {**decoder(), name: ("BF16", (32, 32))}, MULTIMODAL), vision=32 * 32)
 
 
+def test_layers_beside_the_decoders_are_a_tower_whatever_lies_elsewhere(tmp_path: Path) -> None:
+    towers: Spec = {"model.zebra.0.weight": ("BF16", (32, 32)), "visual.blocks.0.weight": ("BF16", (8, 8))}
+    assert_layers_and_head(measure(tmp_path, {**decoder(), **towers}, MULTIMODAL), vision=32 * 32 + 8 * 8)
+
+
 @pytest.mark.parametrize(
     ("extra", "config"),
     [
@@ -595,6 +600,7 @@ def test_quick_and_strict_reader_agree_on_files_of_the_library(tmp_path: Path, n
         '"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16],"x":1}',
         '"a":{"shape":[4],"dtype":"F32","data_offsets":[0,16]}',
         '"a\\u0062":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}',
+        '"a"b":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}',
         '"a\tb":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}',
         '"a":{"dtype":"F32","shape":[4,],"data_offsets":[0,16]}',
         '"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]},',
