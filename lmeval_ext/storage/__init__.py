@@ -9,21 +9,24 @@ No weight is ever read. The only tensor contents read are the two numbers of com
 Files, in the order in which data flows:
 
     measure             from a path to a StorageInfo: chooses the reader, names family and scheme
-    checkpoint          a Hugging Face folder: its files, its config.json, its tensors
+    checkpoint          a Hugging Face folder: its config.json, its quantization config, its tensors
+    shards              which safetensors files belong to it; shard_index: model.safetensors.index.json
     safetensors_header  the header of one safetensors file; json_file: strict JSON for it and for configs
     gguf_checkpoint     GGUF files, split ones included; gguf_header: the header of one of them
     grouping            from stored tensors to logical weights, by the tables below
+    decoder             where the decoder is, and with it the role of each weight
     accounting          from weights to figures, the same for every format
     info                the result (StorageInfo) and the errors (StorageError)
     kv_cache            bytes per token in the KV cache, from config.json or GGUF metadata
-    tensors, rounding   the records that the files above exchange; exact integer arithmetic
+    tensors, pieces     the records that the files above exchange
+    files, rounding     opens files inside a checkpoint alone; exact integer arithmetic
 
 Tables:
 
     packings            one row per packing: the tensors that together store one weight matrix
     layouts             one function per packing: from stored shapes to the logical shape
     schemes             one row per `quant_method`: the name of the scheme
-    roles               names of weights: layer, head, embedding, router, vision, draft, other
+    roles               names of weights: head, embedding, router, draft, words of other modalities
     kv_cache            architectures in which every layer attends to all tokens
 
 To add a format: one row of `packings.PACKINGS`, its shape function in `layouts`, one row of `schemes.SCHEMES`.

@@ -30,36 +30,44 @@ def account(
     layer = [weight for weight in weights if weight.role == "layer"]
     head = [weight for weight in weights if weight.role == "head"]
     embedding = [weight for weight in weights if weight.role == "token_embedding"]
-    head_is_embedding = not head and tied is True and len(embedding) == 1
+    unknown = [weight for weight in weights if weight.role == "unknown"]
+    head_is_embedding = not head and tied is True and sum(weight.copies for weight in embedding) == 1
     if head_is_embedding:
         head = embedding
         remarks.append(f"tied: head_bpw is of the embedding matrix {embedding[0].name[:200]!r}")
     used = {id(weight) for weight in (*layer, *head)}
     rest = [weight for weight in weights if id(weight) not in used]
 
-    problems = [weight.problem for weight in weights if weight.problem]
+    problems = [(weight.problem, weight.copies) for weight in weights if weight.problem]
     if unsupported:
         remarks.append(unsupported)
     else:
-        remarks += problems[:NAMED_PROBLEMS]
-        if len(problems) > NAMED_PROBLEMS:
-            remarks.append(f"and {len(problems) - NAMED_PROBLEMS} more weights that cannot be read")
+        remarks += [problem for problem, _ in problems[:NAMED_PROBLEMS]]
+        more = sum(copies for _, copies in problems) - len(problems[:NAMED_PROBLEMS])
+        if more:
+            remarks.append(f"and {more} more weights that cannot be read")
 
     def elements(part: Sequence[Weight]) -> int | None:
         counts = [weight.elements for weight in part]
         return None if unsupported or None in counts else sum(count for count in counts if count is not None)
 
-    layer_bits, head_bits, all_bits = (sum(weight.bits for weight in part) for part in (layer, head, weights))
-    layer_elements, head_elements, all_elements = elements(layer), elements(head), elements(weights)
-    if layer_elements == 0:
+    all_bits = sum(weight.bits for weight in weights)
+    layer_elements, head_elements, all_elements = elements(layer + unknown), elements(head), elements(weights)
+    if unknown:
+        remarks.append("layer_bpw and vram_gb are null: not every weight can be assigned")
+        layer_elements = None
+    elif layer_elements == 0:
         remarks.append("no weight matrix of a language model's layers: layer_bpw and vram_gb are null")
     if head_elements == 0:
         why = "the output matrix is empty" if head else _why_no_head(tied, len(embedding))
         remarks.append(f"{why}: head_bpw and vram_gb are null")
+    # The tensors of an unknown packing cannot be told from norms and biases, so their bits are not known either.
+    layer_bits = sum(weight.bits for weight in layer) if layer_elements is not None else None
+    head_bits = sum(weight.bits for weight in head) if head_elements else None
     return StorageInfo(
         layer_bpw=_ratio(layer_bits, layer_elements),
         head_bpw=_ratio(head_bits, head_elements),
-        vram_gb=(layer_bits + head_bits) / 8 / 1024**3 if layer_elements and head_elements else None,
+        vram_gb=(layer_bits + head_bits) / 8 / 1024**3 if layer_bits and head_bits else None,
         file_bpw=_ratio(all_bits, all_elements),
         weight_bytes=all_bits // 8,
         family=family,
@@ -68,7 +76,7 @@ def account(
         layer_bits=layer_bits,
         layer_elements=layer_elements,
         head_bits=head_bits,
-        head_elements=head_elements,
+        head_elements=head_elements or None,
         elements=all_elements,
         excluded=_by_kind(rest, elements),
         notes=tuple(remarks),
@@ -83,8 +91,8 @@ def _by_kind(rest: Sequence[Weight], elements: Callable[[Sequence[Weight]], int 
     return tuple(Excluded(kind, sum(w.bits for w in part), elements(part)) for kind, part in sorted(groups.items()))
 
 
-def _ratio(bits: int, elements: int | None) -> float | None:
-    return bits / elements if elements else None
+def _ratio(bits: int | None, elements: int | None) -> float | None:
+    return bits / elements if elements and bits is not None else None
 
 
 def _why_no_head(tied: bool | None, embeddings: int) -> str:

@@ -1,20 +1,25 @@
 """Group the stored tensors of a checkpoint into logical weights, by the tables of `packings` and `roles`.
 
-A new format needs no change here, unless its tensors look like those of another one: then add the distinction to
-`_first_match`, as AWQ and GPTQ have it. A packing that is only to be recognised as unknown needs an entry in
+Layers and experts repeat, so tensors are first collected by their name without the layer's number (`_collect`), and
+each such group is looked at once. Within a group, layers whose tensors have other forms are told apart (`_alike`).
+
+A new format needs no change here. A packing that is only to be recognised as unknown needs an entry in
 `_UNSUPPORTED_SUFFIXES`.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from math import prod
 
+from lmeval_ext.storage.decoder import Facts, find_decoder
 from lmeval_ext.storage.layouts import Parts, Unclear
 from lmeval_ext.storage.packings import PACKINGS, Packing
-from lmeval_ext.storage.roles import BUFFERS, role_of
+from lmeval_ext.storage.pieces import Piece
+from lmeval_ext.storage.roles import BUFFERS, CACHE_SCALE, is_routing
 from lmeval_ext.storage.safetensors_header import DTYPE_BITS, FLOAT8, FLOATS
-from lmeval_ext.storage.tensors import StoredTensor, Weight
+from lmeval_ext.storage.tensors import Form, StoredTensor, TensorTable, Weight, joined
 
 # Last parts of tensor names in packings that have no row: one row per name, and such a tensor makes the figure unknown.
 _UNSUPPORTED_SUFFIXES = frozenset({
@@ -28,67 +33,185 @@ _SIDE_TENSOR = re.compile(r"(scales?|scale_inv|scale_2|zeros|zero_point|absmax|c
 _ROWS: dict[str, list[Packing]] = {}
 for _row in PACKINGS:
     _ROWS.setdefault(_row.payload, []).append(_row)
+# All suffixes that the rows of one payload name.
+_SUFFIXES = {
+    payload: tuple(dict.fromkeys(suffix for row in rows for suffix in (payload, *row.required, *row.optional)))
+    for payload, rows in _ROWS.items()
+}
+_ENDINGS = [payload for payload in _ROWS if not payload.startswith(".")]  # the last component does not give these
 
 
-def group_tensors(tensors: dict[str, StoredTensor], layers: int | None) -> list[Weight]:
+class _Group:
+    """Tensors of one name but for the layer's number, and of one form.
+
+    first: the tensor of the layer `number`. numbers: all layers.
+    """
+
+    __slots__ = ("first", "number", "numbers")
+
+    def __init__(self, first: StoredTensor, numbers: list[str]) -> None:
+        self.first = first
+        self.number = numbers[0]
+        self.numbers = numbers
+
+
+_Forms = dict[Form, _Group]
+_Names = dict[str, _Forms]  # by the name below the layer's number (".mlp.up_proj.weight"), or by the full name
+
+
+def group_tensors(tensors: TensorTable, facts: Facts) -> list[Weight]:
     """Group a checkpoint's tensors into logical weights.
 
-    tensors: all tensors by name. layers: number of layers of the language model, for `role_of`. Each tensor belongs to
-    exactly one of the weights. A weight that no row describes has elements None and a `problem`.
+    tensors: all tensors. facts: what config.json says of the decoder. Each tensor belongs to exactly one of the
+    weights. A weight that no row describes has elements None and a `problem`.
     """
-    remaining = dict(tensors)
-    weights = []
-    for name in tensors:
-        for payload, rows in _ROWS.items():
-            base = name.removesuffix(payload)
-            match = _first_match(rows, base, remaining) if base != name and name in remaining else None
-            if match:
-                row, parts = match
-                for part in parts.values():
-                    del remaining[part.name]
-                weights.append(_packed(row, base, parts, layers))
-    return weights + [_unpacked(tensor, layers) for tensor in remaining.values()]
+    pieces = [
+        piece
+        for stack, names in _collect(tensors).items()
+        for piece in (*_packed_pieces(stack, names, tensors), *_plain_pieces(stack, names))
+    ]
+    return find_decoder(pieces, facts).weights(pieces)
 
 
-def _first_match(rows: list[Packing], base: str, remaining: dict[str, StoredTensor]) -> tuple[Packing, Parts] | None:
-    """Return the first row that describes the tensors of this base name, and these tensors by suffix."""
+def _collect(tensors: TensorTable) -> dict[str | None, _Names]:
+    """Collect the tensors of all files by stack of layers, name below the layer, and form."""
+    stacks: dict[str | None, _Names] = {}
+    for header in tensors.headers:
+        for run in header.runs:
+            forms = stacks.setdefault(run.stack, {}).setdefault(run.rest, {})
+            group = forms.get(run.form)
+            if group is None:
+                forms[run.form] = _Group(header[run.index], run.numbers.copy())
+            else:
+                group.numbers += run.numbers
+    return stacks
+
+
+def _packed_pieces(stack: str | None, names: _Names, tensors: TensorTable) -> Iterator[Piece]:
+    """Yield the weights that a row describes, and take their tensors out of `names`."""
+    for name in list(names):
+        for payload in _payloads(name):
+            runs = names.get(name)
+            if not runs:
+                break
+            base = name[: len(name) - len(payload)]
+            parts = {suffix: names[base + suffix] for suffix in _SUFFIXES[payload] if names.get(base + suffix)}
+            if len(parts) == 1:
+                continue
+            for alike, numbers in _alike(stack, base, payload, parts, tensors):
+                match = _first_match(_ROWS[payload], alike)
+                if match:
+                    row, used = match
+                    for suffix, tensor in used.items():
+                        _take(names, base + suffix, tensor, numbers)
+                    yield _packed(row, stack, base, used, numbers)
+
+
+def _payloads(name: str) -> Iterator[str]:
+    """Yield the payload suffixes that a name may end with."""
+    last = name[name.rfind(".") :]
+    if last in _ROWS:
+        yield last
+    else:
+        yield from (ending for ending in _ENDINGS if name.endswith(ending))
+
+
+def _alike(
+    stack: str | None, base: str, payload: str, parts: dict[str, _Forms], tensors: TensorTable
+) -> list[tuple[Parts, list[str]]]:
+    """Return the layers whose tensors of a base name have the same suffixes and forms, with the tensors of one."""
+    runs = {suffix: next(iter(forms.values())) for suffix, forms in parts.items()}
+    numbers = runs[payload].numbers
+    if all(len(forms) == 1 for forms in parts.values()) and all(run.numbers == numbers for run in runs.values()):
+        return [({suffix: run.first for suffix, run in runs.items()}, numbers)]
+    by_number: dict[str, dict[str, Form]] = {}
+    for suffix, forms in parts.items():
+        for form, run in forms.items():
+            for number in run.numbers:
+                by_number.setdefault(number, {})[suffix] = form
+    alike: dict[tuple[tuple[str, Form], ...], list[str]] = {}
+    for number, signature in by_number.items():
+        if payload in signature:
+            alike.setdefault(tuple(signature.items()), []).append(number)
+    return [
+        (
+            {
+                suffix: _one_of(parts[suffix][form], stack, base + suffix, numbers, tensors)
+                for suffix, form in signature
+            },
+            numbers,
+        )
+        for signature, numbers in alike.items()
+    ]
+
+
+def _one_of(group: _Group, stack: str | None, rest: str, numbers: list[str], tensors: TensorTable) -> StoredTensor:
+    """Return the tensor of one of the layers `numbers`."""
+    return group.first if group.number in numbers else tensors[joined(stack, numbers[0], rest)]
+
+
+def _take(names: _Names, name: str, tensor: StoredTensor, numbers: list[str]) -> None:
+    """Take the tensors of these layers out of `names`."""
+    form = Form(tensor.dtype, tensor.shape, tensor.nbytes)
+    run = names[name][form]
+    taken = set(numbers)
+    left = [number for number in run.numbers if number not in taken] if len(taken) < len(run.numbers) else []
+    if left:
+        run.numbers = left
+        return
+    del names[name][form]
+    if not names[name]:
+        del names[name]
+
+
+def _first_match(rows: list[Packing], parts: Parts) -> tuple[Packing, Parts] | None:
+    """Return the first row that describes some of these tensors, and those tensors by suffix."""
     for row in rows:
-        suffixes = (row.payload, *row.required, *row.optional)
-        parts = {suffix: remaining[base + suffix] for suffix in suffixes if base + suffix in remaining}
+        if parts[row.payload].dtype not in row.dtypes:
+            continue
         complete = all(
             suffix in parts and parts[suffix].dtype in (dtypes or DTYPE_BITS) for suffix, dtypes in row.required.items()
         )
-        if complete and parts[row.payload].dtype in row.dtypes and not _is_gptq(row, parts):
-            return row, parts
+        if complete and row.fits(parts):
+            suffixes = (row.payload, *row.required, *row.optional)
+            return row, {suffix: parts[suffix] for suffix in suffixes if suffix in parts}
     return None
 
 
-def _is_gptq(row: Packing, parts: Parts) -> bool:
-    """Return whether tensors that fit the AWQ row are GPTQ's: only AWQ packs the output dimension of qweight."""
-    return row.name == "awq" and parts[".scales"].shape[-1:] == parts[".qweight"].shape[-1:]
-
-
-def _packed(row: Packing, base: str, parts: Parts, layers: int | None) -> Weight:
-    """Return the weight that the tensors of one row encode."""
+def _packed(row: Packing, stack: str | None, base: str, parts: Parts, numbers: list[str]) -> Piece:
+    """Return the weight that the tensors of one row encode, in each of the layers."""
     bits = 8 * sum(part.nbytes for part in parts.values())
+    module = base.removeprefix(".")
+    # A fused tensor's payload has the name of the weight; a payload ".weight" belongs to the module.
+    module += "" if row.payload.startswith(".") else row.weight
     try:
         shape = row.shape(parts)
     except (Unclear, ValueError, OSError) as error:
-        role = role_of(base, matrix=True, layers=layers)
-        return Weight(base, role, bits, None, row.name, f"{base[:200]!r} looks like {row.family}, but {error}")
+        name = joined(stack, numbers[0], base)
+        problem = f"{name[:200]!r} looks like {row.family}, but {error}"
+        return Piece(stack, module, numbers, bits, None, None, row.name, True, problem)
     dtype = parts[row.payload].dtype if row.name == "unpacked" else row.name
-    return Weight(base, role_of(base, len(shape) >= 2, layers), bits, prod(shape), dtype)
+    return Piece(stack, module, numbers, bits, prod(shape), shape, dtype, len(shape) >= 2)
 
 
-def _unpacked(tensor: StoredTensor, layers: int | None) -> Weight:
-    """Return the weight of a tensor that no row has used: a dense weight, norm, bias, buffer, or an unknown packing."""
-    module = tensor.name.removesuffix(".weight")
+def _plain_pieces(stack: str | None, names: _Names) -> Iterator[Piece]:
+    """Yield the tensors that no row has used: dense weights, norms, biases, buffers, and unknown packings."""
+    for name, runs in names.items():
+        for run in runs.values():
+            yield _plain(stack, name, run.first, run.numbers)
+
+
+def _plain(stack: str | None, name: str, tensor: StoredTensor, numbers: list[str]) -> Piece:
+    module = name.removesuffix(".weight").removeprefix(".")
     bits = 8 * tensor.nbytes
-    last = tensor.name.rsplit(".", 1)[-1]
-    side = len(tensor.shape) >= 2 and tensor.numel > 1 and _SIDE_TENSOR.search(tensor.name)
+    last = name.rsplit(".", 1)[-1]
+    buffer = BUFFERS.search(tensor.name) or CACHE_SCALE.search(tensor.name)
+    side = len(tensor.shape) >= 2 and tensor.numel > 1 and _SIDE_TENSOR.search(name)
     known = tensor.dtype in FLOATS | FLOAT8 and last not in _UNSUPPORTED_SUFFIXES and not side
-    if known or BUFFERS.search(tensor.name):
-        matrix = len(tensor.shape) >= 2 and known and not BUFFERS.search(tensor.name)
-        return Weight(module, role_of(module, matrix, layers), bits, tensor.numel, tensor.dtype)
+    if known or buffer or is_routing(module):
+        matrix = len(tensor.shape) >= 2 and not buffer
+        return Piece(stack, module, numbers, bits, tensor.numel, tensor.shape, tensor.dtype, matrix)
     problem = f"{tensor.name[:200]!r} ({tensor.dtype} {list(tensor.shape)}) belongs to no packing known here"
-    return Weight(module, role_of(module, True, layers), bits, None, "unknown", problem)
+    if last in _UNSUPPORTED_SUFFIXES or side:
+        module = module.rpartition(".")[0] or module
+    return Piece(stack, module, numbers, bits, None, None, "unknown", True, problem)

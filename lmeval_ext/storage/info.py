@@ -35,8 +35,9 @@ def parts_missing(place: Path, missing: Sequence[str], total: int, kind: str) ->
 class Excluded:
     """Tensors that count neither in the layer figure nor in the head figure.
 
-    kind: "embedding", "router" (MoE gates), "vision" (towers and projectors of other modalities), "draft"
-    (MTP, EAGLE or Medusa layers) or "other" (norms, biases, buffers).
+    kind: "embedding", "router" (MoE gates), "vision" (all that lies outside the decoder: towers, projectors), "draft"
+    (MTP, EAGLE or Medusa layers), "other" (norms, biases, buffers) or "unknown" (matrices beside the decoder's layers
+    that nothing assigns to a part; then the layer figures are None).
     bits: stored bits, every overhead included. elements: logical elements, None if the packing is unknown.
     """
 
@@ -69,7 +70,8 @@ class StorageInfo:
     Other fields: `family` and `scheme` name the packing ("NVFP4", "nvfp4a16"). `tied`: whether the embedding matrix
     is also the output matrix. `layer_bits`, `layer_elements`, `head_bits`, `head_elements` and `elements` (all logical
     elements) are the sums behind the ratios. `excluded` holds everything else, so that layer_bits + head_bits + the
-    excluded bits equals 8 * weight_bytes. A figure that cannot be known is None, and `notes` gives the reason.
+    excluded bits equals 8 * weight_bytes where all are known. A figure that cannot be known is None, and `notes` gives
+    the reason: layer_bits is None wherever layer_elements is, and head_bits wherever there is no known output matrix.
     """
 
     layer_bpw: float | None
@@ -80,9 +82,9 @@ class StorageInfo:
     family: str | None
     scheme: str | None
     tied: bool | None
-    layer_bits: int
+    layer_bits: int | None
     layer_elements: int | None
-    head_bits: int
+    head_bits: int | None
     head_elements: int | None
     elements: int | None
     excluded: tuple[Excluded, ...] = ()

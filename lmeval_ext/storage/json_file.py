@@ -1,4 +1,8 @@
-"""Strict JSON for untrusted files: rejects duplicate keys, NaN, excessive nesting and oversized files."""
+"""Strict JSON for untrusted files: rejects duplicate keys, excessive nesting and oversized files.
+
+NaN and Infinity are no JSON and are rejected, except in configs: transformers before 5 wrote them bare, for example
+`"time_step_limit": [0.0, Infinity]` (huggingface/transformers#42959).
+"""
 
 from __future__ import annotations
 
@@ -24,13 +28,15 @@ def _reject_constant(token: str) -> NoReturn:
     raise ValueError(f"{token} is not JSON")
 
 
-def parse_object(raw: bytes, what: str, fix: str) -> dict[str, Any]:
+def parse_object(raw: bytes, what: str, fix: str, constants: bool = False) -> dict[str, Any]:
     """Parse one JSON object.
 
-    Raises StorageError for anything else; `what` names the object in the message, `fix` ends the message.
+    constants: accept bare NaN, Infinity and -Infinity, as floats. Raises StorageError for anything else; `what` names
+    the object in the message, `fix` ends the message.
     """
+    accept = float if constants else _reject_constant
     try:
-        record = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_reject_constant)
+        record = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=accept)
     except UnicodeDecodeError as error:
         raise StorageError(f"{what} is not UTF-8 (byte {error.start}). {fix}") from None
     except RecursionError:
@@ -42,8 +48,11 @@ def parse_object(raw: bytes, what: str, fix: str) -> dict[str, Any]:
     return record
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds one object. Raises StorageError, which names the file, for anything else."""
+def read_object(path: Path, constants: bool = False) -> dict[str, Any]:
+    """Read a JSON file that holds one object. Raises StorageError, which names the file, for anything else.
+
+    constants: accept bare NaN and Infinity, as in configs.
+    """
     try:
         if path.stat().st_size > MAX_BYTES:
             raise StorageError(
@@ -52,4 +61,4 @@ def read_object(path: Path) -> dict[str, Any]:
         raw = path.read_bytes()
     except OSError as error:
         raise unreadable(path, error) from None
-    return parse_object(raw, str(path), DOWNLOAD_AGAIN)
+    return parse_object(raw, str(path), DOWNLOAD_AGAIN, constants)

@@ -34,21 +34,35 @@ def as_stored(payload: str) -> Callable[[Parts], Shape]:
     return lambda parts: parts[payload].shape
 
 
-def fp4(payload: str, scale: str, group: int) -> Callable[[Parts], Shape]:
-    """Return the layout of two 4-bit codes per byte along the last dimension, and one scale per `group` weights."""
+def floats(payload: str, scale: str, bits: int, group: int) -> Callable[[Parts], Shape]:
+    """Return the layout of codes of 4 or 6 bits, packed into bytes, and one scale per `group` weights.
+
+    Codes and scales are packed along the last dimension. Fused experts, [experts, in, out], have the inputs before it.
+    """
 
     def shape(parts: Parts) -> Shape:
         packed, scales = parts[payload].shape, parts[scale].shape
-        _expect(len(packed) >= 2, f"{payload[1:]} has the shape {list(packed)}, expected a matrix")
-        logical = (*packed[:-1], 2 * packed[-1])
-        expected = (*packed[:-1], ceil_div(logical[-1], group))
-        _expect(
-            scales == expected,
-            f"{scale[1:]} has the shape {list(scales)}, expected {list(expected)} for groups of {group}",
-        )
-        return logical
+        _expect(len(packed) >= 2, f"{payload[1:] or 'it'} has the shape {list(packed)}, expected a matrix")
+        expected = []
+        for axis in (-1,) if len(packed) == 2 else (-1, -2):
+            inputs = 8 * packed[axis] // bits
+            expected.append(_replaced(packed, axis, ceil_div(inputs, group)))
+            if scales == expected[-1] and inputs * bits == 8 * packed[axis]:
+                return _replaced(packed, axis, inputs)
+        raise Unclear(f"{scale[1:]} has the shape {list(scales)}, expected {list(expected[0])} for groups of {group}")
 
     return shape
+
+
+def is_mxfp6(parts: Parts) -> bool:
+    """Return whether packed codes have 6 bits rather than 4: 24 bytes rather than 16 for each scale."""
+    return parts[".weight_packed"].shape[-1:] == tuple(24 * size for size in parts[".weight_scale"].shape[-1:])
+
+
+def _replaced(shape: Shape, axis: int, size: int) -> Shape:
+    sizes = list(shape)
+    sizes[axis] = size
+    return tuple(sizes)
 
 
 def mxfp4_blocks(parts: Parts) -> Shape:
@@ -81,11 +95,17 @@ def pack_quantized(parts: Parts) -> Shape:
 
 def awq(parts: Parts) -> Shape:
     """GEMM layout of AWQ, always 4 bits: qweight [in, out / 8], qzeros [groups, out / 8], scales [groups, out]."""
-    (rows, columns), (groups, out) = _two(parts, ".qweight"), _two(parts, ".scales")
+    (*experts, rows, columns), (*scaled, groups, out) = _matrices(parts, ".qweight"), _matrices(parts, ".scales")
+    _expect(experts == scaled, "qweight and scales are of different experts")
     _expect(out > 0 and 32 * columns == 4 * out, f"qweight of {columns} columns does not hold {out} 4-bit outputs")
     _expect(groups > 0 and rows % groups == 0, f"{groups} groups do not divide {rows} inputs")
-    _expect(_two(parts, ".qzeros") == (groups, columns), "qzeros is not one packed row for each group")
-    return (rows, out)
+    _expect(parts[".qzeros"].shape == (*experts, groups, columns), "qzeros is not one packed row for each group")
+    return (*experts, rows, out)
+
+
+def is_awq(parts: Parts) -> bool:
+    """Return whether tensors that AWQ and GPTQ call alike are AWQ's: only AWQ packs the output dimension of qweight."""
+    return parts[".scales"].shape[-1:] != parts[".qweight"].shape[-1:]
 
 
 def gptq(parts: Parts) -> Shape:
@@ -93,16 +113,17 @@ def gptq(parts: Parts) -> Shape:
 
     The bits follow from qzeros, the only tensor that is packed along a dimension of known length.
     """
-    (rows, out), (groups, zeros) = _two(parts, ".qweight"), _two(parts, ".qzeros")
+    (*experts, rows, out), (*zeroed, groups, zeros) = _matrices(parts, ".qweight"), _matrices(parts, ".qzeros")
     bits = 32 * zeros / out if out else 0
+    _expect(experts == zeroed, "qweight and qzeros are of different experts")
     _expect(bits in (2, 3, 4, 5, 6, 7, 8), f"qzeros of {zeros} columns gives {bits:g} bits for {out} outputs")
-    _expect(_two(parts, ".scales") == (groups, out), "scales is not one row for each group")
+    _expect(parts[".scales"].shape == (*experts, groups, out), "scales is not one row for each group")
     inputs = 32 * rows / bits
     _expect(inputs.is_integer(), f"qweight of {rows} rows does not hold whole {bits:g}-bit columns")
     if ".g_idx" in parts:
-        length = parts[".g_idx"].numel
-        _expect(length == inputs, f"g_idx has {length} entries for {inputs:g} inputs")
-    return (int(inputs), out)
+        length = parts[".g_idx"].shape[-1:]
+        _expect(length == (inputs,), f"g_idx has {length} entries for {inputs:g} inputs")
+    return (*experts, int(inputs), out)
 
 
 def bnb_4bit(parts: Parts) -> Shape:
@@ -115,6 +136,11 @@ def bnb_4bit(parts: Parts) -> Shape:
     blocks = {ceil_div(elements, 2**power) for power in range(5, 13)}
     _expect(absmax.numel in blocks, f"{absmax.numel} absmax values do not fit {elements} weights")
     return (elements, 1)
+
+
+def bnb_4bit_fused(parts: Parts) -> Shape:
+    """The same for fused experts, whose tensors are not called ".weight"."""
+    return bnb_4bit({".weight": parts[""], ".weight.absmax": parts[".absmax"]})
 
 
 def exl2(parts: Parts) -> Shape:
@@ -142,10 +168,13 @@ def exl3(parts: Parts) -> Shape:
 
 def modelopt_int4(parts: Parts) -> Shape:
     """Two codes a byte along the output dimension."""
-    (rows, columns), (scales, groups) = _two(parts, ".weight"), _two(parts, ".weight_scale")
-    fits = scales == 2 * rows and groups > 0 and columns % groups == 0
+    (*experts, rows, columns), (*scaled, scales, groups) = (
+        _matrices(parts, ".weight"),
+        _matrices(parts, ".weight_scale"),
+    )
+    fits = experts == scaled and scales == 2 * rows and groups > 0 and columns % groups == 0
     _expect(fits, f"scales {scales} x {groups} do not fit packed codes {rows} x {columns}")
-    return (2 * rows, columns)
+    return (*experts, 2 * rows, columns)
 
 
 def _two(parts: Parts, key: str) -> tuple[int, int]:
@@ -153,3 +182,10 @@ def _two(parts: Parts, key: str) -> tuple[int, int]:
     shape = parts[key].shape
     _expect(len(shape) == 2, f"{key[1:]} has the shape {list(shape)}, expected a matrix")
     return shape[0], shape[1]
+
+
+def _matrices(parts: Parts, key: str) -> Shape:
+    """Return the dimensions of a matrix, or of the matrices of fused experts. Raises Unclear for anything else."""
+    shape = parts[key].shape
+    _expect(len(shape) in (2, 3), f"{key[1:]} has the shape {list(shape)}, expected a matrix")
+    return shape

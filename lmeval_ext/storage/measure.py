@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from lmeval_ext.storage.accounting import account, main_packing
@@ -30,9 +33,22 @@ def measure(path: Path) -> StorageInfo:
             )
         if not path.is_file() and not path.is_dir():
             raise StorageError(f"{path} is not a regular file. Give a checkpoint folder or file.")
-        return _measure_safetensors(read_checkpoint(path))
+        with _collector_paused():
+            return _measure_safetensors(read_checkpoint(path))
     except OSError as error:
         raise unreadable(path, error) from None
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Pause Python's garbage collector, which takes a third of the time while 300,000 tensors are read."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def gguf_file(path: Path) -> Path | None:
@@ -69,7 +85,7 @@ def _measure_gguf(path: Path) -> StorageInfo:
 
 def _measure_safetensors(checkpoint: Checkpoint) -> StorageInfo:
     """Group the tensors, name scheme and family, sum up. A method without a row in `SCHEMES` gives no figures."""
-    weights = group_tensors(checkpoint.tensors, checkpoint.layers)
+    weights = group_tensors(checkpoint.tensors, checkpoint.facts)
     packing = main_packing(weights, DENSE)
     notes, config = list(checkpoint.notes), checkpoint.quantization
     method = method_of(config)

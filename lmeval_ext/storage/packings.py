@@ -11,12 +11,15 @@ library wrote (`tests/storage`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from lmeval_ext.storage import layouts
 from lmeval_ext.storage.layouts import Parts, Shape
 from lmeval_ext.storage.safetensors_header import FLOAT8, FLOATS
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -24,9 +27,11 @@ class Packing:
     """One row of the table.
 
     name: identifies the packing, as in `Weight.packing`. family: the name in comparison tables. payload: suffix of the
-    tensor with the codes. required: suffixes of the side tensors that must exist, each with its allowed dtypes (empty:
-    any). optional: suffixes of side tensors that may exist. dtypes: allowed dtypes of the payload. shape: from the
-    tensors to the logical shape. source: where the layout is defined.
+    tensor with the codes, "" for any name. required: suffixes of the side tensors that must exist, each with its
+    allowed dtypes (empty: any). optional: suffixes of side tensors that may exist. dtypes: allowed dtypes of the
+    payload. shape: from the tensors to the logical shape. source: where the layout is defined. fits: what the shapes
+    must be like, where names and dtypes are those of another row too. weight: the end of the weight's own name that
+    the payload repeats ("_proj" of "down_proj").
     """
 
     name: str
@@ -37,6 +42,8 @@ class Packing:
     dtypes: frozenset[str]
     shape: Callable[[Parts], Shape]
     source: str
+    fits: Callable[[Parts], bool] = lambda parts: True
+    weight: str = ""
 
 
 _CT = "compressed-tensors, compressed_tensors/compressors/"
@@ -44,6 +51,7 @@ _MODELOPT = "TensorRT-Model-Optimizer, modelopt/torch/export/quant_utils.py pack
 _SCALES = (
     ".weight_scale", ".weight_scale_inv", ".weight_zero_point", ".weight_g_idx", ".weight_global_scale",
     ".input_scale", ".input_scale_ub", ".input_zero_point", ".input_global_scale", ".output_scale", ".pre_quant_scale",
+    ".activation_scale",
 )  # fmt: skip
 _BNB_SIDES = (".weight.quant_map", ".weight.nested_absmax", ".weight.nested_quant_map")
 _EXL2_SIDES = (".q_scale_max", ".q_groups", ".q_group_map")
@@ -51,15 +59,72 @@ _EXL2_SIDES = (".q_scale_max", ".q_groups", ".q_group_map")
 
 def _row(
     name: str, family: str, payload: str, required: str, optional: Iterable[str], dtypes: Iterable[str],
-    shape: Callable[[Parts], Shape], source: str,
+    shape: Callable[[Parts], Shape], source: str, fits: Callable[[Parts], bool] = lambda parts: True,
 ) -> Packing:  # fmt: skip
     # ".weight_scale:F32,F16" requires one of these dtypes, ".weight_scale" allows any.
     entries = (entry.partition(":") for entry in required.split())
     sides = {suffix: frozenset(kinds.split(",")) - {""} for suffix, _, kinds in entries}
-    return Packing(name, family, payload, sides, tuple(optional), frozenset(dtypes), shape, source)
+    return Packing(name, family, payload, sides, tuple(optional), frozenset(dtypes), shape, source, fits)
+
+
+# How the tensors of fused experts ([experts, ...] in one tensor) are called: what stands for ".weight" in the payload
+# and in the names of its scales, and for the dot before other side tensors.
+_FUSED_NAMES = (
+    ("_weight", "_weight", "_"),  # w13_weight, w13_weight_scale, w13_input_scale (vLLM's names)
+    ("", "_weight", "_"),  # gate_up_proj, gate_up_proj_weight_scale, gate_up_proj_input_scale (ModelOpt)
+    ("_proj", "_proj", "_proj_"),  # gate_up_proj, gate_up_proj_scale_inv, gate_up_proj_activation_scale (transformers)
+    ("_linear", "_linear", "_linear_"),  # input_linear (Granite)
+)
+
+
+def _fused(row: Packing) -> Iterator[Packing]:
+    """Yield the rows of a packing's fused experts: the same tensors, under each way of naming them."""
+    for weight, scale, other in _FUSED_NAMES:
+        names = {
+            suffix: suffix.replace(".weight", weight if suffix == ".weight" else scale, 1)
+            if suffix.startswith(".weight")
+            else other + suffix[1:]
+            for suffix in (row.payload, *row.required, *row.optional)
+        }
+        yield replace(
+            row,
+            payload=names[row.payload],
+            required={names[suffix]: dtypes for suffix, dtypes in row.required.items()},
+            optional=tuple(names[suffix] for suffix in row.optional),
+            shape=_renamed(row.shape, names),
+            fits=_renamed(row.fits, names),
+            weight=weight,
+        )
+
+
+def _renamed(function: Callable[[Parts], Result], names: dict[str, str]) -> Callable[[Parts], Result]:
+    """Return a function of parts that have other suffixes; names: the other suffix of each."""
+    return lambda parts: function({suffix: parts[name] for suffix, name in names.items() if name in parts})
 
 
 # Order matters: of the rows with the same payload, the first that fits is used, so more demanding rows come first.
+_MATRICES: tuple[Packing, ...] = (
+    _row("nvfp4", "NVFP4", ".weight_packed", ".weight_scale .weight_global_scale", _SCALES, {"U8"},
+         layouts.floats(".weight_packed", ".weight_scale", 4, 16), _CT + "nvfp4/base.py"),
+    _row("mxfp6", "MXFP6", ".weight_packed", ".weight_scale:U8,F8_E8M0", _SCALES, {"U8"},
+         layouts.floats(".weight_packed", ".weight_scale", 6, 32), _CT + "mxfp6/base.py (0.20)", layouts.is_mxfp6),
+    _row("mxfp4", "MXFP4", ".weight_packed", ".weight_scale", _SCALES, {"U8"},
+         layouts.floats(".weight_packed", ".weight_scale", 4, 32), _CT + "mxfp4/base.py"),
+    _row("int-packed", "INT", ".weight_packed", ".weight_scale .weight_shape", _SCALES, {"I32"},
+         layouts.pack_quantized, _CT + "pack_quantized/base.py"),
+    _row("modelopt-nvfp4", "NVFP4", ".weight", ".weight_scale:F8_E4M3 .weight_scale_2", _SCALES, {"U8"},
+         layouts.floats(".weight", ".weight_scale", 4, 16), _MODELOPT),
+    _row("modelopt-mxfp4", "MXFP4", ".weight", ".weight_scale:U8,F8_E8M0", _SCALES, {"U8"},
+         layouts.floats(".weight", ".weight_scale", 4, 32), _MODELOPT),
+    _row("modelopt-int4", "INT", ".weight", ".weight_scale:F32,F16,BF16", (*_SCALES, ".weight_scale_2"), {"U8"},
+         layouts.modelopt_int4, _MODELOPT),
+    _row("fp8", "FP8", ".weight", ".weight_scale", _SCALES, FLOAT8,
+         layouts.as_stored(".weight"), _CT + "naive_quantized/base.py"),
+    _row("fp8", "FP8", ".weight", ".weight_scale_inv", _SCALES, FLOAT8,
+         layouts.as_stored(".weight"), "transformers, integrations/finegrained_fp8.py"),
+    _row("int8", "INT", ".weight", ".weight_scale", _SCALES, {"I8"},
+         layouts.as_stored(".weight"), _CT + "naive_quantized/base.py"),
+)  # fmt: skip
 PACKINGS: tuple[Packing, ...] = (
     *(
         _row("exl3", "EXL3", ".trellis", signs, (".mcg", ".mul1"), {"I16"},
@@ -71,43 +136,32 @@ PACKINGS: tuple[Packing, ...] = (
              layouts.exl2, "exllamav2, ext.py make_q_matrix and conversion/adaptivegptq.py")
         for order in (".q_invperm", ".q_perm")
     ),
-    _row("nvfp4", "NVFP4", ".weight_packed", ".weight_scale .weight_global_scale", _SCALES, {"U8"},
-         layouts.fp4(".weight_packed", ".weight_scale", 16), _CT + "nvfp4/base.py"),
-    _row("mxfp4", "MXFP4", ".weight_packed", ".weight_scale", _SCALES, {"U8"},
-         layouts.fp4(".weight_packed", ".weight_scale", 32), _CT + "mxfp4/base.py"),
+    *_MATRICES,
+    *(fused for row in _MATRICES for fused in _fused(row)),
     _row("mxfp4-blocks", "MXFP4", "_blocks", "_scales", (), {"U8"},
          layouts.mxfp4_blocks, "transformers, integrations/mxfp4.py (gpt-oss)"),
-    _row("int-packed", "INT", ".weight_packed", ".weight_scale .weight_shape", _SCALES, {"I32"},
-         layouts.pack_quantized, _CT + "pack_quantized/base.py"),
-    _row("modelopt-nvfp4", "NVFP4", ".weight", ".weight_scale:F8_E4M3 .weight_scale_2", _SCALES, {"U8"},
-         layouts.fp4(".weight", ".weight_scale", 16), _MODELOPT),
-    _row("modelopt-mxfp4", "MXFP4", ".weight", ".weight_scale:U8", _SCALES, {"U8"},
-         layouts.fp4(".weight", ".weight_scale", 32), _MODELOPT),
-    _row("modelopt-int4", "INT", ".weight", ".weight_scale:F32,F16,BF16", (*_SCALES, ".weight_scale_2"), {"U8"},
-         layouts.modelopt_int4, _MODELOPT),
+    _row("mxfp4-int8", "MXFP4", ".weight", ".scale:F8_E8M0", (), {"I8", "U8"},
+         layouts.floats(".weight", ".scale", 4, 32), "deepseek-ai/DeepSeek-V4, inference/convert.py (experts)"),
+    _row("fp8", "FP8", ".weight", ".scale", (), FLOAT8,
+         layouts.as_stored(".weight"), "deepseek-ai/DeepSeek-V3 and V4, inference/convert.py"),
     *(
         _row(f"bnb-{kind}", "bitsandbytes", ".weight", f".weight.absmax .weight.quant_state.bitsandbytes__{kind}",
              _BNB_SIDES, {"U8", *FLOATS}, layouts.bnb_4bit, "bitsandbytes, functional.py QuantState.as_dict")
         for kind in ("nf4", "fp4")
     ),
+    *(
+        _row(f"bnb-{kind}", "bitsandbytes", "", f".absmax .quant_state.bitsandbytes__{kind}",
+             (".quant_map", ".nested_absmax", ".nested_quant_map"), {"U8", *FLOATS},
+             layouts.bnb_4bit_fused, "transformers, integrations/bitsandbytes.py (fused experts)")
+        for kind in ("nf4", "fp4")
+    ),
     _row("bnb-int8", "bitsandbytes", ".weight", ".SCB", (".weight_format",), {"I8"},
          layouts.as_stored(".weight"), "bitsandbytes, nn/modules.py Linear8bitLt"),
-    # AWQ and GPTQ have the same suffixes; they differ in the packed dimension (see `grouping`).
+    # AWQ and GPTQ have the same suffixes; they differ in the packed dimension.
     _row("awq", "AWQ", ".qweight", ".qzeros .scales", (), {"I32"},
-         layouts.awq, "AutoAWQ, awq/modules/linear/gemm.py"),
+         layouts.awq, "AutoAWQ, awq/modules/linear/gemm.py", layouts.is_awq),
     _row("gptq", "GPTQ", ".qweight", ".qzeros .scales", (".g_idx",), {"I32"},
          layouts.gptq, "GPTQModel, nn_modules/qlinear/__init__.py PackableQuantLinear"),
-    _row("fp8", "FP8", ".weight", ".weight_scale", _SCALES, FLOAT8,
-         layouts.as_stored(".weight"), _CT + "naive_quantized/base.py"),
-    _row("fp8", "FP8", ".weight", ".weight_scale_inv", _SCALES, FLOAT8,
-         layouts.as_stored(".weight"), "transformers, integrations/finegrained_fp8.py"),
-    _row("int8", "INT", ".weight", ".weight_scale", _SCALES, {"I8"},
-         layouts.as_stored(".weight"), _CT + "naive_quantized/base.py"),
-    *(
-        _row("fp8", "FP8", "_proj", f"_proj{scale}", ("_proj_input_scale", "_proj_activation_scale"), FLOAT8,
-             layouts.as_stored("_proj"), "transformers, integrations/finegrained_fp8.py FP8Experts (fused experts)")
-        for scale in ("_scale_inv", "_scale", "_weight_scale")
-    ),
     # Weights that were calibrated but not packed: full precision, with scales.
     _row("unpacked", "full precision", ".weight", ".weight_scale", _SCALES, FLOATS,
          layouts.as_stored(".weight"), _CT + "dense/base.py"),

@@ -1,80 +1,130 @@
 """The role of a weight, that is, the part of the model that it belongs to, by its name.
 
 One table of names or patterns per role, as published checkpoints use them; a dot separates the components of a name.
-`role_of` tries the tables in a fixed order and the first match decides; a matrix that matches none is a layer. For
-GGUF, `GGUF_ROLES` has one row per pattern, in the order in which they are tried.
+Where the decoder is, and what lies outside it, is found by `decoder`; these tables name the parts inside it. For GGUF,
+`GGUF_ROLES` has one row per pattern, in the order in which they are tried.
 
-To add an architecture with new names, add them to the table of their role, and a case to `tests/storage/test_dense.py`.
+To add an architecture with new names, add them to the table of their role, and a case to
+`tests/storage/test_architectures.py`.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from lmeval_ext.storage.tensors import Role
 
-# Components of the names of weights outside the language model: towers, projectors, speech heads.
-OTHER_MODALITIES = frozenset({
-    "visual", "vision_tower", "vision_model", "vision_encoder", "vision_embed_tokens", "vision_embedder",
-    "vision_projection", "vision_adapter", "vision_language_adapter", "patch_merger", "embed_vision", "embed_audio",
-    "multi_modal_projector", "multimodal_projector", "mm_projector", "image_newline", "image_embed", "audio_embed",
-    "audio_tower", "audio_model", "audio_encoder", "audio_projector", "img_processor", "img_projection",
-    "speech_encoder", "vpm", "apm", "resampler", "tts", "talker", "token2wav", "code2wav", "aligner", "connector",
-    "mlp1",
+# Names of layers that no engine loads unless it drafts tokens: multi-token prediction, EAGLE, Medusa.
+DRAFTS = re.compile(r"(^|\.)(mtp(_\w+)?|nextn\w*|eagle\w*|medusa\w*|hydra\w*|draft\w*|speculator\w*)(\.|$)")
+
+# Words (between underscores, dots and capitals) that name a part for another modality than text.
+MODALITY_WORDS = frozenset({
+    "vision", "visual", "vit", "image", "img", "pixel", "patch", "video", "ocr", "clip", "siglip",
+    "dino", "sam", "vqmodel", "vqvae", "vpm", "audio", "speech", "sound", "voice", "acoustic", "whisper", "mel", "wav",
+    "token2wav", "code2wav", "codec", "tts", "talker", "apm", "modal", "multimodal", "modality", "mm", "qformer",
+    "resampler", "perceiver", "projector", "merger", "aligner", "connector", "abstractor",
 })  # fmt: skip
-DRAFTS = re.compile(r"(^|\.)(mtp|mtp_layers|mtp_block|nextn|eagle\w*|medusa\w*|draft\w*|speculator)(\.|$)")
-LAYER_INDEX = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.([0-9]{1,9})(?:\.|$)")
-ROUTERS = re.compile(r"(^|\.)(gate|router|shared_expert_gate|(router|gate)\.(layer|classifier|gate|linear|proj|wg))$")
-NORM = re.compile(r"norm|^ln_|^ln\d*$|layer_?norm|^q_ln$|^k_ln$")
+
+# Components of names. The first of the embeddings that lies beside the layers is the token embedding.
 TOKEN_EMBEDDINGS = frozenset({
-    "embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "token_embedding",
+    "embed_tokens", "wte", "word_embeddings", "word_embedding", "tok_embeddings", "embed_in", "token_embedding",
+    "token_embeddings", "tokens_embed", "embed", "tok_emb", "token_emb", "input_embedding", "input_embeddings",
 })  # fmt: skip
-EMBEDDINGS = frozenset({
-    "wpe", "embed_positions", "position_embeddings", "token_type_embeddings", "embed_tokens_per_layer", "embeddings",
-    "embedding", "pos_emb", "position_embedding", "emb", "shared",
+# These are the token embedding only where no component above is.
+POSSIBLE_TOKEN_EMBEDDINGS = frozenset({"embeddings", "embedding", "emb", "shared"})
+OTHER_EMBEDDINGS = frozenset({"wpe", "new_embedding", "pos_emb", "ape"})
+_EMBEDDING_WORDS = frozenset({"embed", "embeds", "embedding", "embeddings", "emb", "embedder", "wte"})
+_PROJECTION_WORDS = frozenset({"proj", "projs", "projection", "projections", "linear", "norm", "layernorm"})
+
+# Output matrices: names that stand for nothing else, and names that do so only beside the layers or above them.
+HEADS = frozenset({"lm_head", "embed_out", "output_layer", "unembed", "unembedding", "unembeddings", "lm_output"})
+HEADS_BESIDE_THE_LAYERS = frozenset({
+    "output", "head", "ff_out", "proj_out", "decoder", "output_projection", "output_proj", "generator", "logits",
+    "vocab_head", "lm_proj",
 })  # fmt: skip
-HEADS = re.compile(
-    r"^(.*\.)?(lm_head(\.linear)?|embed_out|output_layer)$|^(output|head|transformer\.ff_out|model\.output)$"
+# Modules around an output matrix; their other matrices, through which every token passes, count as layers.
+HEAD_MODULES = HEADS | {"cls", "predictions", "generator_predictions", "head", "generator"}
+
+# Matrices beside the layers that every token passes through, so they count as layers.
+DECODER_PARTS = re.compile(
+    r"^(per_layer_model_projection|altup_projections|altup_unembed_projections"  # Gemma 3n and 4
+    r"|hc_head\w*"  # DeepSeek-V4's hyper-connections
+    r"|project_in|project_out"  # OPT
+    r"|gated_cross_attn_layers|cross_attn_layers"  # IDEFICS, BLT
+    r"|embedding_hidden_mapping_in|embeddings_project)$"  # ALBERT, ELECTRA
 )
+# Stacks of text layers beside the decoder, in models of text alone.
+TEXT_STACKS = re.compile(r"^((model|transformer)\.)?(decoder\.)?(layers|h|block|blocks)$")
+ENCODER_STACKS = re.compile(r"(^|\.)encoder\.(layers|block|layer)$")
+# Components under which composite models keep the language model, and nothing else.
+LANGUAGE_MODELS = frozenset({"language_model", "text_model", "text_decoder", "llm", "language", "lm"})
+LAYER_LISTS = frozenset({"layers", "h", "blocks", "block", "layer"})
+
+ROUTERS = frozenset({
+    "gate", "router", "router_gate", "moe_gate", "expert_gate", "shared_expert_gate", "shared_experts_gate",
+})  # fmt: skip
+_ATTENTION = re.compile(r"attn|attention")
+NORM = re.compile(r"norm|^ln_|^ln\d*$|layer_?norm|^q_ln$|^k_ln$")
+# Rotations that compressed-tensors applies while the model runs (transform/factory/base.py: SCHEME_LOCATION).
+TRANSFORM = re.compile(r"_(weight_input|weight_output|input|output|q_attn|k_cache)$")
 # Buffers that some checkpoints store beside the weights; `grouping` counts them as "other".
 BUFFERS = re.compile(
     r"(^|\.)(inv_freq|num_batches_tracked|position_ids|token_type_ids|masked_bias|attn\.bias|attention\.bias)$"
 )
+# Scales of the KV cache, of attention scores and of activations, one per tensor or per head ([heads, 1, 1]).
+CACHE_SCALE = re.compile(
+    r"(^|\.)(q|k|v|kv|qk|p|prob|softmax|attn|attn_output|o)(_cache)?_(scale|zero_point|global_scale|scaling_factor)s?$"
+)
 
 
-def role_of(module: str, matrix: bool, layers: int | None) -> Role:
-    """Return the role of a weight in a Hugging Face checkpoint.
+def words(components: Iterable[str]) -> set[str]:
+    """Return the words of a name's components, in lower case: "mlp_AR" gives "mlp" and "ar"."""
+    return {
+        word.lower() for component in components for word in re.split(r"_|(?<=[a-z0-9])(?=[A-Z])", component) if word
+    }
 
-    module: its name without ".weight". matrix: whether it has two or more logical dimensions. layers:
-    `num_hidden_layers` of the language model; layers after these are draft layers, which is how DeepSeek and GLM store
-    MTP.
+
+def of_another_modality(components: Iterable[str]) -> bool:
+    """Return whether a name says that the weight serves another modality than text."""
+    return any(word in MODALITY_WORDS or word.removesuffix("s") in MODALITY_WORDS for word in words(components))
+
+
+def is_embedding(name: str) -> bool:
+    """Return whether a component names a table of embeddings, of tokens or of anything else."""
+    if name in TOKEN_EMBEDDINGS or name in POSSIBLE_TOKEN_EMBEDDINGS or name in OTHER_EMBEDDINGS:
+        return True
+    parts = words([name])
+    return not parts.isdisjoint(_EMBEDDING_WORDS) and parts.isdisjoint(_PROJECTION_WORDS)
+
+
+def is_routing(module: str) -> bool:
+    """Return whether a weight of a layer decides which experts a token goes to; module: its name below the layer."""
+    components = module.split(".")
+    position = next((index for index, name in enumerate(components) if name in ROUTERS), None)
+    # An attention's gate scales its output and is a layer's weight like any other.
+    return position is not None and not any(map(_ATTENTION.search, components[:position]))
+
+
+def layer_role(module: str, matrix: bool) -> Role:
+    """Return the role of a weight inside a layer of the decoder.
+
+    module: its name below the layer, without ".weight". matrix: whether it has two or more logical dimensions.
     """
-    parts = module.split(".")
-    if not OTHER_MODALITIES.isdisjoint(parts):
+    components = module.split(".")
+    last = components[-1]
+    adapter = next((index for index, name in enumerate(components) if name.startswith("lora_")), len(components))
+    if of_another_modality(components[adapter:]):  # Phi-4-multimodal: lora_A.vision beside each matrix
         return "vision"
-    if DRAFTS.search(module) or _beyond(module, layers):
-        return "draft"
-    if not matrix or parts[-1].endswith("bias") or NORM.search(parts[-1]):
+    if not matrix or last.endswith("bias") or NORM.search(last):
         return "other"
-    if ROUTERS.search(module):
+    if is_routing(module):
         return "router"
-    if HEADS.search(module):
-        return "head"
-    if parts[-1] in TOKEN_EMBEDDINGS:
-        return "token_embedding"
-    if parts[-1] in EMBEDDINGS:
+    if last in TOKEN_EMBEDDINGS or last in OTHER_EMBEDDINGS or last in ("embeddings", "embedding"):
         return "embedding"
     return "layer"
 
 
-def _beyond(module: str, layers: int | None) -> bool:
-    """Return whether the layer number in a name is at least `layers`."""
-    index = LAYER_INDEX.search(module)
-    # Encoder-decoder models number their two stacks separately, so the rule does not apply to them.
-    return bool(index and layers and int(index[1]) >= layers and ".decoder." not in module and "encoder." not in module)
-
-
-# One row per pattern of llama.cpp's tensor names (gguf-py/gguf/constants.py, TENSOR_NAMES); the first match decides.
 GGUF_ROLES: tuple[tuple[re.Pattern[str], Role], ...] = (
     (re.compile(r"^(v|a|mm|resampler|adapter)\."), "vision"),
     (re.compile(r"\.nextn\.|^nextn\."), "draft"),

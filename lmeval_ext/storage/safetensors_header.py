@@ -4,19 +4,24 @@ Layout and rules: https://github.com/huggingface/safetensors, README "Format" an
 The header is parsed here because the library maps the whole file, does not show offsets, silently keeps the last of
 two equal keys and does not name the file in its errors. The tests check that both accept the same files.
 
+A header that is written exactly as the library writes it is cut at its separators, in a fifth of the time of a JSON
+parser (`_compact`). Any other header goes through the parser and a check of every field (`_parsed`), which words the
+errors. Both give the same columns.
+
 `DTYPE_BITS` has one row per dtype: its name in the header and its bits per element. To add a dtype, add its row, and
 name it in FLOATS or FLOAT8 if a dense weight may be stored in it.
 """
 
 from __future__ import annotations
 
+import re
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from lmeval_ext.storage.info import DOWNLOAD_AGAIN, StorageError, unreadable
 from lmeval_ext.storage.json_file import MAX_BYTES, parse_object
-from lmeval_ext.storage.tensors import StoredTensor
+from lmeval_ext.storage.tensors import Form, Header, Run, StoredTensor, cut
 
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
@@ -28,9 +33,17 @@ DTYPE_BITS = {
 FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
 FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
 MAX_DIMENSIONS = 16
+# The library's own form of a header: metadata of plain texts first, then one entry per tensor, without spaces.
+_NOT_COMPACT = bytes(range(32)) + b"\\\x7f"  # no control characters and no escapes
+_START = re.compile(r'\{(?:"__metadata__":(\{[^{}]*\}),)?"')
+_NUMBER = "(?:0|[1-9][0-9]{0,17})"
+_FORM = re.compile(rf'"dtype":"(\w+)","shape":\[((?:{_NUMBER}(?:,{_NUMBER}){{0,{MAX_DIMENSIONS - 1}}})?)\]')
+_LAYERS = "layers."
+_OFFSETS = ',"data_offsets":['
+_QUOTES_PER_TENSOR = 10
 
 
-def read_header(path: Path) -> list[StoredTensor]:
+def read_header(path: Path) -> Header:
     """Return the tensors of a safetensors file, in the order of their data.
 
     Raises StorageError if the header is truncated or malformed, if the bytes of a tensor are not dtype x shape, or if
@@ -51,17 +64,122 @@ def read_header(path: Path) -> list[StoredTensor]:
     return header_tensors(path, raw, size)[0]
 
 
-def header_tensors(path: Path, raw: bytes, size: int) -> tuple[list[StoredTensor], dict[str, Any]]:
+def header_tensors(path: Path, raw: bytes, size: int) -> tuple[Header, dict[str, Any]]:
     """Parse the header `raw` of a file of `size` bytes.
 
     Returns the tensors, in the order of their data, and the metadata. Raises StorageError as `read_header` does.
     """
+    return _compact(path, raw, size) or _parsed(path, raw, size)
+
+
+def _compact(path: Path, raw: bytes, size: int) -> tuple[Header, dict[str, Any]] | None:
+    """Parse a header that is written as the library writes it; None for any other, and for any that has an error."""
+    if not raw.isascii() or len(raw.translate(None, _NOT_COMPACT)) != len(raw):
+        return None
+    text = raw.decode("ascii").rstrip(" ")
+    start = _START.match(text)
+    if not start or not text.endswith("]}}"):
+        return None
+    entries = text[start.end() : -2].split('},"')
+    names, forms, runs = [], [], _Runs()
+    position, root, known = 0, None, {}
+    try:
+        for index, entry in enumerate(entries):
+            # model.layers.3.mlp.up_proj.weight":{"dtype":"BF16","shape":[2,2],"data_offsets":[0,8]
+            prefix, _, rest = entry.partition(_LAYERS)
+            number, _, rest = rest.partition(".")
+            described, _, span = rest.rpartition(_OFFSETS)
+            if prefix != root:
+                root, known = prefix, runs.regular.get(prefix, {})
+            run = known.get(described)
+            if run is None or not number.isdigit():
+                run, number, span = runs.find(entry, index)
+                known = runs.regular.get(prefix, {})
+            end = position + run.form.nbytes
+            if span != f"{position},{end}]":
+                return None
+            position = end
+            run.numbers.append(number)
+            forms.append(run.form)
+            names.append(entry[: entry.index('"')])
+    except ValueError:  # a separator is missing, or a form is not known
+        return None
+    # A quotation mark in a name, or a field between the known ones, changes the number of quotation marks.
+    quotes = text.count('"', start.end() - 1)
+    if quotes != _QUOTES_PER_TENSOR * len(entries) or len(set(names)) != len(names) or 8 + len(raw) + position != size:
+        return None
+    metadata = parse_object(start[1].encode(), f"the metadata of {path}", DOWNLOAD_AGAIN) if start[1] else {}
+    return None if "__metadata__" in names else (Header(path, names, forms, 8 + len(raw), runs.all), metadata)
+
+
+class _Runs:
+    """The runs of a header while it is read.
+
+    all: every run. regular: those in a stack "…layers", by what stands before that word, and by the text from the
+    layer's number to the offsets. others: the other runs, by stack and text.
+    """
+
+    def __init__(self) -> None:
+        self.all: list[Run] = []
+        self.regular: dict[str, dict[str, Run]] = {}
+        self._others: dict[tuple[str | None, str], Run] = {}
+        self._forms: dict[str, Form] = {}
+
+    def find(self, entry: str, index: int) -> tuple[Run, str, str]:
+        """Return the run of any entry, its layer's number and its offsets. Raises ValueError if it has no form."""
+        prefix, found, below = entry.partition(_LAYERS)
+        if prefix in self.regular:
+            number, _, text = below.partition(".")
+            text, _, span = text.rpartition(_OFFSETS)
+            if number.isdigit() and text:
+                name_end = text.index('":{')
+                run = self._new(prefix + "layers", "." + text[:name_end], text[name_end + 3 :], index)
+                return self.regular[prefix].setdefault(text, run), number, span
+        name_end, form_end = entry.index('":{'), entry.rindex(_OFFSETS)
+        stack, number, rest = cut(entry[:name_end])
+        text = rest + entry[name_end:form_end]
+        run = self._others.get((stack, text)) or self._new(stack, rest, entry[name_end + 3 : form_end], index)
+        if found and stack == prefix + "layers":
+            self.regular[prefix] = {text[1:]: run}
+        else:
+            self._others[stack, text] = run
+        return run, number, entry[form_end + len(_OFFSETS) :]
+
+    def _new(self, stack: str | None, rest: str, described: str, index: int) -> Run:
+        form = self._forms.get(described)
+        if form is None:
+            form = self._forms[described] = _form(described)
+        run = Run(stack, rest, form, index)
+        self.all.append(run)
+        return run
+
+
+def _form(described: str) -> Form:
+    """Return the form that the text `"dtype":…,"shape":…` describes. Raises ValueError if it is not exactly that."""
+    match = _FORM.fullmatch(described)
+    if not match or match[1] not in DTYPE_BITS:
+        raise ValueError(described)
+    shape = tuple(map(int, match[2].split(","))) if match[2] else ()
+    size, rest = divmod(prod(shape) * DTYPE_BITS[match[1]], 8)
+    if rest:
+        raise ValueError(described)
+    return Form(match[1], shape, size)
+
+
+def _parsed(path: Path, raw: bytes, size: int) -> tuple[Header, dict[str, Any]]:
+    """Parse any header, with a check of every field. Raises StorageError as `read_header` does."""
     header = parse_object(raw, f"the header of {path}", DOWNLOAD_AGAIN)
     metadata = header.pop("__metadata__", None)
     tensors = [_tensor(path, 8 + len(raw), name, entry) for name, entry in header.items()]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
     _check_cover(path, tensors, 8 + len(raw), size)
-    return tensors, metadata if isinstance(metadata, dict) else {}
+    columns = Header(
+        path,
+        [tensor.name for tensor in tensors],
+        [Form(tensor.dtype, tensor.shape, tensor.nbytes) for tensor in tensors],
+        [tensor.offset for tensor in tensors],
+    )
+    return columns, metadata if isinstance(metadata, dict) else {}
 
 
 def _is_count(value: Any) -> bool:

@@ -54,6 +54,8 @@ def _group_scheme(weights: Config, inputs: Any) -> str:
             # "nvfp4" alone means 4-bit activations, as in the preset's name.
             # "mxfp4" alone is gpt-oss' weight-only format, so "mxfp4a4" is spelled out.
             return base if (base, activations) == ("nvfp4", 4) else f"{base}a{activations}"
+        if bits == 6:
+            return "mxfp6" if size == 32 and acts else "mxfp6a16" if size == 32 else "float6"
         if bits == 8:
             base = "mxfp8" if size == 32 else "fp8"
             if not acts:
@@ -112,7 +114,7 @@ def _fp8(config: Config) -> str:
 MODELOPT_ALGORITHMS = {
     "NVFP4": "nvfp4", "NVFP4_AWQ": "nvfp4-awq", "W4A16_NVFP4": "nvfp4a16", "NVFP4_SVDQUANT": "nvfp4-svdquant",
     "W4A8_NVFP4_FP8": "nvfp4a8", "FP8": "fp8", "FP8_PER_CHANNEL_PER_TOKEN": "fp8-dynamic", "FP8_PB_WO": "fp8a16-block",
-    "MXFP4": "mxfp4a4",
+    "MXFP4": "mxfp4a4", "MXFP8": "mxfp8",
 }  # fmt: skip
 
 
@@ -127,6 +129,8 @@ SCHEMES: dict[str, Callable[[Config], str | None]] = {
     "compressed-tensors": compressed_tensors_scheme,
     "modelopt": _modelopt,
     "modelopt_fp4": _modelopt,
+    "modelopt_mxfp8": _modelopt,
+    "modelopt_mixed": _modelopt,
     "awq": _weight_only("awq"),
     "gptq": _weight_only("gptq"),
     "auto-round": _weight_only("auto-round"),
@@ -136,14 +140,20 @@ SCHEMES: dict[str, Callable[[Config], str | None]] = {
     "fp8": _fp8,
     "fbgemm_fp8": lambda config: "fp8-dynamic",
     "mxfp4": lambda config: "mxfp4",
+    "mxfp8": lambda config: "mxfp8",
 }
+# Former names of methods, as older checkpoints have them.
+FORMER_NAMES = {
+    "intel/auto-round": "auto-round", "auto_round": "auto-round", "autoround": "auto-round", "bnb": "bitsandbytes",
+    "compressed_tensors": "compressed-tensors", "sparseml": "compressed-tensors",
+}  # fmt: skip
 
 
 def method_of(config: Config) -> str | None:
     """Return the quantization method that a config names, in lower case; None if it does not name one."""
     method = config.get("quant_method")
     if isinstance(method, str):
-        return method.lower()
+        return FORMER_NAMES.get(method.lower(), method.lower())
     if isinstance(config.get("producer"), dict) or "quant_algo" in config:
         return "modelopt"
     if config.get("load_in_4bit") or config.get("load_in_8bit"):

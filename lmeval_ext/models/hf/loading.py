@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lmeval_ext.errors import UserError
-from lmeval_ext.storage.checkpoint import check_index
+from lmeval_ext.storage.shard_index import check_index
 
 logger = logging.getLogger(__name__)
 
