@@ -1,1 +1,21 @@
-"""Records to judgement: which results are comparable, which is best, which differ by more than chance."""
+"""Records to judgement: which results are comparable, which is best, which differ by more than chance.
+
+axis           The quantities of the x axis: bits per weight, or the size of a model
+best           Which models are worth a look: the Pareto frontier, and the best model that fits a memory budget
+build          Records to comparisons: one metric, one axis, and which results may be compared
+chosen_metric  Which figures to compare: ``--metric TASK/METRIC`` or ``METRIC``, or the perplexity of the only
+               task that has one
+comparison     `Comparison`: one metric, one axis, the points, and the judgements that follow from them
+load           Paths to comparisons: reads results, builds comparisons, reports what was left out
+mean           The mean of several tasks: which tasks count, the figure and its error, one record per model
+memory         The memory that a model needs, and whether it fits: all weights, embeddings included, and the KV
+               cache of a context
+model_sizes    Whether two results are from the same model, judged by its number of weights
+noise_floor    The noise floor of a metric that needs a reference: how far full precision is from the reference
+pairs          Every model of a comparison against a baseline, paired by window or document: ``compare table
+               --versus LABEL``
+point          `Point`: one record on the chosen metric and axis
+reruns         One record per model and task: the latest re-run counts, and labels become unique
+significance   Whether the difference between two models is more than chance, from pairs of the same windows or
+               questions
+"""

@@ -1,1 +1,14 @@
-"""Self-contained HTML: interactive plot and report page. It fetches nothing; no text of a result file runs."""
+"""Self-contained HTML: interactive plot and report page. It fetches nothing; no text of a result file runs.
+
+build         Puts a page together: the interactive plot alone, or the whole report
+content       What the sections of the report hold, as plain text; the templates escape it and give it its markup
+divergence    The report's section on divergence from a reference: plots, figures, and tables by the reference's
+              confidence
+family_notes  What a reader should know of each family before comparing its numbers with another's; one row per
+              family
+page          The frame of a self-contained page: content security policy, colours, script
+pictures      A picture inside a page: matplotlib's SVG, its colours made variables of the page, with spots to
+              point at
+templating    The templates of the pages: autoescaped, so that a label of a result file is text wherever it stands
+templates/    jinja2 templates of the pages
+"""

@@ -1,1 +1,12 @@
-"""Comparisons as tables: all fields of a point, columns for readers, and the output formats."""
+"""Comparisons as tables: all fields of a point, columns for readers, and the output formats.
+
+column              `Column`: a column of the tables for readers
+columns             The columns of the tables for readers, as text: terminal, Markdown, report
+divergence_columns  The columns beside a divergence: its spread, the agreement of the first choices, and the noise
+                    floor
+formats             The table as JSON, CSV and Markdown
+pair_columns        The columns that --versus adds to a table: the difference, its interval, its p-value, and the
+                    outcome
+rows                Everything known about a point, at full precision: the records of the JSON and CSV tables
+terminal            The table for the terminal, drawn by rich; thousands of rows are plain columns
+"""

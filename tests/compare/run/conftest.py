@@ -152,6 +152,12 @@ def write_safetensors(file: Path, data: bytes) -> None:
     file.write_bytes(struct.pack("<Q", len(header)) + header + data)
 
 
+@pytest.fixture(autouse=True)
+def _poll_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stub harness answers within milliseconds; five looks a second would take most of these tests' time."""
+    monkeypatch.setattr("compare.run.processes.local_pool.POLL_SECONDS", 0.01)
+
+
 @pytest.fixture
 def workshop(tmp_path: Path) -> Workshop:
     return Workshop(tmp_path)
