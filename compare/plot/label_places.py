@@ -97,6 +97,11 @@ def _descend(layout: _Layout, order: list[int]) -> _Layout:
     return layout
 
 
+# Rings around a point, in pixels from its marker's edge, and the directions on each
+_RINGS = np.array([1, 5, 10, 16, 24, 34, 50, 70, 95, 125, 160, 200, 250, 310, 380])
+_DIRECTIONS = np.array([(math.cos(math.tau * step / 24), math.sin(math.tau * step / 24)) for step in range(24)])
+
+
 class _Layout:
     def __init__(
         self, centres: np.ndarray, sizes: np.ndarray, anchors: np.ndarray, obstacles: Obstacles, bounds: Box
@@ -122,14 +127,9 @@ class _Layout:
     def _candidates(self, i: int) -> np.ndarray:
         """The present place, then rings around its point: the box's edge, not its middle, keeps the ring's distance."""
         width, height = self.sizes[i]
-        places = [self.centres[i]]
-        for distance in (1, 5, 10, 16, 24, 34, 50, 70, 95, 125, 160, 200, 250, 310, 380):
-            for step in range(24):
-                angle = math.tau * step / 24
-                dx, dy = math.cos(angle), math.sin(angle)
-                reach = self.obstacles.radius + distance
-                places.append(self.anchors[i] + (dx * (width / 2 + reach), dy * (height / 2 + reach)))
-        centres = np.array(places)
+        reach = self.obstacles.radius + _RINGS[:, None]
+        rings = np.stack([_DIRECTIONS[:, 0] * (width / 2 + reach), _DIRECTIONS[:, 1] * (height / 2 + reach)], axis=2)
+        centres = np.vstack([self.centres[i], self.anchors[i] + rings.reshape(-1, 2)])
         x0, y0, x1, y1 = self.bounds
         centres[:, 0] = np.clip(centres[:, 0], x0 + width / 2 + 2, max(x1 - width / 2 - 2, x0 + width / 2 + 2))
         centres[:, 1] = np.clip(centres[:, 1], y0 + height / 2 + 2, max(y1 - height / 2 - 2, y0 + height / 2 + 2))
@@ -186,27 +186,36 @@ def _overlaps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def _distance_to_boxes(points: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     """[B, P] distance of each point to each box, 0 inside."""
-    nearest = np.clip(points[None, :, :], boxes[:, None, :2], boxes[:, None, 2:])
-    return np.linalg.norm(nearest - points[None, :, :], axis=2)
+    x, y = points.T
+    dx = np.clip(x, boxes[:, 0, None], boxes[:, 2, None]) - x
+    dy = np.clip(y, boxes[:, 1, None], boxes[:, 3, None]) - y
+    return np.sqrt(dx * dx + dy * dy)
 
 
 def _distance_to_segments(points: np.ndarray, segments: np.ndarray) -> np.ndarray:
     """[S, P] distance of each point to each segment."""
-    start, direction = segments[:, None, :2], (segments[:, 2:] - segments[:, :2])[:, None, :]
-    squared = np.maximum((direction**2).sum(axis=2), 1e-12)
-    t = np.clip(((points[None] - start) * direction).sum(axis=2) / squared, 0, 1)
-    return np.linalg.norm(start + t[..., None] * direction - points[None], axis=2)
+    (x, y), (x0, y0, x1, y1) = points.T, segments.T[:, :, None]
+    dx, dy = x1 - x0, y1 - y0
+    squared = np.maximum(dx**2 + dy**2, 1e-12)
+    t = np.clip(((x - x0) * dx + (y - y0) * dy) / squared, 0, 1)
+    left, up = x0 + t * dx - x, y0 + t * dy - y
+    return np.sqrt(left * left + up * up)
 
 
 def _segments_hit_boxes(segments: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     """[S, B] whether a segment passes through a box (Liang-Barsky clipping)."""
-    start = segments[:, None, :2]
-    direction = (segments[:, 2:] - segments[:, :2])[:, None, :]
-    safe = np.where(np.abs(direction) < 1e-9, 1e-9, direction)
-    low, high = (boxes[None, :, :2] - start) / safe, (boxes[None, :, 2:] - start) / safe
-    enter = np.minimum(low, high).max(axis=2)
-    leave = np.maximum(low, high).min(axis=2)
+    enter, leave = _crossing(segments[:, 0], segments[:, 2], boxes[:, 0], boxes[:, 2])
+    enter_y, leave_y = _crossing(segments[:, 1], segments[:, 3], boxes[:, 1], boxes[:, 3])
+    enter, leave = np.maximum(enter, enter_y), np.minimum(leave, leave_y)
     return np.maximum(enter, 0) < np.minimum(leave, 1)
+
+
+def _crossing(start: np.ndarray, end: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[S, B] the parts of each segment, 0 to 1, at which it enters and leaves each interval of one coordinate."""
+    direction = end - start
+    safe = np.where(np.abs(direction) < 1e-9, 1e-9, direction)[:, None]
+    first, second = (low - start[:, None]) / safe, (high - start[:, None]) / safe
+    return np.minimum(first, second), np.maximum(first, second)
 
 
 def _cross(a: np.ndarray, b: np.ndarray) -> np.ndarray:
