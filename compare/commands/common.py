@@ -9,6 +9,7 @@ from pathlib import Path
 from compare.comparison.axis import AXES, MEMORY
 from compare.comparison.comparison import Options
 from compare.errors import CompareError
+from compare.write import PICTURE_SUFFIXES
 
 
 def add_selection(parser: argparse.ArgumentParser) -> None:
@@ -106,6 +107,12 @@ def options_of(arguments: argparse.Namespace, sort: str = "family") -> Options:
         allow_mixed=arguments.allow_mixed,
         sort=sort,
     )
+
+
+def check_picture_name(flag: str, file: Path) -> None:
+    """Raises CompareError if no picture can have this name."""
+    if file.suffix.lower() not in PICTURE_SUFFIXES:
+        raise CompareError(f"{flag} {file}: expected a name that ends in .png, .svg, .pdf or .html")
 
 
 def _amount(text: str) -> float:

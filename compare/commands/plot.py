@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 
 from compare.commands import distribution
-from compare.commands.common import add_best, add_log_y, add_selection, options_of
+from compare.commands.common import add_best, add_log_y, add_selection, check_picture_name, options_of
 from compare.errors import CompareError
-from compare.write import PICTURE_SUFFIXES, PlotRequest, has_display, write_plot
+from compare.write import PlotRequest, has_display, write_plot
 
 HELP = "draw the models of result files: size across, metric upwards, one line per family; a panel per --metric"
 
@@ -31,9 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     output: Path | None = arguments.output
-    if output is not None and output.suffix.lower() not in PICTURE_SUFFIXES:
-        raise CompareError(f"-o {output}: expected a name that ends in .png, .svg, .pdf or .html")
-    if output is None and not has_display():
+    if output is not None:
+        check_picture_name("-o", output)
+    elif not has_display():
         raise CompareError("no display for a window here; name a file: -o plot.png (or .svg, .pdf, .html)")
     request = PlotRequest(output, arguments.title, arguments.dark, arguments.log_y)
     if arguments.distribution is not None:

@@ -6,10 +6,11 @@ import argparse
 import shlex
 from pathlib import Path
 
+from compare.commands.common import check_picture_name
 from compare.comparison.comparison import Options
 from compare.errors import CompareError
 from compare.run.request import RunRequest
-from compare.write import PICTURE_SUFFIXES, PlotRequest, has_display
+from compare.write import PlotRequest, has_display
 
 HELP = "evaluate the models of spec files, each in its own process, and draw the plot"
 
@@ -132,10 +133,9 @@ def _plot_request(arguments: argparse.Namespace) -> PlotRequest | None:
     if file is None:
         if not arguments.plot:
             return None
-        file = None if has_display() else arguments.results / "plot.png"
-    elif file.suffix.lower() not in PICTURE_SUFFIXES:
-        raise CompareError(f"-pf {file}: expected a name that ends in .png, .svg, .pdf or .html")
-    elif not file.parent.is_dir():
+        return PlotRequest(None if has_display() else arguments.results / "plot.png", arguments.title, arguments.dark)
+    check_picture_name("-pf", file)
+    if not file.parent.is_dir():
         raise CompareError(f"-pf {file}: there is no folder {file.parent}")
     return PlotRequest(file, arguments.title, arguments.dark)
 

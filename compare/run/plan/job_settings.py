@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from compare.comparison.memory import GIB
 from compare.errors import CompareError
 from compare.results.label_index import Presentation
 from compare.run.plan.job import Job
@@ -15,8 +16,6 @@ from compare.run.specs.engines import LOAD_FNS, PATH_ARGUMENTS
 from compare.run.specs.loading import Entry
 from compare.run.specs.paths import absolute, resolve, trained_context
 from compare.run.specs.schema import DataSpec, GuideModel, HarnessOptions
-
-GIB = 1024**3
 
 # Data sets that have a task of their own name; all others use `text_strided`, which scores the same windows.
 _TASK_OF = {"wiki2": "wiki2_strided", "wikitext2": "wiki2_strided", "sample": "sample_strided"}

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from lmeval_ext.errors import UserError
-from lmeval_ext.models.exllama.memory import PAGE, round_up
+from lmeval_ext.models.exllama.memory import PAGE
 from lmeval_ext.models.sampling import Sampling
+from lmeval_ext.storage.rounding import round_up
 
 
 @dataclass

@@ -11,20 +11,11 @@ import torch
 from lmeval_ext.models.exllama.config import text_config
 from lmeval_ext.models.record import GIB, Quantization
 from lmeval_ext.storage.kv_cache import kv_cache
+from lmeval_ext.storage.rounding import round_up
 
 PAGE = 256  # tokens per page of both engines' KV caches (exllamav3.constants.PAGE_SIZE; exllamav2's paged cache)
 BLOCK = 32  # lengths are padded to blocks of tokens, so that kernels are compiled and tuned for a few lengths only
 _EMBEDDING_SHARE = 0.05  # part of a GPU's memory that a copy of the token embeddings may take by default
-
-
-def blocks(count: int, size: int) -> int:
-    """Returns how many blocks of `size` hold `count` items."""
-    return -(-count // size)
-
-
-def round_up(count: int, size: int) -> int:
-    """Returns the smallest multiple of `size` that is not below `count`."""
-    return blocks(count, size) * size
 
 
 # ---------------------------------------------------------------------- sizes

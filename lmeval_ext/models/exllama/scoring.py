@@ -12,10 +12,11 @@ from lmeval_ext.divergence.measure import TokenDivergence
 from lmeval_ext.divergence.observer import Observer, WindowSpan, spans_between
 from lmeval_ext.models.exllama.batching import Batching, HostCopy
 from lmeval_ext.models.exllama.engine import Engine
-from lmeval_ext.models.exllama.memory import BLOCK, is_out_of_memory, release_memory, round_up
+from lmeval_ext.models.exllama.memory import BLOCK, is_out_of_memory, release_memory
 from lmeval_ext.models.shared_contexts import Group, shared_batches, split_groups
 from lmeval_ext.models.target_logprobs import target_logprobs
 from lmeval_ext.requests import WindowRequest, WindowScores, key_of, same_shape
+from lmeval_ext.storage.rounding import round_up
 
 ChoiceScore = tuple[float, bool]  # sum of log-probabilities, whether every target is the most likely token
 

@@ -31,12 +31,13 @@ from lmeval_ext.models.exllama.loading import (
     require,
     single_device,
 )
-from lmeval_ext.models.exllama.memory import blocks, default_cache_tokens, round_up
+from lmeval_ext.models.exllama.memory import default_cache_tokens
 from lmeval_ext.models.exllama.messages import import_error, load_error
 from lmeval_ext.models.exllama.v2.loading import PACKAGE as V2
 from lmeval_ext.models.exllama.v3.loading import PACKAGE as V3
 from lmeval_ext.models.sampling import Sampling
 from lmeval_ext.models.shared_contexts import group_requests, shared_batches, split_groups
+from lmeval_ext.storage.rounding import ceil_div, round_up
 from tests.conftest import VOCABULARY, make_llama, make_tokenizer
 from tests.models.exllama.tiny_engine import TinyExLlama
 from tests.models.test_adapters import answers, by_hand, requests_of, windows
@@ -419,7 +420,7 @@ def test_unknown_argument_is_an_error() -> None:
 
 
 def test_blocks_and_round_up() -> None:
-    assert [blocks(n, 32) for n in (0, 1, 32, 33)] == [0, 1, 1, 2]
+    assert [ceil_div(n, 32) for n in (0, 1, 32, 33)] == [0, 1, 1, 2]
     assert [round_up(n, 32) for n in (0, 1, 32, 33)] == [0, 32, 32, 64]
 
 

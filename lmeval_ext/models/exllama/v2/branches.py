@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from lmeval_ext.models.exllama.engine import Tokens
-from lmeval_ext.models.exllama.memory import BLOCK, PAGE, round_up
+from lmeval_ext.models.exllama.memory import BLOCK, PAGE
 from lmeval_ext.models.exllama.v2.loading import cache_bytes
 from lmeval_ext.models.shared_contexts import common_prefix
+from lmeval_ext.storage.rounding import round_up
 
 _MIN_ROWS = 4  # of the leaves: few questions have fewer choices
 

@@ -13,8 +13,9 @@ from typing import Any
 
 from lmeval_ext.errors import UserError
 from lmeval_ext.models.exllama.loading import Package
-from lmeval_ext.models.exllama.memory import BLOCK, PAGE, blocks, round_up
+from lmeval_ext.models.exllama.memory import BLOCK, PAGE
 from lmeval_ext.models.exllama.v2.rope import set_rope
+from lmeval_ext.storage.rounding import ceil_div, round_up
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ def set_lengths(v2: Any, max_length: int, length_is_given: bool, batch_size: int
     v2.max_input_len = min(MAX_INPUT, v2.max_seq_len)
     rows = int(batch_size) if str(batch_size).isdigit() else 1
     tokens = max(FORWARD_TOKENS, max_length + BLOCK, rows * min(max_length, MAX_INPUT))
-    v2.max_batch_size = blocks(tokens, v2.max_input_len)
+    v2.max_batch_size = ceil_div(tokens, v2.max_input_len)
     return max_length
 
 

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from lmeval_ext.models.exllama.engine import Tokens
-from lmeval_ext.models.exllama.memory import BLOCK, blocks, round_up
+from lmeval_ext.models.exllama.memory import BLOCK
 from lmeval_ext.models.shared_contexts import common_prefix
+from lmeval_ext.storage.rounding import ceil_div, round_up
 
 # Lengths are padded to BLOCK also because ExLlamaV3 takes its prefill kernels, not decode graphs, beyond 16 tokens.
 _FORWARD_TOKENS = 16384
@@ -54,7 +55,7 @@ class PageBranches:
         """See `Engine.branch`."""
         layout = BranchLayout(contexts, tails, self._page)
         trunk = self._grow_trunk(layout.trunk)
-        self._next_page = blocks(len(layout.trunk), self._page)  # the first one that is free
+        self._next_page = ceil_div(len(layout.trunk), self._page)  # the first one that is free
         # Contexts that have several tails, on the trunk
         parents = self._fork([trunk] * len(layout.several), layout.context_room)
         rests = [list(contexts[i][len(layout.trunk) :]) for i in layout.several]
@@ -83,7 +84,7 @@ class PageBranches:
         kept = common_prefix(self._trunk_tokens, tokens)
         self._trunk_tokens = self._trunk_tokens[:kept]
         room = round_up(len(tokens), BLOCK) + BLOCK
-        trunk = PagedSequence(list(range(blocks(room, self._page))), kept)
+        trunk = PagedSequence(list(range(ceil_div(room, self._page))), kept)
         for start in range(kept, len(tokens), _PREFILL_TOKENS):
             self._feed([trunk], [tokens[start : min(start + _PREFILL_TOKENS, len(tokens))]], keep=False)
         self._trunk_tokens = list(tokens)
@@ -94,7 +95,7 @@ class PageBranches:
         children, sources, copies = [], [], []
         for parent in parents:
             full = parent.length // self._page
-            count = blocks(parent.length + room, self._page) - full
+            count = ceil_div(parent.length + room, self._page) - full
             own = list(range(self._next_page, self._next_page + count))
             self._next_page += count
             if parent.length % self._page and own:
@@ -174,11 +175,11 @@ class BranchLayout:
         self.single_room = round_up(max((rest[i] + len(tails[i][0]) for i in self.single), default=0), BLOCK)
 
         def extra(length: int, room: int) -> int:
-            return blocks(length + room, page) - length // page
+            return ceil_div(length + room, page) - length // page
 
-        pages = blocks(trunk, page)
+        pages = ceil_div(trunk, page)
         pages += len(self.several) * extra(trunk, self.context_room)
         pages += sum(len(tails[i]) * extra(len(contexts[i]), self.tail_room) for i in self.several)
         pages += len(self.single) * extra(trunk, self.single_room)
         # Growing the trunk pads, too, before the others need their pages
-        self.pages = max(pages, blocks(trunk + 2 * BLOCK, page))
+        self.pages = max(pages, ceil_div(trunk + 2 * BLOCK, page))
