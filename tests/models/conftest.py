@@ -1,4 +1,4 @@
-"""Real checkpoints of a real small model, made once a session (or kept in LMEVAL_EXT_TEST_MODELS)."""
+"""Checkpoints of a small trained model, made once per session or kept in the folder LMEVAL_EXT_TEST_MODELS."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from tests.conftest import ROOT
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns the folder that holds the checkpoints."""
     kept = os.environ.get("LMEVAL_EXT_TEST_MODELS")
     return Path(kept) if kept else tmp_path_factory.mktemp("checkpoints")
 
 
 def demo(script: str, *arguments: str | Path) -> None:
+    """Runs a script of demo/; fails with the end of its output."""
     done = subprocess.run(
         [sys.executable, str(ROOT / "demo" / script), *map(str, arguments)], capture_output=True, text=True, check=False
     )
@@ -36,7 +38,7 @@ def smollm2(models: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def quantized(models: Path, smollm2: Path) -> Callable[[str], Path]:
-    """Round-to-nearest compressed-tensors checkpoints of it, by scheme."""
+    """Returns a function from a scheme to a compressed-tensors checkpoint of SmolLM2, rounded to nearest."""
 
     def make(scheme: str) -> Path:
         folder = models / f"SmolLM2-135M-{scheme}"
@@ -49,7 +51,7 @@ def quantized(models: Path, smollm2: Path) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def q4_gguf(models: Path, bf16_gguf: Path) -> Path:
-    """Q4_K_M of it by name; its width of 576 makes most tensors Q5_0."""
+    """Returns SmolLM2 quantized as Q4_K_M; most tensors are Q5_0, because the width of 576 is not a multiple of 256."""
     file = models / "SmolLM2-135M-Q4_K_M.gguf"
     if not file.exists():
         demo("quantize_gguf.py", bf16_gguf, file, "Q4_K_M")
@@ -58,6 +60,7 @@ def q4_gguf(models: Path, bf16_gguf: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def bf16_gguf(models: Path, smollm2: Path) -> Path:
+    """Returns SmolLM2 as a GGUF file in bfloat16."""
     file = models / "SmolLM2-135M-BF16.gguf"
     if not file.exists():
         demo("to_gguf.py", smollm2, file, "--type", "BF16")

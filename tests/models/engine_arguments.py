@@ -1,8 +1,8 @@
-"""Arguments of each engine that may change its distributions, so that they are part of a reference's identity.
+"""Arguments of each engine that may change its distributions, and so are part of a reference's identity.
 
 Names are those of vLLM 0.32, lm-eval 0.4.13 and llama-cpp-python 0.3.36. tests/models/test_neutral_arguments.py fails
-for an argument that is neither here nor in `Observed.neutral_arguments`, so a new version of an engine asks for a
-decision on each new argument. In doubt an argument belongs here: it is then part of the identity.
+for an argument that is neither here nor in `Observed.neutral_arguments`, so that someone decides on each new argument
+of a new engine version. An argument belongs here in doubt: it is then part of the identity.
 """
 
 

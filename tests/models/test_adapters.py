@@ -1,4 +1,4 @@
-"""Adapters on tiny models: batch size, errors that help, and the harness' other request types."""
+"""Adapters on tiny models: scores by hand, batch sizes, the harness' other request types, and messages of errors."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def windows(n: int = 6, length: int = 96, context: int = 33) -> list[WindowReque
     return [window_request(str(i), row, context, {}, (None, None, None)) for i, row in enumerate(rows)]
 
 
-def by_hand(folder: Path, requests: list[WindowRequest]) -> tuple[np.ndarray, np.ndarray]:
-    """Log-softmax over the whole window in float64, from Transformers itself."""
+def transformers_scores(folder: Path, requests: list[WindowRequest]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns log-probabilities and first choices of the targets by Transformers, log-softmax in float64."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -38,7 +38,8 @@ def by_hand(folder: Path, requests: list[WindowRequest]) -> tuple[np.ndarray, np
     return table[:, -keep:].numpy(), greedy[:, -keep:].numpy()
 
 
-def answers(model: Any, requests: list[WindowRequest]) -> tuple[np.ndarray, np.ndarray]:
+def adapter_scores(model: Any, requests: list[WindowRequest]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns log-probabilities and first choices of the targets by an adapter."""
     scores = model._loglikelihood_tokens(requests)
     return np.array([s.logprobs for s in scores]), np.array([s.greedy for s in scores])
 
@@ -53,60 +54,60 @@ def tiny_gguf(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, "auto"])
-def test_hf_quant_scores_by_hand(tiny_llama: Path, batch_size: int | str) -> None:
+def test_hf_quant_scores_equal_transformers(tiny_llama: Path, batch_size: int | str) -> None:
     model = get_model("hf_quant")(pretrained=str(tiny_llama), dtype="float32", batch_size=batch_size)
     requests = windows()
-    logprobs, greedy = answers(model, requests)
-    expected, matches = by_hand(tiny_llama, requests)
+    logprobs, greedy = adapter_scores(model, requests)
+    expected, matches = transformers_scores(tiny_llama, requests)
     np.testing.assert_allclose(logprobs, expected, rtol=1e-5, atol=1e-6)
     assert (greedy == matches).all()
 
 
-def test_hf_quant_bfloat16_does_not_depend_on_batch_size(tiny_llama: Path) -> None:
+def test_hf_quant_in_bfloat16_does_not_depend_on_the_batch_size(tiny_llama: Path) -> None:
     requests = windows()
     one, four = (
-        answers(get_model("hf_quant")(pretrained=str(tiny_llama), dtype="bfloat16", batch_size=n), requests)[0]
+        adapter_scores(get_model("hf_quant")(pretrained=str(tiny_llama), dtype="bfloat16", batch_size=n), requests)[0]
         for n in (1, 4)
     )
     assert np.exp(-one.mean()) == pytest.approx(np.exp(-four.mean()), rel=1e-3)
 
 
-def test_windows_of_different_shapes_keep_their_order(tiny_llama: Path) -> None:
+def test_hf_quant_keeps_the_order_of_windows_of_different_shapes(tiny_llama: Path) -> None:
     model = get_model("hf_quant")(pretrained=str(tiny_llama), dtype="float32", batch_size=2)
     long, short = windows(3), windows(2, length=40, context=1)
     mixed = [long[0], short[0], long[1], short[1], long[2]]
     scores = model._loglikelihood_tokens(mixed)
     assert [len(s.logprobs) for s in scores] == [63, 39, 63, 39, 63]
-    np.testing.assert_allclose(scores[3].logprobs, by_hand(tiny_llama, short)[0][1], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(scores[3].logprobs, transformers_scores(tiny_llama, short)[0][1], rtol=1e-5, atol=1e-6)
 
 
-def test_llamacpp_scores_by_hand(tiny_llama: Path, tiny_gguf: Path) -> None:
-    """float32 weights and cache (llama.cpp's usual cache is float16); batches smaller than a window."""
+def test_llamacpp_scores_equal_transformers(tiny_llama: Path, tiny_gguf: Path) -> None:
+    """Weights and cache are float32 (llama.cpp's default cache is float16); batches are smaller than a window."""
     model = get_model("llamacpp")(pretrained=str(tiny_gguf), n_batch=40, n_ubatch=40, type_k="f32", type_v="f32")
     requests = windows()
-    logprobs, greedy = answers(model, requests)
-    expected, matches = by_hand(tiny_llama, requests)
+    logprobs, greedy = adapter_scores(model, requests)
+    expected, matches = transformers_scores(tiny_llama, requests)
     np.testing.assert_allclose(logprobs, expected, rtol=1e-4, atol=1e-4)
     assert (greedy == matches).all()
 
 
-def test_llamacpp_reuses_a_shared_context_without_changing_answers(tiny_gguf: Path) -> None:
+def test_llamacpp_scores_do_not_change_with_a_shared_context(tiny_gguf: Path) -> None:
     model = get_model("llamacpp")(pretrained=str(tiny_gguf))
     rng = np.random.default_rng(1)
     context = rng.integers(2, VOCABULARY, 50).tolist()
     choices = [(None, context, rng.integers(2, VOCABULARY, n).tolist()) for n in (1, 3, 3, 2)]
     together = model._loglikelihood_tokens(choices, disable_tqdm=True)
-    for choice, answer in zip(choices, together, strict=True):
+    for choice, score in zip(choices, together, strict=True):
         model.scorer.forget()
         (alone,) = model._loglikelihood_tokens([choice], disable_tqdm=True)
-        assert answer[0] == pytest.approx(alone[0], abs=1e-3)
+        assert score[0] == pytest.approx(alone[0], abs=1e-3)
 
 
 def requests_of(kind: str, *arguments: tuple[Any, ...]) -> list[Instance]:
     return [Instance(kind, {}, a, 0) for a in arguments]  # type: ignore[arg-type]
 
 
-def test_llamacpp_answers_the_harness_like_hf(tiny_llama: Path, tiny_gguf: Path) -> None:
+def test_llamacpp_serves_harness_requests_as_hf(tiny_llama: Path, tiny_gguf: Path) -> None:
     ours = get_model("llamacpp")(pretrained=str(tiny_gguf))
     stock = get_model("hf")(pretrained=str(tiny_llama), dtype="float32", device="cpu")
     pairs = requests_of("loglikelihood", ("Iceland is", " an island"), ("", "The capital"), ("A volcano ", "erupts"))
@@ -119,7 +120,7 @@ def test_llamacpp_answers_the_harness_like_hf(tiny_llama: Path, tiny_gguf: Path)
 
 
 @pytest.mark.parametrize("name", ["hf_quant", "llamacpp"])
-def test_ids_and_lengths_that_do_not_fit(name: str, tiny_llama: Path, tiny_gguf: Path) -> None:
+def test_ids_beyond_the_vocabulary_and_long_windows_are_errors(name: str, tiny_llama: Path, tiny_gguf: Path) -> None:
     model = get_model(name)(pretrained=str(tiny_gguf if name == "llamacpp" else tiny_llama))
     with pytest.raises(UserError, match=f"token id {VOCABULARY} is beyond this model's vocabulary of {VOCABULARY}"):
         model._loglikelihood_tokens([window_request("w", [5, 6, VOCABULARY], 1, {}, (None, None, None))])
@@ -127,7 +128,7 @@ def test_ids_and_lengths_that_do_not_fit(name: str, tiny_llama: Path, tiny_gguf:
         model._loglikelihood_tokens([window_request("w", [5] * 257, 1, {}, (None, None, None))])
 
 
-def test_padded_vocabulary_takes_no_part() -> None:
+def test_padding_of_the_vocabulary_is_not_scored() -> None:
     """Columns of the output matrix beyond the config's vocabulary are an engine's padding."""
     from lmeval_ext.models.target_logprobs import logprobs_of_targets
 
@@ -149,7 +150,7 @@ def test_padded_vocabulary_takes_no_part() -> None:
         ("model_type", "could not be loaded|does not know"),
     ],
 )
-def test_broken_checkpoints_are_one_line(
+def test_damaged_checkpoint_is_an_error_in_one_line(
     name: str, breakage: str, words: str, tiny_llama: Path, tmp_path: Path
 ) -> None:
     for file in tiny_llama.iterdir():
@@ -167,7 +168,7 @@ def test_broken_checkpoints_are_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_unknown_arguments_are_named(tiny_llama: Path, tiny_gguf: Path) -> None:
+def test_unknown_arguments_are_errors_that_name_them(tiny_llama: Path, tiny_gguf: Path) -> None:
     with pytest.raises(UserError, match="n_thread=1 is not an argument of llamacpp; did you mean n_threads"):
         get_model("llamacpp")(pretrained=str(tiny_gguf), n_thread=1)
     with pytest.raises(UserError, match="bfloat61"):
@@ -176,7 +177,7 @@ def test_unknown_arguments_are_named(tiny_llama: Path, tiny_gguf: Path) -> None:
         get_model("llamacpp")(pretrained=str(tiny_gguf), n_ctx=64, max_length=128)
 
 
-def test_models_that_do_not_know_logits_to_keep(tiny_llama: Path) -> None:
+def test_models_without_logits_to_keep_are_scored_alike(tiny_llama: Path) -> None:
     model = get_model("hf_quant")(pretrained=str(tiny_llama), dtype="float32")
     forward = model.model.forward
 
@@ -185,11 +186,13 @@ def test_models_that_do_not_know_logits_to_keep(tiny_llama: Path) -> None:
 
     model.model.forward, model._keeps = plain, False
     requests = windows(2)
-    np.testing.assert_allclose(answers(model, requests)[0], by_hand(tiny_llama, requests)[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        adapter_scores(model, requests)[0], transformers_scores(tiny_llama, requests)[0], rtol=1e-5, atol=1e-6
+    )
 
 
-def test_quantizing_at_load_is_not_full_precision(tiny_llama: Path) -> None:
-    """What Transformers sets on the running model's config, not on the checkpoint's, for load_in_4bit."""
+def test_model_quantized_at_load_is_not_full_precision(tiny_llama: Path) -> None:
+    """For load_in_4bit, Transformers sets quantization_config on the running model's config, not in the checkpoint."""
     model = get_model("hf_quant")(pretrained=str(tiny_llama), dtype="float32")
     model.model.config.quantization_config = {"quant_method": "bitsandbytes"}
     facts = model.get_model_info()["quantization"]
@@ -197,7 +200,7 @@ def test_quantizing_at_load_is_not_full_precision(tiny_llama: Path) -> None:
     assert any("quantized at load" in note for note in facts["notes"])
 
 
-def test_a_failing_description_loses_no_scores(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_description_becomes_a_note(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = get_model("hf_quant")(pretrained=str(tiny_llama), dtype="float32")
     monkeypatch.setattr(type(model), "describe", lambda self: 1 / 0)
     facts = model.get_model_info()["quantization"]
@@ -213,12 +216,12 @@ def test_a_failing_description_loses_no_scores(tiny_llama: Path, monkeypatch: py
         ("llamacpp", {"pretrained": "/nowhere/model.gguf"}, "no such file"),
     ],
 )
-def test_missing_checkpoint_names_it(name: str, arguments: dict[str, Any], words: str) -> None:
+def test_missing_checkpoint_is_an_error_that_names_it(name: str, arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         get_model(name)(**arguments)
 
 
-def test_files_that_are_not_gguf(tmp_path: Path, tiny_gguf: Path) -> None:
+def test_files_that_are_not_gguf_are_errors(tmp_path: Path, tiny_gguf: Path) -> None:
     other, truncated = tmp_path / "other.gguf", tmp_path / "truncated.gguf"
     other.write_bytes(b"not a GGUF file")
     truncated.write_bytes(tiny_gguf.read_bytes()[:5000])
@@ -239,7 +242,7 @@ def test_pickles_are_never_loaded(tiny_llama: Path, tmp_path: Path) -> None:
         get_model("hf_quant")(pretrained=str(tmp_path))
 
 
-def test_tokenizers_that_differ_are_shown(tiny_gguf: Path, tmp_path: Path) -> None:
+def test_tokenizer_that_differs_from_the_vocabulary_is_an_error(tiny_gguf: Path, tmp_path: Path) -> None:
     from tests.conftest import load_task, make_tokenizer
 
     make_tokenizer(tmp_path, vocabulary=VOCABULARY - 20)
@@ -247,7 +250,7 @@ def test_tokenizers_that_differ_are_shown(tiny_gguf: Path, tmp_path: Path) -> No
         load_task("sample_strided", pretrained=str(tiny_gguf), tokenizer=str(tmp_path), eval_len=64, stride=64)
 
 
-def test_gguf_vocabulary_is_the_tokenizers(tiny_gguf: Path, tiny_llama: Path) -> None:
+def test_gguf_vocabulary_gives_the_tokens_of_the_original_tokenizer(tiny_gguf: Path, tiny_llama: Path) -> None:
     from tests.conftest import load_task
 
     settings = {"eval_len": 64, "stride": 64}
@@ -261,7 +264,7 @@ def test_gguf_vocabulary_is_the_tokenizers(tiny_gguf: Path, tiny_llama: Path) ->
 
 
 def test_emulated_kernel_equals_compressed_tensors_arithmetic() -> None:
-    """A W4A4 layer in our kernel, in float32, against the format's own library: weight × fake-quantized input."""
+    """A W4A4 layer in float32 is compared with the format's own library: weight × fake-quantized input."""
     from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8
     from compressed_tensors.quantization import preset_name_to_scheme
     from compressed_tensors.quantization.lifecycle.forward import fake_quantize
@@ -295,7 +298,7 @@ def test_emulated_kernel_equals_compressed_tensors_arithmetic() -> None:
     ours, theirs = kernel.apply_weights(layer, x), quantized @ weight.T
     rows = ((ours - theirs).abs() > 1e-4 * theirs.abs().amax()).any(dim=1)
     assert rows.float().mean() < 0.1  # rows with a tie that float32 rounding decides
-    assert (x @ weight.T - theirs).abs().max() > 0.02 * theirs.abs().max()  # quantizing activations does something
+    assert (x @ weight.T - theirs).abs().max() > 0.02 * theirs.abs().max()  # the activations were quantized
 
 
 def test_make_llama_is_deterministic(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
-"""Every argument of an engine is known to be neutral, or to change its distributions.
+"""Every argument of an engine is in one of two lists: neutral, or one that may change its distributions.
 
-A reference's identity holds the arguments that are not neutral. An argument that an engine gains is unknown to both
-lists, and fails here until it stands in one.
+A reference's identity holds the arguments that are not neutral. A new argument of an engine is in neither list, and
+fails here until it is in one.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import pytest
 from lmeval_ext.divergence.arguments import NEUTRAL, ReferenceArguments
 from tests.models.engine_arguments import HF, LLAMA_CPP, VLLM
 
-# Parameters of an adapter's own constructor, which never reach a reference's identity: they decide over token ids and
-# texts (which a window's key holds), or over which class of Transformers reads the same weights
+# Parameters of an adapter's constructor that are not part of a reference's identity: they change token ids and texts
+# (which a window's key holds), or which class of Transformers reads the same weights
 CONSTRUCTOR = {
     "add_bos_token",
     "chat_template_args",
@@ -32,7 +32,7 @@ IN_NO_SIGNATURE = {"swap_space", "use_safetensors"}
 
 
 def parameters(*functions: Callable[..., Any]) -> set[str]:
-    """Names that the functions take, without self and **keywords."""
+    """Returns the names of the functions' parameters, without self and **keywords."""
     signatures = [inspect.signature(function).parameters.values() for function in functions]
     return {p.name for each in signatures for p in each if p.kind is not p.VAR_KEYWORD} - {"self"}
 
@@ -62,7 +62,7 @@ def llamacpp() -> tuple[type, set[str], frozenset[str]]:
 
 @pytest.mark.engine  # signatures come from the engines' own modules
 @pytest.mark.parametrize("engine", [hf, vllm, llamacpp], ids=lambda f: f.__name__)
-def test_each_argument_is_in_one_list(engine: Callable[[], tuple[Any, set[str], frozenset[str]]]) -> None:
+def test_every_engine_argument_is_in_one_list(engine: Callable[[], tuple[Any, set[str], frozenset[str]]]) -> None:
     try:
         adapter, arguments, changing = engine()
     except ImportError as error:
@@ -75,8 +75,8 @@ def test_each_argument_is_in_one_list(engine: Callable[[], tuple[Any, set[str], 
     assert adapter.neutral_arguments - arguments - own - IN_NO_SIGNATURE == set()  # no misspelt name
 
 
-def test_exllama_constructors() -> None:
-    """The engines' own arguments are those of `load`, read without the engines, which need a GPU."""
+def test_every_exllama_argument_is_in_one_list() -> None:
+    """The engines' own arguments are those of `load`, read from the source, because the engines need a GPU."""
     from lmeval_ext.models.exllama.adapter import ExLlamaLM
 
     assert parameters(ExLlamaLM.__init__) <= NEUTRAL | ExLlamaLM.neutral_arguments | CONSTRUCTOR
@@ -86,7 +86,7 @@ def test_exllama_constructors() -> None:
 
 
 def load_arguments(version: str) -> set[str]:
-    """Names of the arguments of an ExLlama adapter's `load`, from its source."""
+    """Returns the names of the arguments of an ExLlama adapter's `load`, from its source."""
     import ast
 
     from tests.conftest import ROOT
@@ -96,6 +96,6 @@ def load_arguments(version: str) -> set[str]:
     return {argument.arg for argument in loads[0].args.args} - {"self"}
 
 
-def test_only_neutral_arguments_leave_the_identity() -> None:
+def test_only_neutral_arguments_are_left_out_of_the_identity() -> None:
     taken = ReferenceArguments.take({"pretrained": "x", "dtype": "float16", "n_batch": 4}, frozenset({"n_batch"}))
     assert taken.others == {"dtype": "float16"}

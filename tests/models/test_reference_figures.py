@@ -1,7 +1,7 @@
 """Every adapter against figures that were measured independently of this project.
 
 SmolLM2-135M-Instruct (from its Q4_1 GGUF), WikiText-2 raw test, eval_len 2048, stride 512; Transformers 5.17 in
-float32, llama.cpp, vLLM and llm-compressor 0.14 as each docstring says.
+float32; llama.cpp, vLLM and llm-compressor 0.14 where the docstring says so.
 """
 
 from __future__ import annotations
@@ -38,33 +38,33 @@ def in_float32(smollm2: Path, wikitext: Path) -> Any:
     return score("hf_quant", smollm2, wikitext, dtype="float32")
 
 
-def test_hf_quant_strided(in_float32: Any) -> None:
+def test_hf_quant_strided_perplexity_is_that_of_transformers(in_float32: Any) -> None:
     assert perplexity(in_float32) == pytest.approx(19.495736, rel=1e-4)
     assert facts(in_float32)["layer_bpw"] == 16
     assert facts(in_float32)["dtype"] == "float32"
 
 
-def test_hf_quant_sliding(smollm2: Path, wikitext: Path) -> None:
+def test_hf_quant_sliding_perplexity_is_that_of_transformers(smollm2: Path, wikitext: Path) -> None:
     result = score("hf_quant", smollm2, wikitext, task="wiki2_sliding", dtype="float32")
     assert perplexity(result, "wiki2_sliding") == pytest.approx(15.913371, rel=1e-4)
 
 
-def test_stock_hf_runs_the_same_task(smollm2: Path, wikitext: Path, in_float32: Any) -> None:
+def test_stock_hf_scores_the_same_tokens(smollm2: Path, wikitext: Path, in_float32: Any) -> None:
     result = score("hf", smollm2, wikitext, dtype="float32")
     assert perplexity(result) == pytest.approx(19.495736, rel=1e-4)
     ours, stock = (r["configs"]["wiki2_strided"]["metadata"]["tokens_sha256"] for r in (in_float32, result))
     assert ours == stock
 
 
-def test_vllm_bfloat16(smollm2: Path, wikitext: Path, in_float32: Any) -> None:
+def test_vllm_in_bfloat16_is_close_to_float32(smollm2: Path, wikitext: Path, in_float32: Any) -> None:
     result = score("vllm_nvfp4", smollm2, wikitext)
     assert perplexity(result) == pytest.approx(perplexity(in_float32), rel=2e-3)
     assert facts(result)["engine"] == "vllm"
     assert facts(result)["peak_vram_gb"] is None
 
 
-def test_nvfp4a16_in_vllm_and_transformers(quantized: Quantized, wikitext: Path) -> None:
-    """llm-compressor's NVFP4A16 checkpoint gave 25.1708 in Transformers; round-to-nearest is reproducible."""
+def test_nvfp4a16_perplexity_is_the_same_in_vllm_and_transformers(quantized: Quantized, wikitext: Path) -> None:
+    """The NVFP4A16 checkpoint of llm-compressor gave 25.1708 in Transformers; round-to-nearest is reproducible."""
     folder = quantized("NVFP4A16")
     transformers = score("hf_quant", folder, wikitext, dtype="float32")
     assert perplexity(transformers) == pytest.approx(25.1708, rel=1e-4)
@@ -75,11 +75,11 @@ def test_nvfp4a16_in_vllm_and_transformers(quantized: Quantized, wikitext: Path)
     assert facts(vllm)["layer_bpw"] == pytest.approx(4.5, abs=1e-3)
 
 
-def test_w4a4_quantizes_activations(quantized: Quantized, wikitext: Path) -> None:
-    """31.67 in Transformers (calibrated on another text) against 25.17 weight-only: activations cost a quarter.
+def test_w4a4_perplexity_includes_quantized_activations(quantized: Quantized, wikitext: Path) -> None:
+    """Transformers gives 31.67 (calibrated on another text), and 25.17 with weights alone.
 
-    In float32 our kernel and compressed-tensors differ by 0.3 % over two windows; docs/vllm.md tells why bfloat16
-    moves either by two per cent.
+    In float32 our kernel and compressed-tensors differ by 0.3 % over two windows; docs/vllm.md explains why bfloat16
+    changes both by two per cent.
     """
     folder = quantized("NVFP4")
     vllm = score("vllm_nvfp4", folder, wikitext, dtype="float32")
@@ -89,7 +89,7 @@ def test_w4a4_quantizes_activations(quantized: Quantized, wikitext: Path) -> Non
     assert facts(vllm)["kernel"] == "reference"
 
 
-def test_gguf_in_llamacpp(bf16_gguf: Path, smollm2: Path, wikitext: Path) -> None:
+def test_gguf_perplexity_is_that_of_llamacpp(bf16_gguf: Path, smollm2: Path, wikitext: Path) -> None:
     """Transformers gives 21.394851 over four windows; llama.cpp 21.389559 with AVX2, 21.394161 with AVX512_BF16."""
     result = score("llamacpp", bf16_gguf, wikitext, windows=4, tokenizer=str(smollm2))
     assert perplexity(result) == pytest.approx(21.389559, rel=3e-4)
@@ -99,7 +99,7 @@ def test_gguf_in_llamacpp(bf16_gguf: Path, smollm2: Path, wikitext: Path) -> Non
 
 # What llama-perplexity (of llama-cpp-python 0.3.36; -c 512 -b 512 -fa off --chunks 8, wiki.test.raw) prints with
 # --kl-divergence for the Q4_K_M file against a --kl-divergence-base of the BF16 file, by the CPU's instruction set:
-# integer products of quantized weights round otherwise. PPL(base) is what the first run prints as its final estimate.
+# integer products of quantized weights are rounded differently. PPL(base) is the final estimate of the first run.
 LLAMA_PERPLEXITY: dict[str, dict[str, float]] = {
     "AVX512_BF16": {
         "PPL(Q)": 25.677994, "PPL(base)": 24.4676, "Mean KLD": 0.053101, "Median KLD": 0.038234, "90%": 0.104282,
@@ -114,9 +114,12 @@ LLAMA_PERPLEXITY: dict[str, dict[str, float]] = {
 }  # fmt: skip
 
 
-def test_divergence_is_llama_perplexitys(bf16_gguf: Path, q4_gguf: Path, wikitext: Path, tmp_path: Path) -> None:
-    """Eight windows. llama.cpp stores the reference in 16 bits, cut off 16 nats below the largest logit, and leaves
-    tokens with ln p ≤ −16 out of the sum; what does not rest on that is the same to the last digit printed."""
+def test_divergence_is_that_of_llama_perplexity(bf16_gguf: Path, q4_gguf: Path, wikitext: Path, tmp_path: Path) -> None:
+    """Figures of eight windows agree within the rounding of what llama.cpp stores.
+
+    It stores the reference in 16 bits, cut off 16 nats below the largest logit, and leaves tokens with ln p ≤ −16 out
+    of the sum. Figures that do not depend on the stored reference agree to the last digit printed.
+    """
     import llama_cpp
 
     system = llama_cpp.llama_print_system_info().decode()
@@ -130,25 +133,25 @@ def test_divergence_is_llama_perplexitys(bf16_gguf: Path, q4_gguf: Path, wikitex
     result = run_on(q4_gguf, reference=str(tmp_path))
     about = result["configs"]["wiki2_llamacpp"]["metadata"]["divergence"]
     assert about["tokens"] == 8 * 255
-    found = {name.removesuffix(",none"): value for name, value in result["results"]["wiki2_llamacpp"].items()}
+    metrics = {name.removesuffix(",none"): value for name, value in result["results"]["wiki2_llamacpp"].items()}
     quantiles = about["quantiles"]
-    assert found["token_perplexity"] == pytest.approx(printed["PPL(Q)"], abs=5e-6)
-    assert found["kld"] == pytest.approx(printed["Mean KLD"], rel=3e-3)
-    assert found["kld_median"] == pytest.approx(printed["Median KLD"], rel=5e-3)
-    assert found["kld_p90"] == pytest.approx(printed["90%"], rel=5e-3)
+    assert metrics["token_perplexity"] == pytest.approx(printed["PPL(Q)"], abs=5e-6)
+    assert metrics["kld"] == pytest.approx(printed["Mean KLD"], rel=3e-3)
+    assert metrics["kld_median"] == pytest.approx(printed["Median KLD"], rel=5e-3)
+    assert metrics["kld_p90"] == pytest.approx(printed["90%"], rel=5e-3)
     assert quantiles["95"] == pytest.approx(printed["95%"], rel=5e-3)
-    assert found["kld_p99"] == pytest.approx(printed["99%"], rel=1e-2)
-    assert found["kld_p999"] == pytest.approx(printed["99.9%"], rel=1e-2)
-    assert found["kld_max"] == pytest.approx(printed["Maximum"], rel=1e-2)
-    assert found["mean_delta_p"] == pytest.approx(printed["Mean Δp"], abs=1e-5)
-    assert found["rms_delta_p"] == pytest.approx(printed["RMS Δp"], abs=1e-5)
-    assert found["top1_agreement"] == pytest.approx(printed["Same top p"], abs=6e-6)
-    # Of perplexities: llama.cpp's own "PPL(Q)/PPL(base)" is of the reference that it cut off (1.0515 for 1.0496)
-    assert found["ppl_ratio"] == pytest.approx(printed["PPL(Q)"] / printed["PPL(base)"], rel=5e-4)
+    assert metrics["kld_p99"] == pytest.approx(printed["99%"], rel=1e-2)
+    assert metrics["kld_p999"] == pytest.approx(printed["99.9%"], rel=1e-2)
+    assert metrics["kld_max"] == pytest.approx(printed["Maximum"], rel=1e-2)
+    assert metrics["mean_delta_p"] == pytest.approx(printed["Mean Δp"], abs=1e-5)
+    assert metrics["rms_delta_p"] == pytest.approx(printed["RMS Δp"], abs=1e-5)
+    assert metrics["top1_agreement"] == pytest.approx(printed["Same top p"], abs=6e-6)
+    # The ratio of the two perplexities: llama.cpp prints the one to its cut-off reference (1.0515 for 1.0496)
+    assert metrics["ppl_ratio"] == pytest.approx(printed["PPL(Q)"] / printed["PPL(base)"], rel=5e-4)
 
 
-def test_the_main_command(quantized: Quantized, wikitext: Path, tmp_path: Path) -> None:
-    """`lm_eval --model vllm_nvfp4 … && compare plot results/ -o plot.png`, as a user types it."""
+def test_main_command_writes_results_and_a_plot(quantized: Quantized, wikitext: Path, tmp_path: Path) -> None:
+    """The commands are those of the README: `lm_eval run --model vllm_nvfp4 …`, then `compare plot results/`."""
     results = tmp_path / "results"
     done = run(
         *(

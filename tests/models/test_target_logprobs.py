@@ -1,4 +1,4 @@
-"""log p(target) against float64 log-softmax; first choices, padding, NaN."""
+"""Log-probabilities of targets, compared with log-softmax in float64; first choices, padding, NaN."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lmeval_ext.models.target_logprobs import target_logprobs
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("vocabulary", [7, 4096, 5003])
-def test_equals_float64_log_softmax(dtype: torch.dtype, vocabulary: int) -> None:
+def test_logprobs_equal_log_softmax_in_float64(dtype: torch.dtype, vocabulary: int) -> None:
     torch.manual_seed(0)
     logits = (torch.randn(70, vocabulary + 5) * 8).to(dtype)  # 5 columns of padding
     targets = torch.randint(vocabulary, (70,))
@@ -23,27 +23,27 @@ def test_equals_float64_log_softmax(dtype: torch.dtype, vocabulary: int) -> None
     assert (greedy == (logits[:, :vocabulary].argmax(1) == targets)).all()
 
 
-def test_by_hand_on_three_tokens() -> None:
-    """softmax(ln 1, ln 2, ln 5) = (1/8, 2/8, 5/8)."""
+def test_logprobs_of_three_tokens_are_those_by_hand() -> None:
+    """The softmax of (ln 1, ln 2, ln 5) is (1/8, 2/8, 5/8)."""
     logits = torch.tensor([[1.0, 2.0, 5.0]] * 3).log()
     logprobs, greedy = target_logprobs(logits, torch.tensor([0, 1, 2]), 3)
     np.testing.assert_allclose(logprobs.exp(), [0.125, 0.25, 0.625], rtol=1e-6)
     assert greedy.tolist() == [False, False, True]
 
 
-def test_padding_takes_no_part() -> None:
+def test_padding_columns_are_ignored() -> None:
     logits = torch.tensor([[0.0, 0.0, 99.0]])
     logprobs, greedy = target_logprobs(logits, torch.tensor([0]), 2)
     assert logprobs.item() == pytest.approx(np.log(0.5))
     assert greedy.item()
 
 
-def test_of_equal_logits_the_lowest_id_is_first() -> None:
+def test_first_choice_of_equal_logits_is_the_lowest_id() -> None:
     _, greedy = target_logprobs(torch.zeros(2, 6), torch.tensor([0, 5]), 6)
     assert greedy.tolist() == [True, False]
 
 
-def test_nan_is_not_hidden() -> None:
+def test_nan_logit_gives_nan() -> None:
     logits = torch.zeros(2, 4)
     logits[0, 2] = float("nan")
     logprobs, _ = target_logprobs(logits, torch.tensor([0, 0]), 4)
@@ -51,15 +51,15 @@ def test_nan_is_not_hidden() -> None:
     assert logprobs[1].item() == pytest.approx(-np.log(4))
 
 
-def test_no_rows() -> None:
+def test_no_rows_give_empty_results() -> None:
     logprobs, greedy = target_logprobs(torch.empty(0, 4), torch.empty(0, dtype=torch.int64), 4)
     assert logprobs.shape == greedy.shape == (0,)
 
 
-def test_rows_in_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_blocks_give_the_same_results_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     logits, targets = torch.randn(11, 9), torch.randint(9, (11,))
-    whole = target_logprobs(logits, targets, 9)
+    one_block = target_logprobs(logits, targets, 9)
     monkeypatch.setattr(module, "_BLOCK_ELEMENTS", 20)
-    for a, b in zip(whole, target_logprobs(logits, targets, 9), strict=True):
+    for a, b in zip(one_block, target_logprobs(logits, targets, 9), strict=True):
         assert torch.equal(a, b)

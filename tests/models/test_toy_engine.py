@@ -1,4 +1,4 @@
-"""An engine of another package, in one file and one entry-point line: perplexity, a reference, tasks, `compare run`."""
+"""An engine of another package is one file and one entry-point line: perplexity, a reference, tasks, `compare run`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SETTINGS = {"eval_len": 64, "stride": 32, "max_rows": 10}
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of the toy engine: a table of logits and the tests' tokenizer."""
+    """Returns a checkpoint of the toy engine: a table of logits and the tests' tokenizer."""
     folder = tmp_path_factory.mktemp("models") / "bigrams"
     make_tokenizer(folder)
     (folder / "config.json").write_text("{}")
@@ -41,7 +41,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder on sys.path that holds the metadata of an installed package with one entry-point line."""
+    """Yields a folder on sys.path with the metadata of an installed package that has one entry-point line."""
     site = tmp_path_factory.mktemp("site")
     metadata = site / "toy-1.0.dist-info"
     metadata.mkdir()
@@ -55,8 +55,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     measured_models.cache_clear()
 
 
-def by_hand(folder: Path, eval_len: int, stride: int, max_rows: int) -> float:
-    """Perplexity of the bundled text in numpy: every window's tokens but the first, each given the one before it."""
+def numpy_perplexity(folder: Path, eval_len: int, stride: int, max_rows: int) -> float:
+    """Returns the perplexity of the bundled text: every token of a window but the first, given the one before it."""
     from safetensors.numpy import load_file
 
     logits = load_file(folder / "model.safetensors")["bigrams"].astype(np.float64)
@@ -75,7 +75,7 @@ def metric(result: Any, name: str) -> float:
 @pytest.mark.usefixtures("installed")
 def test_perplexity_equals_numpy(toy: Path) -> None:
     result = evaluate("toy", "sample_strided", metadata=SETTINGS, pretrained=str(toy), label="Toy")
-    assert metric(result, "token_perplexity") == pytest.approx(by_hand(toy, **SETTINGS), rel=1e-6)
+    assert metric(result, "token_perplexity") == pytest.approx(numpy_perplexity(toy, **SETTINGS), rel=1e-6)
     facts = result["config"]["quantization"]
     assert (facts["label"], facts["engine"], facts["engine_version"]) == ("Toy", "toy", "1.0")
     assert facts["tokens_per_second"] > 0
@@ -83,7 +83,7 @@ def test_perplexity_equals_numpy(toy: Path) -> None:
 
 @pytest.mark.usefixtures("installed")
 def test_divergence_from_its_own_reference_is_zero(toy: Path, tmp_path: Path) -> None:
-    """The toy shows no hidden states, so the store holds coded logits, which round by less than 1e-6 nats."""
+    """The toy engine has no hidden states, so the store holds coded logits, whose error is below 1e-6 nats."""
     store = str(tmp_path / "reference")
     settings = {"metadata": SETTINGS, "pretrained": str(toy)}
     written = evaluate("toy", "sample_strided", save_reference=store, **settings)
@@ -95,8 +95,8 @@ def test_divergence_from_its_own_reference_is_zero(toy: Path, tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("installed")
-def test_harness_tasks_equal_numpy(toy: Path) -> None:
-    """Multiple choice and rolling log-likelihoods come from `score_windows`; an engine writes nothing for them."""
+def test_harness_task_scores_equal_numpy(toy: Path) -> None:
+    """Multiple choice and rolling log-likelihoods use `score_windows`; an engine needs no code for them."""
     from safetensors.numpy import load_file
 
     manager = TaskManager(include_path=str(ROOT / "tests" / "conformance" / "data"), include_defaults=False)
@@ -123,7 +123,7 @@ def test_harness_tasks_equal_numpy(toy: Path) -> None:
 
 
 @pytest.mark.usefixtures("installed")
-def test_generation_is_refused_by_name(toy: Path) -> None:
+def test_generation_is_an_error_that_names_the_engine(toy: Path) -> None:
     manager = TaskManager(include_path=str(ROOT / "tests" / "conformance" / "data"), include_defaults=False)
     with pytest.raises(UserError, match="Toy scores tokens and generates no text"):
         lm_eval.simple_evaluate(
@@ -132,7 +132,7 @@ def test_generation_is_refused_by_name(toy: Path) -> None:
 
 
 @pytest.mark.usefixtures("installed")
-def test_compare_run_passes_label_reference_and_context(
+def test_compare_run_passes_label_and_reference_to_the_engine(
     toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     entries = [
@@ -153,8 +153,8 @@ def test_compare_run_passes_label_reference_and_context(
 
 
 @pytest.mark.engine
-def test_the_command_line_finds_the_entry_point(toy: Path, installed: Path, tmp_path: Path) -> None:
-    """A process of its own, as `compare run` starts it: the harness resolves the name through the metadata."""
+def test_command_line_resolves_the_entry_point(toy: Path, installed: Path, tmp_path: Path) -> None:
+    """In a separate process, as `compare run` starts it, the harness resolves the name through the metadata."""
     done = run(
         "python", "-m", "lm_eval", "run", "--model", "toy", "--model_args", f"pretrained={toy},label=Toy",
         "--include_path", ROOT / "tests" / "conformance" / "data", "--tasks", "conf_choice", "--limit", "2",
@@ -166,6 +166,6 @@ def test_the_command_line_finds_the_entry_point(toy: Path, installed: Path, tmp_
     assert json.loads(file.read_text())["config"]["quantization"]["label"] == "Toy"
 
 
-def test_an_unknown_model_is_still_an_error() -> None:
+def test_unknown_model_is_an_error() -> None:
     with pytest.raises(ValueError, match="no model for this name found"):
         get_model("no-such-model")

@@ -1,4 +1,4 @@
-"""A test engine in one file: all that the contract asks for, on a table of bigram logits.
+"""A test engine in one file: everything that the contract requires, on a table of bigram logits.
 
 lmeval_ext/models/README.md describes the steps. test_toy_engine.py registers it by one entry-point line:
 
@@ -25,7 +25,10 @@ from lmeval_ext.requests import WindowRequest, WindowScores
 
 
 class Toy(Observed, TokenLM):
-    """Logits of the next token are bigrams[last token]; pretrained: a folder with model.safetensors and a tokenizer."""
+    """Scores tokens by a table: the logits of the next token are bigrams[last token].
+
+    pretrained: a folder with model.safetensors and a tokenizer.
+    """
 
     engine_packages = ("safetensors",)
     context_argument = "max_length"

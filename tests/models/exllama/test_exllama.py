@@ -40,7 +40,7 @@ from lmeval_ext.models.shared_contexts import group_requests, shared_batches, sp
 from lmeval_ext.storage.rounding import ceil_div, round_up
 from tests.conftest import VOCABULARY, make_llama, make_tokenizer
 from tests.models.exllama.tiny_engine import TinyExLlama
-from tests.models.test_adapters import answers, by_hand, requests_of, windows
+from tests.models.test_adapters import adapter_scores, requests_of, transformers_scores, windows
 
 QUESTION = "Iceland is an island country in the North Atlantic Ocean, and its capital is"
 CHOICES = [" Reykjavik", " a large town in the north", " a", " a volcano that erupts every year."]
@@ -68,8 +68,8 @@ def assert_like(ours: list[tuple[float, bool]], theirs: list[tuple[float, bool]]
 def test_windows_are_those_by_hand(tiny_llama: Path, batch_size: int | str) -> None:
     model = TinyExLlama(str(tiny_llama), batch_size=batch_size)
     requests = windows()
-    logprobs, greedy = answers(model, requests)
-    expected, matches = by_hand(tiny_llama, requests)
+    logprobs, greedy = adapter_scores(model, requests)
+    expected, matches = transformers_scores(tiny_llama, requests)
     np.testing.assert_allclose(logprobs, expected, rtol=1e-5, atol=1e-6)
     assert (greedy == matches).all()
     assert [rows for rows, _ in model.engine.shapes] == {1: [1] * 6, 4: [4, 2], "auto": [6]}[batch_size]
@@ -79,30 +79,32 @@ def test_windows_of_different_shapes_keep_their_order(tiny_llama: Path) -> None:
     long, short = windows(3), windows(2, length=40, context=1)
     scores = TinyExLlama(str(tiny_llama))._loglikelihood_tokens([long[0], short[0], long[1], short[1], long[2]])
     assert [len(s.logprobs) for s in scores] == [63, 39, 63, 39, 63]
-    np.testing.assert_allclose(scores[3].logprobs, by_hand(tiny_llama, short)[0][1], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(scores[3].logprobs, transformers_scores(tiny_llama, short)[0][1], rtol=1e-5, atol=1e-6)
 
 
 def test_logits_in_small_chunks_are_the_same(tiny_llama: Path) -> None:
     model = TinyExLlama(str(tiny_llama))
     model.batching.logit_bytes = 2 * model.engine.columns * 10  # ten positions at a time
-    np.testing.assert_allclose(answers(model, windows())[0], by_hand(tiny_llama, windows())[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        adapter_scores(model, windows())[0], transformers_scores(tiny_llama, windows())[0], rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("batch_size", ["auto", 6])
 def test_batches_are_halved_when_memory_runs_out(tiny_llama: Path, batch_size: int | str, caplog: Any) -> None:
     model = TinyExLlama(str(tiny_llama), batch_size=batch_size, memory=200)
-    logprobs, _ = answers(model, windows())
-    np.testing.assert_allclose(logprobs, by_hand(tiny_llama, windows())[0], rtol=1e-5, atol=1e-6)
+    logprobs, _ = adapter_scores(model, windows())
+    np.testing.assert_allclose(logprobs, transformers_scores(tiny_llama, windows())[0], rtol=1e-5, atol=1e-6)
     assert "going on with 3 at a time" in caplog.text
     # 6 and 3 windows of 96 do not fit, 1 does; 2 would
     assert {rows for rows, _ in model.engine.shapes} == {1}
-    answers(model, windows())  # what does not fit is not tried again
+    adapter_scores(model, windows())  # what does not fit is not tried again
     assert caplog.text.count("going on with") == 2
 
 
 def test_memory_for_not_even_one_window_is_an_error(tiny_llama: Path) -> None:
     with pytest.raises(UserError, match="out of GPU memory with a single sequence of 96 tokens"):
-        answers(TinyExLlama(str(tiny_llama), memory=50), windows())
+        adapter_scores(TinyExLlama(str(tiny_llama), memory=50), windows())
 
 
 def test_logits_of_one_window_are_halved_when_memory_runs_out(tiny_llama: Path, monkeypatch: Any, caplog: Any) -> None:
@@ -118,7 +120,9 @@ def test_logits_of_one_window_are_halved_when_memory_runs_out(tiny_llama: Path, 
         return logits(hidden)
 
     monkeypatch.setattr(model.engine, "logits", short)
-    np.testing.assert_allclose(answers(model, windows())[0], by_hand(tiny_llama, windows())[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        adapter_scores(model, windows())[0], transformers_scores(tiny_llama, windows())[0], rtol=1e-5, atol=1e-6
+    )
     assert caplog.text.count("its logits now in chunks of") == 2
     assert model.batching.logit_rows() == 22
 
@@ -152,7 +156,7 @@ def test_other_errors_are_not_taken_for_out_of_memory(tiny_llama: Path, monkeypa
     model = TinyExLlama(str(tiny_llama))
     monkeypatch.setattr(model.engine, "hidden", lambda *a: (_ for _ in ()).throw(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
-        answers(model, windows())
+        adapter_scores(model, windows())
 
 
 # ---------------------------------------------------------------------- log-likelihoods

@@ -17,7 +17,7 @@ from lmeval_ext.models.exllama.v3.loading import model_config
 from tests.conftest import make_llama
 from tests.models.exllama.stand_ins import adapter_module, install_exllamav2, install_exllamav3
 from tests.models.exllama.test_exllama import CHOICES, QUESTION, assert_like, generation, pairs
-from tests.models.test_adapters import answers, by_hand, windows
+from tests.models.test_adapters import adapter_scores, transformers_scores, windows
 
 CLASSES = {"v2": "ExLlamaV2Model", "v3": "ExLlamaV3"}
 
@@ -33,8 +33,8 @@ def adapter(request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def test_adapters_score_and_generate_as_hf(adapter: Any, tiny_llama: Path) -> None:
     stock = get_model("hf")(pretrained=str(tiny_llama), dtype="float32", device="cpu")
     model = adapter(str(tiny_llama), cache_tokens=8192)
-    logprobs, _ = answers(model, windows())
-    np.testing.assert_allclose(logprobs, by_hand(tiny_llama, windows())[0], rtol=1e-5, atol=1e-6)
+    logprobs, _ = adapter_scores(model, windows())
+    np.testing.assert_allclose(logprobs, transformers_scores(tiny_llama, windows())[0], rtol=1e-5, atol=1e-6)
     requests = pairs(*((f"{QUESTION}{n}", c) for n in ("", " still") for c in CHOICES))
     prompts = [generation("Iceland is", max_gen_toks=12), generation("A volcano", max_gen_toks=5)]
     expected = stock.loglikelihood(requests), stock.generate_until(prompts)
@@ -63,7 +63,7 @@ def test_quantized_cache_is_not_used_for_scoring(adapter: Any, tiny_llama: Path)
 
 def test_without_a_cache_nothing_is_generated(adapter: Any, tiny_llama: Path) -> None:
     model = adapter(str(tiny_llama), cache_tokens=0)
-    answers(model, windows())
+    adapter_scores(model, windows())
     with pytest.raises(UserError, match="cache_tokens=0 leaves no KV cache to generate with"):
         model.generate_until([generation("Iceland is")])
 
