@@ -20,6 +20,7 @@ from lmeval_ext.requests import WindowScores, window_key
 from tests.conftest import make_llama
 from tests.divergence.independent import divergences, figures, log_probabilities, windows_of
 from tests.divergence.test_end_to_end import TASK, assert_figures, description, perturbed, scored
+from tests.models.vllm.fallback import without_worker_scores
 
 pytestmark = pytest.mark.engine
 
@@ -162,10 +163,7 @@ def test_damaged_reference_ends_the_run_but_not_the_engine(
 
 
 def test_unreachable_engine_is_refused(model: Any, folder: Path, reference: Path) -> None:
-    engine, model._engine, model._why_not_engine = model._engine, None, "a reason"
     model.reference_arguments = ReferenceArguments(reference=str(reference))
-    try:
-        with pytest.raises(UserError, match=r"which are out of reach in this run \(a reason\); drop reference="):
-            scored(model, folder, settings=LONG)
-    finally:
-        model._engine, model._why_not_engine = engine, None
+    message = r"which are out of reach in this run \(a reason\); drop reference="
+    with without_worker_scores(model, "a reason"), pytest.raises(UserError, match=message):
+        scored(model, folder, settings=LONG)

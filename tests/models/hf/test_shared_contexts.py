@@ -1,4 +1,4 @@
-"""Contexts computed once in `hf_quant`: how many tokens the model sees, and models that must be left to the harness."""
+"""Contexts that `hf_quant` computes once: how many tokens are computed, and models that the harness has to score."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ def random_ids(n: int, seed: int) -> list[int]:
 
 
 def questions() -> list[Any]:
-    """Three questions of four answers (3 tokens) after the same 60 tokens, each with 20 more of its own."""
+    """Returns three questions of four answers; each has the same 60 tokens, 20 of its own, and 3 per answer."""
     shots = random_ids(60, 0)
     return [(None, shots + random_ids(20, q), random_ids(3, 100 + 4 * q + c)) for q in (1, 2, 3) for c in range(4)]
 
 
-def alone(folder: Path, requests: list[Any]) -> list[tuple[float, bool]]:
+def stock_scores(folder: Path, requests: list[Any]) -> list[tuple[float, bool]]:
+    """Returns scores of the harness' `hf`, one request at a time."""
     stock = get_model("hf")(pretrained=str(folder), dtype="float32", device="cpu", batch_size=1)
     return [stock._loglikelihood_tokens([r], disable_tqdm=True)[0] for r in requests]
 
@@ -40,26 +41,26 @@ def assert_like(ours: list[Any], theirs: list[Any]) -> None:
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_shared_tokens_are_computed_once(tiny_llama: Path, batch_size: int) -> None:
     model = get_model("hf_quant")(pretrained=str(tiny_llama), dtype="float32", device="cpu", batch_size=batch_size)
-    seen: list[int] = []
-    model.model.register_forward_pre_hook(lambda _m, _a, k: seen.append(k["input_ids"].numel()), with_kwargs=True)
+    computed: list[int] = []
+    model.model.register_forward_pre_hook(lambda _m, _a, k: computed.append(k["input_ids"].numel()), with_kwargs=True)
     requests = questions()
-    found = model._loglikelihood_tokens(requests, disable_tqdm=True)
-    # A context's last token and all of an answer but its last go with the answer: 3 tokens
-    assert sum(seen) == 60 + 3 * 19 + 12 * 3
-    assert_like(found, alone(tiny_llama, requests))
+    scores = model._loglikelihood_tokens(requests, disable_tqdm=True)
+    # Each answer takes 3 tokens: the context's last one, and all of the answer's but its last
+    assert sum(computed) == 60 + 3 * 19 + 12 * 3
+    assert_like(scores, stock_scores(tiny_llama, requests))
 
 
-def test_answers_go_to_the_request_cache_as_they_come(tiny_llama: Path) -> None:
+def test_scores_go_to_the_request_cache(tiny_llama: Path) -> None:
     model = get_model("hf_quant")(pretrained=str(tiny_llama), dtype="float32", device="cpu")
     kept: list[Any] = []
     model.cache_hook.add_partial = lambda kind, key, answer: kept.append((kind, key, answer))
     requests = [((f"c{i}", "a"), *r[1:]) for i, r in enumerate(questions())]
-    found = model._loglikelihood_tokens(requests, disable_tqdm=True)
-    assert sorted(kept) == sorted(("loglikelihood", r[0], a) for r, a in zip(requests, found, strict=True))
+    scores = model._loglikelihood_tokens(requests, disable_tqdm=True)
+    assert sorted(kept) == sorted(("loglikelihood", r[0], a) for r, a in zip(requests, scores, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["sliding window", "recurrent"])
-def test_other_caches_are_left_to_the_harness(tmp_path: Path, kind: str) -> None:
+def test_models_with_other_caches_equal_stock_hf(tmp_path: Path, kind: str) -> None:
     torch.manual_seed(0)
     common = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "initializer_range": 0.2}
     if kind == "sliding window":
@@ -74,10 +75,10 @@ def test_other_caches_are_left_to_the_harness(tmp_path: Path, kind: str) -> None
     make_tokenizer(tmp_path)
     model = get_model("hf_quant")(pretrained=str(tmp_path), dtype="float32", device="cpu", batch_size=4)
     requests = questions()
-    assert_like(model._loglikelihood_tokens(requests, disable_tqdm=True), alone(tmp_path, requests))
+    assert_like(model._loglikelihood_tokens(requests, disable_tqdm=True), stock_scores(tmp_path, requests))
 
 
-def test_rotary_embeddings_that_depend_on_the_length() -> None:
+def test_rotary_embeddings_that_depend_on_the_length_are_not_shared() -> None:
     def config(kind: str) -> Any:
         return LlamaConfig(rope_parameters={"rope_type": kind, "rope_theta": 1e4, "factor": 2.0})
 

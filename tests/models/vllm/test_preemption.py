@@ -1,4 +1,4 @@
-"""vLLM throws requests out half way where its cache is too small for all: their scores must not suffer."""
+"""Scores of requests that vLLM preempts, because its cache is too small for all of them."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import pytest
 from lm_eval.api.registry import get_model
 
 from tests.conftest import make_llama
-from tests.models.vllm.test_scoring import BLOCK, assert_equal, own_way, random_ids
+from tests.models.vllm.test_scoring import BLOCK, assert_equal, prompt_logprobs_scores, random_ids
 
 
 @pytest.mark.engine
-def test_preempted_prompts_are_scored_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nine cache blocks for six prompts: vLLM throws out requests half way and computes them again."""
+def test_preempted_prompts_have_the_same_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nine cache blocks are too few for six prompts: vLLM preempts some and computes them again."""
     from vllm.v1.core.sched.scheduler import Scheduler
 
     from lmeval_ext.models.vllm.client import ScoringPrompt
 
-    thrown: list[Any] = []
+    preempted: list[Any] = []
     original = Scheduler._preempt_request
-    monkeypatch.setattr(Scheduler, "_preempt_request", lambda *a, **k: (thrown.append(1), original(*a, **k))[1])
+    monkeypatch.setattr(Scheduler, "_preempt_request", lambda *a, **k: (preempted.append(1), original(*a, **k))[1])
     crowded = get_model("vllm_nvfp4")(
         pretrained=str(make_llama(tmp_path / "llama", hidden_size=128)),
         dtype="float32",
@@ -35,5 +35,5 @@ def test_preempted_prompts_are_scored_all_the_same(tmp_path: Path, monkeypatch: 
     )
     prompts = [ScoringPrompt(random_ids(n, n), 1) for n in (199, 33, 150, 180, 64, 199)]
     ours = crowded.score_prompts(prompts)
-    assert thrown
-    assert_equal(ours, own_way(crowded, prompts))
+    assert preempted
+    assert_equal(ours, prompt_logprobs_scores(crowded, prompts))

@@ -1,4 +1,4 @@
-"""Scores from vLLM's workers: the same as vLLM's own prompt_logprobs, however prompts are cut, cached and mixed."""
+"""Scores from vLLM's workers equal vLLM's own prompt_logprobs, for prompts in any number of steps, cached or not."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from lmeval_ext.errors import UserError
 from lmeval_ext.models.vllm import scoring as vllm_scoring
 from lmeval_ext.models.vllm.scoring import EXTRA_ARG, PromptScorer, Span, Step, scored_span
 from tests.conftest import VOCABULARY, make_llama
+from tests.models.vllm.fallback import without_worker_scores
 
 BLOCK = 32  # tokens in a block of the prefix cache; CPU attention takes multiples of 32
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """float32, so that agreement is close; steps of 64 tokens, so that prompts are cut and mixed."""
-    # vLLM's attention on a CPU takes heads of 32 and more
+    """Yields a float32 model whose steps hold 64 tokens, so that a step holds parts of several prompts."""
+    # vLLM's attention on a CPU needs heads of at least 32
     folder = make_llama(tmp_path_factory.mktemp("models") / "llama-128", hidden_size=128)
     yield get_model("vllm_nvfp4")(
         pretrained=str(folder),
@@ -43,8 +44,8 @@ def random_ids(n: int, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(2, VOCABULARY, n).tolist()
 
 
-def own_way(model: Any, prompts: list[Any]) -> list[Any]:
-    """vLLM's prompt_logprobs on the same engine."""
+def prompt_logprobs_scores(model: Any, prompts: list[Any]) -> list[Any]:
+    """Returns scores through vLLM's prompt_logprobs on the same engine."""
     return list(model.score_by_vllm(prompts))
 
 
@@ -55,7 +56,7 @@ def assert_equal(ours: list[Any], theirs: list[Any]) -> None:
 
 
 @pytest.mark.engine
-def test_equals_prompt_logprobs_in_steps_that_cut_and_mix_prompts(model: Any) -> None:
+def test_scores_equal_prompt_logprobs_in_steps_with_parts_of_prompts(model: Any) -> None:
     from lmeval_ext.models.vllm.client import ScoringPrompt
 
     prompts = [
@@ -63,12 +64,12 @@ def test_equals_prompt_logprobs_in_steps_that_cut_and_mix_prompts(model: Any) ->
     ]
     ours = model.score_prompts(prompts)
     assert [len(s.logprobs) for s in ours] == [198, 1, 1, 63, 31]
-    assert_equal(ours, own_way(model, prompts))
+    assert_equal(ours, prompt_logprobs_scores(model, prompts))
 
 
 @pytest.mark.engine
-def test_choices_that_share_a_cached_context(model: Any) -> None:
-    """Where a context ends on a block's border, the cache swallows the state that predicts the first answer token."""
+def test_choices_on_a_cached_context_equal_prompt_logprobs(model: Any) -> None:
+    """If a context ends at a block's border, the state that predicts the first answer token is in the cached part."""
     from lmeval_ext.models.vllm.client import ScoringPrompt
 
     for length in (3 * BLOCK - 1, 3 * BLOCK, 3 * BLOCK + 1):
@@ -76,14 +77,14 @@ def test_choices_that_share_a_cached_context(model: Any) -> None:
         answers = [random_ids(n, 100 + n) for n in (1, 5, 2 * BLOCK, 2 * BLOCK + 3)]
         prompts = [ScoringPrompt(context + answer, length) for answer in answers]
         ours = model.score_prompts(prompts, reuse_prefixes=True)
-        assert_equal(ours, own_way(model, prompts))
+        assert_equal(ours, prompt_logprobs_scores(model, prompts))
         again = model.score_prompts(prompts, reuse_prefixes=True)  # all but the last token is cached now
         assert_equal(again, ours)
 
 
 @pytest.mark.engine
-def test_multiple_choice_as_stock(model: Any) -> None:
-    """The harness' own class on the same engine: truncation from the left, order, repeated requests."""
+def test_multiple_choice_equals_stock_vllm(model: Any) -> None:
+    """The requests include one that is cut from the left, and a repeated one; the stock class uses the same engine."""
     from lm_eval.models.vllm_causallms import VLLM
 
     context = random_ids(48)
@@ -98,7 +99,7 @@ def test_multiple_choice_as_stock(model: Any) -> None:
 
 
 @pytest.mark.engine
-def test_ordinary_prompt_logprobs_still_work_beside_ours(model: Any) -> None:
+def test_other_requests_in_the_same_batch_are_not_affected(model: Any) -> None:
     import vllm
 
     ids = random_ids(40)
@@ -116,36 +117,33 @@ def test_ordinary_prompt_logprobs_still_work_beside_ours(model: Any) -> None:
 
 
 @pytest.mark.engine
-def test_scores_of_an_interrupted_call_fit_no_later_one(model: Any) -> None:
+def test_scores_of_an_interrupted_call_are_not_used_later(model: Any) -> None:
     from lmeval_ext.models.vllm.client import ScoringPrompt
 
-    left_over = model._engine._llm.collective_rpc
-    model._engine._llm.collective_rpc = lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.model, "collective_rpc", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             model.score_prompts([ScoringPrompt(random_ids(30), 1)])
-    finally:
-        model._engine._llm.collective_rpc = left_over
     prompt = [ScoringPrompt(random_ids(30, 5), 1)]
-    assert_equal(model.score_prompts(prompt), own_way(model, prompt))
+    assert_equal(model.score_prompts(prompt), prompt_logprobs_scores(model, prompt))
 
 
 @pytest.mark.engine
-def test_what_cannot_be_scored_is_said(model: Any) -> None:
-    """A context of white space alone has no tokens: the prefix token stands in. No sum is cut in silence."""
+def test_empty_and_too_long_continuations_are_errors(model: Any) -> None:
+    """An empty context becomes the prefix token, as for a context that is white space alone."""
     model.batch_size = "auto"
-    answer = random_ids(5)
-    (bare,) = model._loglikelihood_tokens([(None, [], answer)], disable_tqdm=True)
-    (whole,) = model._loglikelihood_tokens([(None, [model.prefix_token_id], answer)], disable_tqdm=True)
-    assert bare == whole
+    continuation = random_ids(5)
+    (without_context,) = model._loglikelihood_tokens([(None, [], continuation)], disable_tqdm=True)
+    (with_prefix,) = model._loglikelihood_tokens([(None, [model.prefix_token_id], continuation)], disable_tqdm=True)
+    assert without_context == with_prefix
     with pytest.raises(UserError, match="has no tokens"):
         model._loglikelihood_tokens([(("a", ""), [3], [])], disable_tqdm=True)
     with pytest.raises(UserError, match="has 199 tokens"):
         model._loglikelihood_tokens([(("a", "b"), [3], random_ids(199))], disable_tqdm=True)
 
 
-def test_loading_leaves_the_harness_random_numbers_alone() -> None:
-    """The harness seeds first and shuffles some tasks later; vLLM seeds in between."""
+def test_loading_does_not_change_the_random_state_of_the_harness() -> None:
+    """The harness seeds first and shuffles some tasks later; vLLM seeds while it loads, in between."""
     import os
     import random
 
@@ -172,24 +170,21 @@ def test_loading_leaves_the_harness_random_numbers_alone() -> None:
 
 
 @pytest.mark.engine
-def test_the_result_says_how_it_was_scored(model: Any) -> None:
+def test_record_names_the_way_of_scoring(model: Any) -> None:
     assert model.describe().scoring == "engine"
-    engine, model._engine, model._why_not_engine = model._engine, None, "a reason"
-    try:
+    with without_worker_scores(model, "a reason"):
         facts = model.describe()
-    finally:
-        model._engine, model._why_not_engine = engine, None
     assert facts.scoring == "prompt_logprobs"
     assert "scored through prompt_logprobs: a reason" in facts.notes
 
 
-# ------------------------------------------------------------------ parts, by hand
+# ------------------------------------------------------------------ without an engine
 
 
 @pytest.mark.parametrize(
-    ("first", "count", "wanted", "prompt", "expected"),
+    ("first", "count", "scored_from", "prompt", "expected"),
     [
-        (0, 10, 1, 10, (1, 9)),  # the whole prompt: the last state predicts no token of it
+        (0, 10, 1, 10, (1, 9)),  # all of the prompt; its last state predicts no token of it
         (0, 10, 7, 10, (7, 3)),
         (0, 4, 7, 10, None),  # a chunk before the scored part
         (4, 4, 7, 10, (7, 2)),  # states 4…7 predict tokens 5…8
@@ -198,18 +193,20 @@ def test_the_result_says_how_it_was_scored(model: Any) -> None:
         (6, 4, 7, 10, (7, 3)),
     ],
 )
-def test_spans(first: int, count: int, wanted: int, prompt: int, expected: Any) -> None:
-    span = scored_span({EXTRA_ARG: [3, wanted]}, first, count, prompt)
+def test_span_holds_the_scored_tokens_of_a_step(
+    first: int, count: int, scored_from: int, prompt: int, expected: Any
+) -> None:
+    span = scored_span({EXTRA_ARG: [3, scored_from]}, first, count, prompt)
     assert span == (None if expected is None else Span(3, *expected))
 
 
-def test_no_span_where_nobody_asked() -> None:
+def test_prompt_without_our_argument_has_no_span() -> None:
     assert scored_span(None, 0, 10, 10) is None
     assert scored_span({"other": 1}, 0, 10, 10) is None
 
 
-def test_rows_are_scored_in_chunks_with_the_right_states(monkeypatch: pytest.MonkeyPatch) -> None:
-    """States are one-hot, the output matrix is the identity: the logits are known."""
+def test_scores_in_chunks_use_the_right_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    """States are one-hot and the output matrix is three times the identity, so the logits are known."""
     monkeypatch.setattr(vllm_scoring, "_LOGITS_BYTES_ON_CPU", 1)  # the smallest chunk, 16 rows
     states = torch.eye(40)
     scorer = PromptScorer(lambda h: h * 3, vocabulary=40)
@@ -224,8 +221,8 @@ def test_rows_are_scored_in_chunks_with_the_right_states(monkeypatch: pytest.Mon
     assert scorer.take() is None
 
 
-def test_a_step_that_fails_leaves_nothing_behind() -> None:
-    """Out of memory in the output matrix, and the caller goes on: later scores must not shift."""
+def test_failed_step_does_not_shift_later_scores() -> None:
+    """The output matrix runs out of memory once, and the caller goes on."""
     failing = [True]
 
     def head(states: torch.Tensor) -> torch.Tensor:
@@ -244,13 +241,13 @@ def test_a_step_that_fails_leaves_nothing_behind() -> None:
     assert len(np.frombuffer(taken["logprobs"], np.float32)) == 3
 
 
-def test_what_an_observer_tells_the_user_waits_until_it_is_taken() -> None:
-    """Or is forgotten, where a run was interrupted before: the next one is another."""
+def test_error_of_an_observer_is_taken_once_or_dropped() -> None:
+    """An error that was not taken before an interruption is dropped, since the next run is another one."""
     step = Step([Span(0, 1, 2, WindowSpan("w", 0, 2))], np.array([0, 1]), torch.tensor([1, 2]))
     for interrupted in (False, True):
-        scorer = PromptScorer(lambda h: h * 3, vocabulary=4, observer=Refusing())
+        scorer = PromptScorer(lambda h: h * 3, vocabulary=4, observer=FailingObserver())
         scorer.add(torch.eye(4), step)
-        scorer.add(torch.eye(4), step)  # goes on, and asks it no more
+        scorer.add(torch.eye(4), step)  # the observer is not called again
         assert scorer.observer is None
         if interrupted:
             scorer.stop_observing()
@@ -261,12 +258,14 @@ def test_what_an_observer_tells_the_user_waits_until_it_is_taken() -> None:
         assert set(scorer.take() or {}) == {"spans", "logprobs", "greedy"}
 
 
-class Refusing:
-    asked, closed = 0, False
+class FailingObserver:
+    """An observer whose first call raises UserError."""
+
+    calls, closed = 0, False
 
     def observe(self, *_: Any) -> Any:
-        self.asked += 1
-        assert self.asked == 1
+        self.calls += 1
+        assert self.calls == 1
         raise UserError("the store is damaged")
 
     def close(self) -> None:
@@ -274,14 +273,14 @@ class Refusing:
         self.closed = True
 
 
-def test_ranks_without_logits_take_nothing() -> None:
+def test_ranks_without_logits_return_no_scores() -> None:
     scorer = PromptScorer(lambda h: None, vocabulary=4)
     scorer.add(torch.eye(4), Step([Span(0, 1, 2)], np.array([0, 1]), torch.tensor([1, 2])))
     assert scorer.take() is None
 
 
 @pytest.mark.engine
-def test_incomplete_prompts_are_told_from_complete_ones() -> None:
+def test_incomplete_prompts_have_no_scores() -> None:
     from lmeval_ext.models.vllm.client import ScoringPrompt, assemble
 
     taken = {
@@ -289,14 +288,14 @@ def test_incomplete_prompts_are_told_from_complete_ones() -> None:
         "logprobs": np.array([-1, -2, -3, -9, -4, -5], np.float32).tobytes(),
         "greedy": np.array([1, 0, 1, 0, 0, 1], bool).tobytes(),
     }
-    found = assemble(taken, {5: ScoringPrompt([0] * 5, 2), 6: ScoringPrompt([0] * 4, 1)})
-    assert list(found) == [5]  # of prompt 6 one token of three came; 99 is of another call
-    assert found[5].logprobs.tolist() == [-5, -2, -4]  # position 2 came twice: the last counts
-    assert found[5].greedy.tolist() == [True, False, False]
+    scores = assemble(taken, {5: ScoringPrompt([0] * 5, 2), 6: ScoringPrompt([0] * 4, 1)})
+    assert list(scores) == [5]  # prompt 6 has one score of three; 99 belongs to another call
+    assert scores[5].logprobs.tolist() == [-5, -2, -4]  # position 2 was scored twice: the last one counts
+    assert scores[5].greedy.tolist() == [True, False, False]
 
 
-def test_v2_runner_rows_and_targets() -> None:
-    """V2 keeps token ids in a table by slot; batch order is another. Worked by hand."""
+def test_v2_runner_gives_rows_and_targets_by_hand() -> None:
+    """The V2 runner keeps token ids in a table by slot, whose order is not that of the batch."""
     from lmeval_ext.models.vllm.runners import _V2Worker
 
     seen: list[str] = []
@@ -323,7 +322,7 @@ def test_v2_runner_rows_and_targets() -> None:
     assert result == {"theirs": 1}
     (step,) = added
     assert step.spans == [Span(7, 3, 3)]  # tokens 3, 4, 5 of a prompt of 6
-    assert step.rows.tolist() == [3, 4, 5]  # its states of positions 1…5 stand in rows 2…6
+    assert step.rows.tolist() == [3, 4, 5]  # rows 2…6 hold its states of positions 1…5
     assert step.targets.tolist() == [23, 24, 25]
     worker.remove_request("a")
     worker.compute_prompt_logprobs(None, None, batch, table, None, np.array([4, 0, 6]))  # type: ignore[arg-type]
@@ -333,8 +332,8 @@ def test_v2_runner_rows_and_targets() -> None:
 
 
 @pytest.mark.engine
-def test_private_names_of_vllm_are_still_there() -> None:
-    """`runners.py` relies on these; if one is gone, scoring falls back to prompt_logprobs, and this test names it."""
+def test_private_names_of_vllm_exist() -> None:
+    """`runners.py` uses these names; without one of them, scoring falls back to prompt_logprobs."""
     from vllm.v1.worker import gpu_model_runner as v1
     from vllm.v1.worker.gpu import input_batch
     from vllm.v1.worker.gpu.sample.prompt_logprob import PromptLogprobsWorker
@@ -352,17 +351,17 @@ def test_private_names_of_vllm_are_still_there() -> None:
         "req_id", "req_idx", "sampling_params"
     ]  # fmt: skip
     fields = input_batch.InputBatch.__dataclass_fields__
-    wanted = (
+    names = (
         "req_ids",
         "idx_mapping_np",
         "num_computed_prefill_tokens_np",
         "num_scheduled_tokens",
         "query_start_loc_np",
     )
-    assert set(wanted) <= set(fields)
+    assert set(names) <= set(fields)
 
 
-def test_an_unknown_runner_is_a_reason_not_a_crash() -> None:
+def test_unknown_runner_gives_a_reason() -> None:
     from lmeval_ext.models.vllm.worker import WorkerExtension
 
     worker = WorkerExtension()
@@ -373,16 +372,16 @@ def test_an_unknown_runner_is_a_reason_not_a_crash() -> None:
 
 
 @pytest.mark.engine
-def test_on_a_gpu_batch_size_and_order_change_nothing(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same company for every order and batch size: equal to the last bit, and in the order that was asked for."""
+def test_scores_on_a_gpu_do_not_depend_on_batch_size_and_order(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches on a GPU are the same for every order and batch size: scores are equal to the last bit."""
     from lmeval_ext.requests import window_request
 
     windows = [window_request("w", random_ids(n, n), 1, {}, (None, None, None)) for n in (50, 80, 30, 80)]
-    alone = model.score_windows(windows)
+    one_at_a_time = model.score_windows(windows)
     monkeypatch.setattr(model, "_on_cpu", False)
     for batch_size in (1, "auto"):
         monkeypatch.setattr(model, "batch_size", batch_size)
         forth, back = model.score_windows(windows), model.score_windows(windows[::-1])[::-1]
         assert forth == back
-        for a, b in zip(forth, alone, strict=True):
+        for a, b in zip(forth, one_at_a_time, strict=True):
             np.testing.assert_allclose(a.logprobs, b.logprobs, rtol=1e-5, atol=2e-5)
