@@ -1,4 +1,4 @@
-"""The picture: what is drawn, joined, named; that labels keep apart; that the same input gives the same file."""
+"""`compare plot`: which points are drawn and joined, labels that do not overlap, equal files for equal results."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ from tests.compare.conftest import fill_with_ladders
 
 
 def drawing_of(folder, log_y=False, **options):
+    """Returns the comparison of all results in the folder and how it is drawn."""
     comparison = build_comparison(read_results([folder.path]).records, Options(**options))
     return comparison, arrange(comparison, log_y)
 
 
 def joined(drawing):
+    """Returns the labels of each series that is drawn as a line, in drawing order."""
     return {tuple(p.record.label for p in s.points) for s in drawing.series if s.joined}
 
 
-def test_a_family_is_joined_in_order_of_x(folder):
+def test_points_of_a_family_are_joined_in_order_of_x(folder):
     for label, bpw, ppl in (("c", 6.0, 8.0), ("a", 2.0, 12.0), ("b", 4.0, 9.0)):
         folder.add(label, "GGUF", label, bpw, ppl)
     folder.add("e", "EXL3", "e", 3.0, 9.0)
@@ -33,7 +35,7 @@ def test_a_family_is_joined_in_order_of_x(folder):
     assert joined(drawing) == {("a", "b", "c")}
 
 
-def test_other_tokens_and_other_arithmetic_are_not_joined(folder):
+def test_points_of_other_tokens_or_arithmetic_are_not_joined(folder):
     folder.add("a16", "NVFP4", "nvfp4a16", 4.5, 8.6)
     folder.add("w4a4", "NVFP4", "nvfp4", 4.51, 9.0, kernel="EmulationNvFp4LinearKernel")
     folder.add("marlin", "NVFP4", "nvfp4", 4.51, 8.6, kernel="MarlinNvFp4LinearKernel")
@@ -46,7 +48,7 @@ def test_other_tokens_and_other_arithmetic_are_not_joined(folder):
     assert joined(mixed) == {("a16", "marlin"), ("g1", "g2", "g3")}
 
 
-def test_reference_is_a_line_and_stock_models_go_where_they_can(folder, compare, tmp_path):
+def test_full_precision_is_a_line_and_unknown_sizes_are_not_drawn(folder, compare, tmp_path):
     from tests.compare.conftest import result
 
     folder.add("BF16", "full precision", "bfloat16", 16.0, 8.17)
@@ -65,7 +67,7 @@ def test_reference_is_a_line_and_stock_models_go_where_they_can(folder, compare,
     assert "hf stock-full: assumed full precision" in out.err
 
 
-def test_only_stock_full_precision_still_gives_a_picture(folder, compare, tmp_path):
+def test_stock_full_precision_alone_is_drawn(folder, compare, tmp_path):
     from tests.compare.conftest import result
 
     content = result("base", ppl=8.2, quantized=False)
@@ -74,7 +76,7 @@ def test_only_stock_full_precision_still_gives_a_picture(folder, compare, tmp_pa
     assert compare("plot", folder.path, "-o", tmp_path / "p.png").code == 0
 
 
-def test_null_perplexity_is_not_drawn_and_said(folder, compare, tmp_path):
+def test_null_perplexity_is_not_drawn_but_named(folder, compare, tmp_path):
     folder.add("bad", ppl=None)
     assert compare("plot", folder.path, "-o", tmp_path / "p.png").code == 2
     folder.add("good", scheme="other")
@@ -83,7 +85,7 @@ def test_null_perplexity_is_not_drawn_and_said(folder, compare, tmp_path):
     assert "not drawn: bad" in out.err
 
 
-def test_colour_tags(folder, compare, tmp_path):
+def test_colour_tags_in_labels_set_colours(folder, compare, tmp_path):
     folder.add("one [#ff8800]", "GGUF", "a", 3.0, 9.0)
     folder.add("[teal] two", "GGUF", "b", 4.0, 8.5)
     folder.add("three [blurple]", "GGUF", "c", 5.0, 8.3)
@@ -99,7 +101,7 @@ def test_colour_tags(folder, compare, tmp_path):
 
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
 @pytest.mark.parametrize("extra", [[], ["--dark", "--log-y", "--x", "vram"]])
-def test_same_input_same_bytes(folder, compare, tmp_path, suffix, extra):
+def test_same_results_give_the_same_bytes(folder, compare, tmp_path, suffix, extra):
     fill_with_ladders(folder, per_family=3)
     for name in ("a", "b"):
         assert compare("plot", folder.path, "-o", tmp_path / f"{name}.{suffix}", "--title", "T", *extra).code == 0
@@ -108,7 +110,7 @@ def test_same_input_same_bytes(folder, compare, tmp_path, suffix, extra):
     assert first[:4] in (b"\x89PNG", b"<?xm", b"%PDF")
 
 
-def test_png_size(folder, compare, tmp_path):
+def test_png_has_2000_by_1280_pixels(folder, compare, tmp_path):
     folder.add()
     compare("plot", folder.path, "-o", tmp_path / "p.png")
     data = (tmp_path / "p.png").read_bytes()
@@ -137,9 +139,11 @@ def test_hostile_labels_are_drawn_as_text(folder, compare, tmp_path, suffix):
 
 @pytest.mark.parametrize("count", [3, 15, 25])
 @pytest.mark.parametrize("options", [{}, {"pareto": True, "axis": "memory", "budget": 5.0, "context": 8192}])
-def test_labels_cover_neither_each_other_nor_points(folder, count, options):
-    """Real geometry, from matplotlib's own text extents: no two labels meet, no marker lies under one, and no leader
-    line runs through a marker that is not its own. A marker is 8.5 points across, 24 pixels."""
+def test_labels_overlap_neither_each_other_nor_points(folder, count, options):
+    """No two labels overlap, no label covers a marker, and no leader line crosses the marker of another point.
+
+    Extents are those that matplotlib draws. A marker has a diameter of 8.5 points, 24 pixels.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -165,8 +169,8 @@ def test_labels_cover_neither_each_other_nor_points(folder, count, options):
         bounds = ax.get_window_extent()
         leaders = [ax.transData.transform(line.get_xydata()) for line in ax.lines if line.get_zorder() == 2.5]
     assert len(boxes) == count + (2 if options else 1)
-    meeting = [(a, b) for a, b in itertools.combinations(boxes, 2) if boxes[a].overlaps(boxes[b])]
-    assert meeting == []
+    overlapping = [(a, b) for a, b in itertools.combinations(boxes, 2) if boxes[a].overlaps(boxes[b])]
+    assert overlapping == []
     centres = ax.transData.transform([(p.x, p.y) for p in drawing.points])
     touching = [(name, tuple(c)) for name, box in boxes.items() for c in centres if distance(box, c) < 10]
     assert touching == []
@@ -177,8 +181,8 @@ def test_labels_cover_neither_each_other_nor_points(folder, count, options):
     assert inside == set(boxes)
 
 
-def test_a_leader_goes_around_points():
-    """Two places as far from a label's point, up and to the right of it; another point stands in the way to one."""
+def test_leader_across_another_point_costs_more():
+    """Two places have the same distance from the label's point, but another point is on the way to one of them."""
     from compare.plot.label_places import Obstacles, _Layout
 
     anchor, size, bounds = np.array([[500.0, 500.0]]), np.array([[40.0, 20.0]]), (0.0, 0.0, 1000.0, 1000.0)
@@ -189,17 +193,17 @@ def test_a_leader_goes_around_points():
 
 
 def distance(box, point):
-    """From a point to a box in pixels, 0 inside."""
+    """Returns the distance in pixels of a point from a box, 0 inside."""
     return np.hypot(max(box.x0 - point[0], 0, point[0] - box.x1), max(box.y0 - point[1], 0, point[1] - box.y1))
 
 
 def through(a, b, centre, radius):
-    """Whether the segment from a to b, in pixels, comes within `radius` of a centre other than the one it starts at."""
+    """Returns whether the segment from a to b, in pixels, passes within `radius` of a centre other than its start."""
     along = np.clip(np.dot(centre - a, b - a) / max(np.dot(b - a, b - a), 1e-9), 0, 1)
     return np.linalg.norm(a + along * (b - a) - centre) < radius and np.linalg.norm(a - centre) > 20
 
 
-def test_many_points_are_labelled_in_part_and_that_is_said(folder, compare, tmp_path):
+def test_points_without_room_for_a_label_are_counted_in_a_message(folder, compare, tmp_path):
     for number in range(90):
         folder.add(f"m{number}", "GGUF", f"s{number}", 2 + number / 20, 12 - number / 30)
     out = compare("plot", folder.path, "-o", tmp_path / "p.png")
@@ -207,7 +211,7 @@ def test_many_points_are_labelled_in_part_and_that_is_said(folder, compare, tmp_
     assert "without a label" in out.err
 
 
-def test_no_display_is_one_line(folder, compare, monkeypatch):
+def test_missing_display_is_an_error_in_one_line(folder, compare, monkeypatch):
     folder.add()
     monkeypatch.setattr("sys.platform", "linux")
     for name in ("DISPLAY", "WAYLAND_DISPLAY"):
@@ -219,7 +223,7 @@ def test_no_display_is_one_line(folder, compare, monkeypatch):
 
 
 @pytest.mark.parametrize("target", ["p.jpg", "p", "absent/p.png"])
-def test_output_that_cannot_be(folder, compare, tmp_path, target):
+def test_output_that_cannot_be_written_is_an_error(folder, compare, tmp_path, target):
     folder.add()
     out = compare("plot", folder.path, "-o", tmp_path / target)
     assert out.code == 1
@@ -227,7 +231,7 @@ def test_output_that_cannot_be(folder, compare, tmp_path, target):
     assert [p.name for p in tmp_path.iterdir()] == ["results"]
 
 
-# Machado, Oliveira, Fernandes 2009, severity 1.0, on linear RGB.
+# Matrices of Machado, Oliveira, Fernandes 2009 for severity 1.0, on linear RGB
 COLOUR_BLINDNESS = {
     "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
     "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
@@ -235,7 +239,7 @@ COLOUR_BLINDNESS = {
 
 
 def lab(colour: str, matrix: list[list[float]]) -> np.ndarray:
-    """CIE L*a*b* (D65) of a colour as seen through `matrix`."""
+    """Returns CIE L*a*b* (D65) of a colour after multiplying its linear RGB by `matrix`."""
     from matplotlib.colors import to_rgb
 
     rgb = np.array(to_rgb(colour))
@@ -248,7 +252,7 @@ def lab(colour: str, matrix: list[list[float]]) -> np.ndarray:
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("kind", list(COLOUR_BLINDNESS))
-def test_coloured_families_differ_to_the_colour_blind(kind, theme):
+def test_colours_of_families_differ_for_colour_blind_readers(kind, theme):
     seen = {
         n: lab(getattr(FAMILIES[n], theme), COLOUR_BLINDNESS[kind])
         for n in ("EXL2", "EXL3", "GGUF", "VPTQ", "QTIP", "NVFP4")

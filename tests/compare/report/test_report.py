@@ -1,4 +1,4 @@
-"""`compare report` and the interactive plot: what stands in the page, and what it does in a real browser."""
+"""`compare report` and the interactive plot: what the page contains, and how it behaves in a browser."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from compare.results.provenance import Run, command
 from tests.compare.browser import Browser, chromium, find_browser, served
 from tests.compare.conftest import fill_with_ladders, result
 
-# Each sets the page's title to "pwned" if it ever runs.
+# Each sets the page's title to "pwned" if it runs
 PAYLOAD = "document.title='pwned'"
 HOSTILE = [
     f"<script>{PAYLOAD}</script>",
@@ -41,7 +41,7 @@ HOSTILE = [
 
 
 class Page(HTMLParser):
-    """Tags, attributes and texts of a page, as a parser that follows the HTML standard's script rules sees them."""
+    """Holds the tags, attributes and texts of a page, parsed by the HTML standard's rules for scripts."""
 
     def __init__(self, content: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -68,6 +68,7 @@ class Page(HTMLParser):
 
 
 def add_hostile(folder) -> None:
+    """Writes results with hostile text in every field that a page shows."""
     for number, label in enumerate(HOSTILE):
         content = result(label, "GGUF", label, 2.0 + number / 4, 12.0 - number / 4, kernel=label, notes=[label],
                          engine=label, device=label)  # fmt: skip
@@ -83,7 +84,7 @@ def add_hostile(folder) -> None:
 
 @pytest.fixture
 def report(folder, compare, tmp_path):
-    """The bytes of a report on what `folder` holds."""
+    """Returns a function that writes a report on the results in `folder`, and returns its bytes."""
 
     def make(*flags: object, command: str = "report") -> bytes:
         out = compare(command, folder.path, "-o", tmp_path / "page.html", *flags)
@@ -93,7 +94,7 @@ def report(folder, compare, tmp_path):
     return make
 
 
-def test_report_holds_every_model_and_every_part(folder, report):
+def test_report_has_every_model_and_every_part(folder, report):
     fill_with_ladders(folder)
     text = report("--budget", 6, "--context", 8192, "--pareto").decode()
     page = Page(text)
@@ -109,7 +110,7 @@ def test_report_holds_every_model_and_every_part(folder, report):
 
 
 @pytest.mark.parametrize("command", ["report", "plot"])
-def test_nothing_is_fetched_and_one_script_may_run(folder, report, command):
+def test_page_fetches_nothing_and_allows_one_script(folder, report, command):
     add_hostile(folder)
     page = Page(report(command=command).decode())
     policy = next(a["content"] for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
@@ -117,7 +118,7 @@ def test_nothing_is_fetched_and_one_script_may_run(folder, report, command):
     assert "script-src 'sha256-" in policy
     assert "base-uri 'none'; form-action 'none'" in policy
     kinds = [a.get("type") for tag, a in page.tags if tag == "script"]
-    assert kinds.count(None) == 1, "our own script, and data"
+    assert kinds.count(None) == 1, "one script of ours; the others are data"
     assert set(kinds) <= {None, "application/json"}
     for tag, attributes in page.tags:
         assert tag not in ("img", "iframe", "object", "embed", "base", "form", "foreignobject")
@@ -133,12 +134,12 @@ def test_hostile_labels_stay_text(folder, report, command):
 
     add_hostile(folder)
     page = Page(report(command=command).decode())
-    said = {inside: {text for where, text in page.texts if where == inside} for inside in ("", "script")}
+    texts = {inside: {text for where, text in page.texts if where == inside} for inside in ("", "script")}
     data = [json.loads(text) for text in page.scripts if text.startswith('{"points"')]
     labels = {point[""] for block in data for point in block["points"]}
     for label in HOSTILE:
         assert clean(label) in labels
-        assert command == "plot" or clean(label) in said[""]
+        assert command == "plot" or clean(label) in texts[""]
     assert not [text for text in page.scripts if PAYLOAD in text and not text.startswith('{"points"')]
 
 
@@ -146,6 +147,7 @@ HOSTILE_TEXTS = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>']
 
 
 def rendered(template: str, **values: object) -> str:
+    """Returns a page of the template, with the values and an empty frame."""
     from compare.report.templating import render
 
     frame = {"policy": "", "title": "", "style": "", "script": "", "dark": False}
@@ -165,7 +167,7 @@ def test_plot_template_escapes_every_text(text):
 
 @pytest.mark.parametrize("text", HOSTILE_TEXTS)
 def test_report_template_escapes_every_text(text):
-    """With every value hostile: the parts, tables, verdict, settings, runs and the section on divergence."""
+    """Every value is hostile: the parts, tables, verdict, settings, runs and the section on divergence."""
     from compare.report import build, content, divergence
 
     table = content.PageTable(
@@ -192,12 +194,12 @@ def test_every_template_belongs_to_a_tested_page():
     }  # fmt: skip
 
 
-def test_same_input_same_page(folder, report):
+def test_same_results_give_the_same_page(folder, report):
     fill_with_ladders(folder, per_family=2)
     assert report("--pareto") == report("--pareto")
 
 
-def test_names_of_several_pictures_do_not_meet(folder, report):
+def test_ids_of_several_pictures_differ(folder, report):
     folder.add("a [#ff8800]", "GGUF", "a", 4.0, 9.0)
     folder.add("b", "Unheard of", "b", 5.0, 8.0)
     text = report().decode()
@@ -205,8 +207,8 @@ def test_names_of_several_pictures_do_not_meet(folder, report):
     assert not re.search(r'url\(#(?!p\d+-)|href="#(?!p\d+-|[a-z-]+")', text)
 
 
-def test_every_colour_of_a_picture_follows_the_theme(folder, report):
-    """Left as they are: black of matplotlib's defaults nowhere, colours that labels ask for on purpose."""
+def test_colours_of_pictures_follow_the_theme(folder, report):
+    """Only colours that labels name are fixed; no black of matplotlib's defaults remains."""
     fill_with_ladders(folder)
     folder.add("tagged [#12ab34]", "GGUF", "t", 4.4, 9.1)
     folder.add("apart", "GGUF", "u", 4.4, 9.1, tokens="other")
@@ -219,7 +221,7 @@ def test_every_colour_of_a_picture_follows_the_theme(folder, report):
     assert used <= defined
 
 
-def test_dark_plot_is_dark_for_everyone(folder, report):
+def test_dark_plot_does_not_follow_the_readers_theme(folder, report):
     folder.add()
     text = report("--dark", command="plot").decode()
     assert "#14171c" in text
@@ -227,7 +229,7 @@ def test_dark_plot_is_dark_for_everyone(folder, report):
     assert 'id="theme"' not in text
 
 
-def test_report_needs_a_name_it_can_write(folder, compare, tmp_path):
+def test_report_without_a_writable_html_name_is_an_error(folder, compare, tmp_path):
     folder.add()
     assert compare("report", folder.path, "-o", tmp_path / "r.png").code == 1
     assert compare("report", folder.path).code == 1
@@ -235,7 +237,7 @@ def test_report_needs_a_name_it_can_write(folder, compare, tmp_path):
     assert not (tmp_path / "r.html").exists()
 
 
-def test_report_without_any_place_on_an_axis_still_lists(folder, compare, tmp_path):
+def test_report_without_points_lists_the_models(folder, compare, tmp_path):
     folder.add("a", bpw=None)
     out = compare("report", folder.path, "-o", tmp_path / "r.html")
     assert out.code == 0
@@ -252,17 +254,19 @@ def test_every_family_has_a_note():
 
 
 def words_of(text: str | None) -> list[str]:
+    """Returns a command's words as a shell splits them."""
     assert text is not None
     return shlex.split(text.replace("\\\n", ""))
 
 
 def flags_of(text: str | None) -> dict[str, str]:
+    """Returns a command's flags and their values."""
     words = words_of(text)
     assert words[:2] == ["lm_eval", "run"]
     return {a: b for a, b in itertools.pairwise(words) if a.startswith("--")}
 
 
-def test_command_repeats_the_run():
+def test_command_has_the_settings_of_the_run():
     content = result()
     content["config"] |= {"model": "llamacpp", "batch_size": 1, "limit": 5.0, "random_seed": 7, "gen_kwargs": {}}
     content["config"]["model_args"] = {"pretrained": "models/a-Q4_K_M.gguf", "tokenizer": "models/base", "n_threads": 2}
@@ -294,8 +298,8 @@ def test_command_repeats_the_run():
         "pretrained=m,dtype=float32",
     ],
 )
-def test_the_harness_reads_our_arguments_back(arguments):
-    """By the harness' own parser of the command line."""
+def test_harness_parses_the_command_to_the_same_arguments(arguments):
+    """The harness' own command-line parser reads the command."""
     import argparse
 
     from lm_eval._cli.run import Run as HarnessRun
@@ -310,7 +314,7 @@ def test_the_harness_reads_our_arguments_back(arguments):
     assert read.tasks == ["t"]
 
 
-def test_few_shot_chat_and_system_prompt_are_repeated():
+def test_command_has_few_shot_chat_and_system_prompt():
     content = result(task="gsm8k")
     content["configs"]["gsm8k"]["metadata"] = {"version": 3.0}
     content["n-shot"]["gsm8k"] = 5
@@ -322,22 +326,22 @@ def test_few_shot_chat_and_system_prompt_are_repeated():
     assert "--metadata" not in words_of(text)
 
 
-def test_no_model_no_command():
+def test_result_without_a_model_has_no_command():
     assert command(Run.of({}, "t"), "t") is None
     assert command(Run(), "t") is None
 
 
-def test_code_from_strangers_is_warned_of(folder, report):
+def test_report_warns_of_trust_remote_code(folder, report):
     content = result()
     content["config"]["model_args"]["trust_remote_code"] = True
     folder.write(content)
     assert "lets code that comes with the checkpoint" in report().decode()
 
 
-# ------------------------------------------------------------------ in a real browser
+# ------------------------------------------------------------------ in a browser
 
 needs_browser = pytest.mark.skipif(
-    find_browser() is None, reason="NO BROWSER: chromium and chromedriver are not installed; the page is not tried"
+    find_browser() is None, reason="NO BROWSER: chromium and chromedriver are not installed; the page is not tested"
 )
 
 
@@ -351,6 +355,7 @@ COLUMN = "return [...document.querySelectorAll(`tbody tr > :nth-child(${argument
 
 
 def column(browser: Browser, heading: str) -> list[str]:
+    """Returns the cells of a column of the table, from top to bottom."""
     headings = browser.run("return [...document.querySelectorAll('thead th')].map(h => h.textContent)")
     return browser.run(COLUMN, headings.index(heading) + 1)
 
@@ -362,7 +367,7 @@ def click_heading(browser: Browser, heading: str) -> None:
 
 @pytest.mark.browser
 @needs_browser
-def test_sorting_filter_and_hover(folder, report, browser):
+def test_table_sorts_and_filters_and_points_show_their_values(folder, report, browser):
     for label, bpw, ppl in (("Q10", 10.0, 8.5), ("Q2", 9.25, 12.25), ("Q9", 9.5, 8.75), ("unknown", None, 9.5)):
         folder.add(label, "GGUF", label, bpw, ppl, 0.1)
     folder.add("BF16", "full precision", "bfloat16", 16.0, 8.0, 0.1)
@@ -371,11 +376,11 @@ def test_sorting_filter_and_hover(folder, report, browser):
         browser.open(address + "/")
         assert browser.run("return 'ready' in document.documentElement.dataset")
         click_heading(browser, "bpw")
-        assert column(browser, "bpw") == ["9.250", "9.500", "10.000", "16.000", "–"], "as numbers, unknown last"
+        assert column(browser, "bpw") == ["9.250", "9.500", "10.000", "16.000", "–"], "sorted as numbers, unknown last"
         click_heading(browser, "bpw")
-        assert column(browser, "Model") == ["BF16", "Q10", "Q9", "Q2", "unknown"], "unknown last both ways"
+        assert column(browser, "Model") == ["BF16", "Q10", "Q9", "Q2", "unknown"], "unknown last in both directions"
         click_heading(browser, "Model")
-        assert column(browser, "Model") == ["BF16", "Q2", "Q9", "Q10", "unknown"], "numbers in names count as numbers"
+        assert column(browser, "Model") == ["BF16", "Q2", "Q9", "Q10", "unknown"], "numbers in names sort as numbers"
         click_heading(browser, "Perplexity")
         assert [text.split()[0] for text in column(browser, "Perplexity")] == [
             "8.0000", "8.5000", "8.7500", "9.5000", "12.2500",
@@ -417,13 +422,13 @@ def test_sorting_filter_and_hover(folder, report, browser):
 @pytest.mark.browser
 @needs_browser
 @pytest.mark.parametrize("command", ["report", "plot"])
-def test_no_label_runs_or_fetches(folder, report, browser, command):
+def test_hostile_labels_run_nothing_and_fetch_nothing(folder, report, browser, command):
     add_hostile(folder)
     with served({"/": report(command=command)}) as (address, asked):
         browser.console()
         browser.requests()
         browser.open(address + "/")
-        assert browser.run("return 'ready' in document.documentElement.dataset"), "our own script did run"
+        assert browser.run("return 'ready' in document.documentElement.dataset"), "our own script ran"
         count = browser.run("return document.querySelectorAll('.plot:first-of-type circle.spot').length")
         assert count == len(HOSTILE) + 2
         for index in range(count):
@@ -444,8 +449,8 @@ def test_no_label_runs_or_fetches(folder, report, browser, command):
 
 @pytest.mark.browser
 @needs_browser
-def test_the_policy_holds_even_where_markup_got_in(folder, report, browser):
-    """The second line of defence alone: a page with a script and an image put into it."""
+def test_policy_blocks_a_script_and_an_image_put_into_the_page(folder, report, browser):
+    """The content security policy has to work even if escaping failed."""
     folder.add()
     hole = f'<script>{PAYLOAD}</script><img src=x onerror="{PAYLOAD}"><img src=/beacon.png>'.encode()
     page = report().replace(b"</h1>", hole + b"</h1>", 1)
@@ -455,8 +460,8 @@ def test_the_policy_holds_even_where_markup_got_in(folder, report, browser):
         assert asked == ["/"]
 
 
-def test_pictures_look_the_same_at_every_resolution(folder):
-    """Texts placed in pixels would wander in SVG and PDF, which are drawn at another resolution than PNG."""
+def test_places_of_texts_do_not_depend_on_the_resolution(folder):
+    """Texts placed in pixels would move in SVG and PDF, which are drawn at another resolution than PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -488,8 +493,8 @@ def test_pictures_look_the_same_at_every_resolution(folder):
         assert places[1][name] == pytest.approx(place, abs=0.1), name
 
 
-def test_spots_lie_where_the_points_are(folder):
-    """Against the marker that matplotlib wrote into the SVG."""
+def test_hover_spots_are_at_the_markers(folder):
+    """The expected place is that of the marker in matplotlib's SVG."""
     import xml.etree.ElementTree as ElementTree
 
     from compare.comparison.build import build_comparison
@@ -512,7 +517,7 @@ def test_spots_lie_where_the_points_are(folder):
     assert expected in places
 
 
-def test_assets_are_small_and_our_own():
+def test_assets_are_small_and_name_no_address():
     folder = Path(__file__).parents[3] / "compare" / "report"
     for name in ("page.js", "page.css"):
         text = (folder / name).read_text()
@@ -521,10 +526,11 @@ def test_assets_are_small_and_our_own():
 
 
 def section_of(text: str, name: str) -> str:
+    """Returns the markup of one section of a report."""
     return text.partition(f'<section id="{name}">')[2].partition("</section>")[0]
 
 
-def test_a_report_on_results_with_a_reference_shows_the_divergence(folder, report):
+def test_report_shows_the_divergence_of_results_with_a_reference(folder, report):
     from tests.compare.divergence_files import LADDER, TASK, fill
 
     fill(folder, samples=False)
@@ -534,11 +540,11 @@ def test_a_report_on_results_with_a_reference_shows_the_divergence(folder, repor
     assert sum(tag == "svg" for tag, _ in page.tags) == 5
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
-    said = unescape(section)
+    section_text = unescape(section)
     for words in ("BF16 in vllm 0.26.0 (bfloat16)", "BF16 in vllm, rounding; BF16 GGUF in llama.cpp",
                   "not to be told from", "Median", "Top-1 agreement", "PPL ratio", "Σ p ln(p / q)",
                   "0.95 to 1"):  # fmt: skip
-        assert words in said
+        assert words in section_text
     tables = section.split('<table class="sortable">')[1:]
     assert len(tables) == 3, "figures; divergence and agreement by confidence"
     content = json.loads(next(f for f in folder.path.rglob("*.json") if "Q4_K_M" in f.read_text()).read_text())
@@ -550,7 +556,7 @@ def test_a_report_on_results_with_a_reference_shows_the_divergence(folder, repor
         assert values == [bucket[key] for bucket in buckets]
 
 
-def test_a_report_of_the_divergence_does_not_show_it_twice(folder, report):
+def test_report_on_kld_shows_its_plot_once(folder, report):
     from tests.compare.divergence_files import fill
 
     fill(folder, samples=False)
@@ -559,12 +565,12 @@ def test_a_report_of_the_divergence_does_not_show_it_twice(folder, report):
     assert section_of(text, "plots").count("<svg") == 1
 
 
-def test_a_report_without_a_reference_has_no_such_section(folder, report):
+def test_report_without_a_reference_has_no_divergence_section(folder, report):
     fill_with_ladders(folder)
     assert 'id="divergence"' not in report().decode()
 
 
-def test_hostile_buckets_and_references_stay_text(folder, report):
+def test_hostile_text_in_divergences_stays_text(folder, report):
     from tests.compare.divergence_files import TASK, divergent
 
     for number, label in enumerate(HOSTILE):
@@ -584,7 +590,7 @@ def test_hostile_buckets_and_references_stay_text(folder, report):
         assert not [name for name in attributes if name.startswith("on")]
 
 
-def test_divergences_that_hold_nothing_sound_stop_no_report(folder, report):
+def test_malformed_divergence_is_left_out_of_the_report(folder, report):
     from tests.compare.divergence_files import TASK, divergent
 
     content, _ = divergent("q")

@@ -1,4 +1,4 @@
-"""Stand-ins for the packages exllamav2 and exllamav3 on a float32 Llama: the names that the adapters use of them."""
+"""Stand-ins for the packages exllamav2 and exllamav3 on a float32 Llama, with the names that the adapters use."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from tests.models.exllama.tiny_engine import (
 
 ORIGINAL_ATTENTION = "the engine's own"
 PAGE = 256
-_ENGINE_MODULES = ("adapter", "attention", "engine", "generation")  # that import the engine
+_ENGINE_MODULES = ("adapter", "attention", "engine", "generation")  # the modules that import the engine
 
 
 @contextlib.contextmanager
 def adapter_module(version: str, name: str) -> Iterator[Any]:
-    """Imports a module of `exllama/v2` or `v3` anew; forgets it afterwards, with all that import the engine."""
+    """Yields a newly imported module of `exllama/v2` or `v3`; restores the modules that import the engine at the end."""
     package = f"lmeval_ext.models.exllama.{version}"
     modules = [f"{package}.{each}" for each in _ENGINE_MODULES]
     kept = {each: sys.modules.pop(each) for each in modules if each in sys.modules}
@@ -56,7 +56,7 @@ def _install(monkeypatch: pytest.MonkeyPatch, package: str, modules: dict[str, d
 
 
 class Module:
-    """A module of either engine: a function with a place."""
+    """A module of either engine: a function and its attributes, such as the device."""
 
     def __init__(self, forward: Any, **attributes: Any) -> None:
         self.forward, self.caps, self.quant_type = forward, {}, "fp16"
@@ -65,12 +65,15 @@ class Module:
 
 
 def _head(model: Any) -> Any:
-    """The output matrix, with columns that are not tokens."""
+    """Returns a function that multiplies by the output matrix and adds columns that are not tokens."""
     return lambda hidden, *_, **__: torch.nn.functional.pad(model.lm_head(hidden), (0, PADDING), value=1e4)
 
 
 class DynamicGenerator:
-    """Both engines' dynamic generators: greedy, one job after the other. Overwrites the cache, but does not read it."""
+    """Stands for both engines' dynamic generators: greedy, one job after the other.
+
+    It overwrites the cache but does not read it.
+    """
 
     def __init__(self, model: Any, cache: Any, tokenizer: Any, **arguments: Any) -> None:
         self.model, self.cache, self.arguments = model, cache, arguments
@@ -102,7 +105,7 @@ class DynamicGenerator:
 
 
 class Attention:
-    """exllamav2.attn.ExLlamaV2Attention, as far as attention goes."""
+    """Stands for exllamav2.attn.ExLlamaV2Attention: the attributes that attention reads."""
 
     layer_idx = 0
     Params = staticmethod(lambda *arguments: arguments)
@@ -118,7 +121,7 @@ class Attention:
 
 
 class V2Config:
-    """exllamav2.ExLlamaV2Config."""
+    """Stands for exllamav2.ExLlamaV2Config."""
 
     no_flash_attn = no_xformers = no_sdpa = False
     attn_logit_softcapping = final_logit_softcapping = alt_rope_method = None
@@ -136,7 +139,7 @@ class V2Config:
 
 
 class V2Model:
-    """exllamav2.ExLlamaV2. Its layers are one module."""
+    """Stands for exllamav2.ExLlamaV2. Its layers are one module."""
 
     def __init__(self, config: V2Config) -> None:
         self.config, self.head_layer_idx, self.last_kv_layer_idx = config, 2, 1
@@ -168,7 +171,7 @@ class V2Model:
 
 
 class V2Cache(RowCache):
-    """exllamav2.ExLlamaV2Cache."""
+    """Stands for exllamav2.ExLlamaV2Cache."""
 
     def __init__(self, model: V2Model, batch_size: int, max_seq_len: int, lazy: bool = False) -> None:
         self._make = lambda: RowCache.__init__(self, model.llama.config, batch_size, max_seq_len)
@@ -219,7 +222,7 @@ def install_exllamav2(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class V3Config:
-    """exllamav3.Config."""
+    """Stands for exllamav3.Config."""
 
     def __init__(self, folder: str) -> None:
         self.folder, self.stc = folder, "the checkpoint's own tensors"
@@ -229,7 +232,7 @@ class V3Config:
 
 
 class VariantTensors:
-    """exllamav3.loader.VariantSafetensorsCollection."""
+    """Stands for exllamav3.loader.VariantSafetensorsCollection."""
 
     def __init__(self, original: Any) -> None:
         self.original = original
@@ -240,7 +243,7 @@ class VariantTensors:
 
 
 class V3Model:
-    """exllamav3.Model. Its layers are one module."""
+    """Stands for exllamav3.Model. Its layers are one module."""
 
     loaded_tp = False
     output_device = "cpu"
@@ -281,7 +284,7 @@ class V3Model:
 
 
 class V3Cache(PagedCache):
-    """exllamav3.Cache. layer_type: the class that its layers get."""
+    """Stands for exllamav3.Cache. layer_type: the class of its layers."""
 
     def __init__(self, model: V3Model, max_num_tokens: int, layer_type: type, **bits: int) -> None:
         super().__init__(model.llama.config, max_num_tokens // PAGE, PAGE)

@@ -1,4 +1,4 @@
-"""Contexts that are computed once for several continuations: ExLlamaV3's pages, ExLlamaV2's rows."""
+"""Contexts that are computed once for several continuations, in ExLlamaV3's pages and in ExLlamaV2's rows."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BATCHES: list[tuple[list[list[int]], list[list[list[int]]]]] = [  # contexts, ta
 
 
 def unshared(engine: TinyEngine, contexts: Sequence[list[int]], tails: Sequence[Sequence[list[int]]]) -> torch.Tensor:
-    """Hidden states of the tails, each sequence from its first token on."""
+    """Returns the hidden states of the tails, each sequence computed from its first token on."""
     return torch.cat(
         [
             engine.model.model(input_ids=torch.tensor([[*context, *tail]])).last_hidden_state[0, -len(tail) :]
@@ -37,8 +37,8 @@ def unshared(engine: TinyEngine, contexts: Sequence[list[int]], tails: Sequence[
 
 
 @pytest.mark.parametrize(("pages", "fitting"), [(64, 5), (18, 4)])
-def test_page_branches_are_exact(tiny_llama: Path, pages: int, fitting: int) -> None:
-    """Pages are shared if they are full, copied if a context ends within one; the trunk is kept."""
+def test_page_branches_equal_whole_sequences(tiny_llama: Path, pages: int, fitting: int) -> None:
+    """Full pages are shared, a page in which a context ends is copied, and the trunk is kept."""
     engine = PagedTinyEngine(tiny_llama, pages=pages)
     batches = [batch for batch in BATCHES if engine.fits(*batch)]
     for batch in batches:
@@ -59,8 +59,8 @@ def test_page_branches_compute_the_trunk_again_after_forget(tiny_llama: Path) ->
     assert kept < tokens == engine.tokens - tokens - kept
 
 
-def test_row_branches_are_exact(tiny_llama: Path) -> None:
-    """A context's keys and values are copied to as many rows as it has tails."""
+def test_row_branches_equal_whole_sequences(tiny_llama: Path) -> None:
+    """The keys and values of a context are copied to as many rows as it has tails."""
     engine = RowTinyEngine(tiny_llama)
     for batch in BATCHES:
         assert engine.fits(*batch)
@@ -71,7 +71,7 @@ def test_row_branches_are_exact(tiny_llama: Path) -> None:
     )
 
 
-def test_row_branches_compute_only_what_the_last_context_did_not_have(tiny_llama: Path) -> None:
+def test_row_branches_compute_only_tokens_not_in_the_last_context(tiny_llama: Path) -> None:
     engine = RowTinyEngine(tiny_llama)
     contexts = [TOKENS[:40], TOKENS[:50], TOKENS[:30], [*TOKENS[:30], 3, 4]]
     engine.branch(contexts, [[[5], [6]]] * 4)
@@ -80,12 +80,12 @@ def test_row_branches_compute_only_what_the_last_context_did_not_have(tiny_llama
     assert len(engine.prefilled) == 3
 
 
-def test_row_caches_do_not_multiply_the_rows_and_lengths_of_different_questions(tiny_llama: Path) -> None:
-    """Many choices on a short context and few on a long one take two caches for the leaves, one after the other."""
+def test_row_caches_have_the_size_of_one_question(tiny_llama: Path) -> None:
+    """Many choices on a short context, then few on a long one: two caches, not one of many rows and a long context."""
     engine = RowTinyEngine(tiny_llama)
 
     def branch(rows: int, length: int) -> list[tuple[int, int]]:
-        """The caches that a question made; its context and padded tails have `length` tokens."""
+        """Returns the caches made for a question whose context and padded tails have `length` tokens."""
         engine.caches.clear()
         engine.branch([(TOKENS * 2)[: length - 32]], [[[t] for t in range(rows)]])
         return list(engine.caches)
@@ -118,7 +118,7 @@ def test_row_branches_fit_into_a_forward_and_its_caches(
 
 
 @pytest.mark.parametrize("kind", [PagedTinyEngine, RowTinyEngine])
-def test_branches_in_the_adapter_give_the_loglikelihoods_of_hf(tiny_llama: Path, kind: Any) -> None:
+def test_adapter_with_branches_equals_hf(tiny_llama: Path, kind: Any) -> None:
     stock = get_model("hf")(pretrained=str(tiny_llama), dtype="float32", device="cpu")
     questions = [(f"{QUESTION}{n}", c) for n in ("", " still", " not") for c in CHOICES]
     model = TinyExLlama(str(tiny_llama))

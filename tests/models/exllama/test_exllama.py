@@ -1,4 +1,4 @@
-"""What both ExLlama adapters share, on a float32 Llama instead of an engine, compared with the harness' own `hf`."""
+"""The code that both ExLlama adapters share, on a float32 Llama instead of an engine, compared with stock `hf`."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def assert_like(ours: list[tuple[float, bool]], theirs: list[tuple[float, bool]]
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, "auto"])
-def test_windows_are_those_by_hand(tiny_llama: Path, batch_size: int | str) -> None:
+def test_window_scores_equal_transformers(tiny_llama: Path, batch_size: int | str) -> None:
     model = TinyExLlama(str(tiny_llama), batch_size=batch_size)
     requests = windows()
     logprobs, greedy = adapter_scores(model, requests)
@@ -75,14 +75,14 @@ def test_windows_are_those_by_hand(tiny_llama: Path, batch_size: int | str) -> N
     assert [rows for rows, _ in model.engine.shapes] == {1: [1] * 6, 4: [4, 2], "auto": [6]}[batch_size]
 
 
-def test_windows_of_different_shapes_keep_their_order(tiny_llama: Path) -> None:
+def test_scores_keep_the_order_of_windows_of_different_shapes(tiny_llama: Path) -> None:
     long, short = windows(3), windows(2, length=40, context=1)
     scores = TinyExLlama(str(tiny_llama))._loglikelihood_tokens([long[0], short[0], long[1], short[1], long[2]])
     assert [len(s.logprobs) for s in scores] == [63, 39, 63, 39, 63]
     np.testing.assert_allclose(scores[3].logprobs, transformers_scores(tiny_llama, short)[0][1], rtol=1e-5, atol=1e-6)
 
 
-def test_logits_in_small_chunks_are_the_same(tiny_llama: Path) -> None:
+def test_scores_do_not_change_with_small_chunks_of_logits(tiny_llama: Path) -> None:
     model = TinyExLlama(str(tiny_llama))
     model.batching.logit_bytes = 2 * model.engine.columns * 10  # ten positions at a time
     np.testing.assert_allclose(
@@ -98,28 +98,28 @@ def test_batches_are_halved_when_memory_runs_out(tiny_llama: Path, batch_size: i
     assert "going on with 3 at a time" in caplog.text
     # 6 and 3 windows of 96 do not fit, 1 does; 2 would
     assert {rows for rows, _ in model.engine.shapes} == {1}
-    adapter_scores(model, windows())  # what does not fit is not tried again
+    adapter_scores(model, windows())  # sizes that did not fit are not tried again
     assert caplog.text.count("going on with") == 2
 
 
-def test_memory_for_not_even_one_window_is_an_error(tiny_llama: Path) -> None:
+def test_too_little_memory_for_one_window_is_an_error(tiny_llama: Path) -> None:
     with pytest.raises(UserError, match="out of GPU memory with a single sequence of 96 tokens"):
         adapter_scores(TinyExLlama(str(tiny_llama), memory=50), windows())
 
 
-def test_logits_of_one_window_are_halved_when_memory_runs_out(tiny_llama: Path, monkeypatch: Any, caplog: Any) -> None:
-    """Logits of 30 positions at a time fit here."""
+def test_chunks_of_logits_are_halved_when_memory_runs_out(tiny_llama: Path, monkeypatch: Any, caplog: Any) -> None:
+    """Memory is enough for the logits of 30 positions at a time."""
     model = TinyExLlama(str(tiny_llama), batch_size=1)
     monkeypatch.setattr(batching, "MIN_LOGIT_BYTES", 2 * model.engine.columns * 20)
     model.batching.logit_bytes = 2 * model.engine.columns * 90
     logits = model.engine.logits
 
-    def short(hidden: torch.Tensor) -> torch.Tensor:
+    def at_most_30(hidden: torch.Tensor) -> torch.Tensor:
         if hidden.shape[0] > 30:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. (a test)")
         return logits(hidden)
 
-    monkeypatch.setattr(model.engine, "logits", short)
+    monkeypatch.setattr(model.engine, "logits", at_most_30)
     np.testing.assert_allclose(
         adapter_scores(model, windows())[0], transformers_scores(tiny_llama, windows())[0], rtol=1e-5, atol=1e-6
     )
@@ -128,23 +128,23 @@ def test_logits_of_one_window_are_halved_when_memory_runs_out(tiny_llama: Path, 
 
 
 def test_states_are_freed_before_a_smaller_batch_is_tried(tiny_llama: Path, monkeypatch: Any) -> None:
-    """Hidden states of a batch of contexts, whose logits did not fit."""
+    """The hidden states are those of a batch of contexts whose logits did not fit."""
     model = TinyExLlama(str(tiny_llama))
     branch, logits, states, alive = model.engine.branch, model.engine.logits, [], []
 
-    def branched(*arguments: Any) -> torch.Tensor:
+    def recorded_branch(*arguments: Any) -> torch.Tensor:
         alive.extend(state() is not None for state in states)
         hidden = branch(*arguments)
         states.append(weakref.ref(hidden))
         return hidden
 
-    def small(hidden: torch.Tensor) -> torch.Tensor:
+    def failing_once(hidden: torch.Tensor) -> torch.Tensor:
         if len(states) == 1:  # the first batch: both contexts
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. (a test)")
         return logits(hidden)
 
-    monkeypatch.setattr(model.engine, "branch", branched)
-    monkeypatch.setattr(model.engine, "logits", small)
+    monkeypatch.setattr(model.engine, "branch", recorded_branch)
+    monkeypatch.setattr(model.engine, "logits", failing_once)
     requests = pairs(*((f"{QUESTION}{n}", c) for n in ("", "?") for c in CHOICES))
     expected = TinyExLlama(str(tiny_llama), share=False).loglikelihood(requests)
     assert_like(model.loglikelihood(requests), expected)
@@ -152,7 +152,7 @@ def test_states_are_freed_before_a_smaller_batch_is_tried(tiny_llama: Path, monk
     assert alive[0] is False
 
 
-def test_other_errors_are_not_taken_for_out_of_memory(tiny_llama: Path, monkeypatch: Any) -> None:
+def test_error_other_than_out_of_memory_is_raised(tiny_llama: Path, monkeypatch: Any) -> None:
     model = TinyExLlama(str(tiny_llama))
     monkeypatch.setattr(model.engine, "hidden", lambda *a: (_ for _ in ()).throw(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
@@ -164,7 +164,7 @@ def test_other_errors_are_not_taken_for_out_of_memory(tiny_llama: Path, monkeypa
 
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("memory", [None, 160])
-def test_loglikelihoods_are_those_of_hf(tiny_llama: Path, stock: Any, share: bool, memory: int | None) -> None:
+def test_loglikelihoods_equal_hf(tiny_llama: Path, stock: Any, share: bool, memory: int | None) -> None:
     questions = [(f"{QUESTION}{n}", c) for n in ("", "?", " not") for c in CHOICES]
     requests = pairs(*questions, ("", "The capital"), ("A volcano ", "erupts"), ("x", TEXT[:200]))
     ours = TinyExLlama(str(tiny_llama), share=share, memory=memory)
@@ -172,7 +172,7 @@ def test_loglikelihoods_are_those_of_hf(tiny_llama: Path, stock: Any, share: boo
     assert bool(ours.engine.branched) == share
 
 
-def test_a_context_is_computed_once(tiny_llama: Path, stock: Any) -> None:
+def test_shared_context_is_computed_once(tiny_llama: Path, stock: Any) -> None:
     shared, alone = (TinyExLlama(str(tiny_llama), share=share) for share in (True, False))
     requests = pairs(*((QUESTION, c) for c in CHOICES))
     assert_like(shared.loglikelihood(requests), alone.loglikelihood(requests))
@@ -181,7 +181,7 @@ def test_a_context_is_computed_once(tiny_llama: Path, stock: Any) -> None:
     assert sum(rows * length for rows, length in alone.engine.shapes) >= 4 * context
 
 
-def test_one_token_choices_need_one_row(tiny_llama: Path, stock: Any) -> None:
+def test_choices_of_one_token_take_one_row(tiny_llama: Path, stock: Any) -> None:
     model = TinyExLlama(str(tiny_llama), share=False)
     context = list(range(3, 40))
     requests = [(None, context, [choice]) for choice in (5, 6, 7, 8)]
@@ -191,7 +191,7 @@ def test_one_token_choices_need_one_row(tiny_llama: Path, stock: Any) -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, "auto"])
-def test_order_and_batch_size_do_not_matter(tiny_llama: Path, batch_size: int | str) -> None:
+def test_loglikelihoods_do_not_depend_on_order_and_batch_size(tiny_llama: Path, batch_size: int | str) -> None:
     rng = np.random.default_rng(0)
     requests = [
         (None, rng.integers(2, VOCABULARY, n).tolist(), rng.integers(2, VOCABULARY, m).tolist())
@@ -208,15 +208,15 @@ def test_order_and_batch_size_do_not_matter(tiny_llama: Path, batch_size: int | 
 def test_long_contexts_are_cut_on_the_left_as_in_hf(tiny_llama: Path, stock: Any) -> None:
     rng = np.random.default_rng(0)
     tokens = rng.integers(2, VOCABULARY, 400).tolist()
-    # No two requests may have the same tokens except for the last: lm-eval 0.4.13 confuses those whose continuations
-    # differ in length
+    # No two requests have the same tokens up to the last one: lm-eval 0.4.13 mixes up those whose continuations differ
+    # in length
     requests = [(None, tokens[:n], tokens[n : n + m]) for n, m in ((300, 5), (256, 1), (250, 9), (2, 256), (140, 256))]
     ours = TinyExLlama(str(tiny_llama))._loglikelihood_tokens(requests, disable_tqdm=True)
     assert_like(ours, stock._loglikelihood_tokens(requests, disable_tqdm=True))
 
 
-def test_a_context_of_white_space_gets_the_prefix_token_as_in_hf(tmp_path: Path) -> None:
-    """The harness moves white space to the continuation; without BOS, no context is left."""
+def test_context_of_white_space_becomes_the_prefix_token_as_in_hf(tmp_path: Path) -> None:
+    """The harness moves white space to the continuation; without BOS, the context is then empty."""
     folder = make_llama(tmp_path)
     make_tokenizer(folder, bos=False)
     ours = TinyExLlama(str(folder), prefix_token_id=1)
@@ -236,13 +236,13 @@ def test_empty_and_too_long_continuations_are_errors(tiny_llama: Path, tokens: i
     assert "\n" not in str(caught.value)
 
 
-def test_rolling_log_likelihood_is_that_of_hf(tiny_llama: Path, stock: Any) -> None:
+def test_rolling_loglikelihoods_equal_hf(tiny_llama: Path, stock: Any) -> None:
     texts = requests_of("loglikelihood_rolling", (TEXT,), ("Short.",), (TEXT[:300],))
     ours = TinyExLlama(str(tiny_llama)).loglikelihood_rolling(texts)
     np.testing.assert_allclose(ours, stock.loglikelihood_rolling(texts), rtol=1e-5)
 
 
-def test_results_go_to_the_request_cache_at_once(tiny_llama: Path) -> None:
+def test_scores_go_to_the_request_cache(tiny_llama: Path) -> None:
     model = TinyExLlama(str(tiny_llama))
     kept: dict[Any, Any] = {}
     model.cache_hook = types.SimpleNamespace(add_partial=lambda kind, key, value: kept.update({(kind, *key): value}))
@@ -280,7 +280,7 @@ def test_groups_share_contexts_and_few_shot_examples() -> None:
     ],
 )
 @pytest.mark.parametrize("bos", [True, False])
-def test_bos_has_the_meaning_of_hf(tmp_path: Path, bos: bool, arguments: dict[str, Any]) -> None:
+def test_bos_is_added_as_in_hf(tmp_path: Path, bos: bool, arguments: dict[str, Any]) -> None:
     folder = make_llama(tmp_path)
     make_tokenizer(folder, bos=bos)
     ours = TinyExLlama(str(folder), **arguments)
@@ -295,7 +295,7 @@ def test_bos_has_the_meaning_of_hf(tmp_path: Path, bos: bool, arguments: dict[st
     assert_like(ours.loglikelihood(requests), theirs.loglikelihood(requests))
 
 
-def test_chat_template_is_the_tokenizers(tmp_path: Path) -> None:
+def test_chat_template_is_that_of_the_tokenizer(tmp_path: Path) -> None:
     folder = make_llama(tmp_path)
     file = folder / "tokenizer_config.json"
     template = (
@@ -318,7 +318,7 @@ def generation(context: str, **arguments: Any) -> Instance:
     )[0]
 
 
-def test_generations_are_those_of_hf(tiny_llama: Path, stock: Any) -> None:
+def test_generated_texts_equal_hf(tiny_llama: Path, stock: Any) -> None:
     requests = [
         generation("Iceland is", max_gen_toks=12),
         generation("A volcano", max_gen_toks=5),
@@ -331,7 +331,7 @@ def test_generations_are_those_of_hf(tiny_llama: Path, stock: Any) -> None:
     assert TinyExLlama(str(tiny_llama)).generate_until(requests) == stock.generate_until(requests)
 
 
-def test_a_request_becomes_a_job(tmp_path: Path) -> None:
+def test_job_has_the_arguments_of_the_request(tmp_path: Path) -> None:
     folder = make_llama(tmp_path)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 9]}))
     model = TinyExLlama(str(folder))
@@ -348,7 +348,7 @@ def test_a_request_becomes_a_job(tmp_path: Path) -> None:
     assert job.stop_tokens == [1, 9]
 
 
-def test_a_stopping_token_is_not_text(tiny_llama: Path) -> None:
+def test_stopping_token_is_not_part_of_the_text(tiny_llama: Path) -> None:
     model = TinyExLlama(str(tiny_llama))
     first = model.tok_encode(model.generate_until([generation("Iceland is", max_gen_toks=1)])[0])
     job = GenerationJob(0, model.tok_encode("Iceland is"), 5, stop_tokens=[*range(VOCABULARY)])
@@ -357,7 +357,7 @@ def test_a_stopping_token_is_not_text(tiny_llama: Path) -> None:
     assert model.generated_text([*first, 1], ["</s>"]) == model.tok_decode(first)
 
 
-def test_thinking_is_cut_off_as_in_hf(tiny_llama: Path) -> None:
+def test_text_up_to_the_end_of_thinking_is_cut_as_in_hf(tiny_llama: Path) -> None:
     model = TinyExLlama(str(tiny_llama), think_end_token="island")
     ids = model.tok_encode("an island is. Iceland\n\nmore")
     assert model.generated_text(ids, ["\n\n"]) == "is. Iceland"
@@ -374,14 +374,14 @@ def test_thinking_is_cut_off_as_in_hf(tiny_llama: Path) -> None:
         ({"typical_p": 0.5}, {}, "typical_p=0.5 is not known"),
     ],
 )
-def test_requests_that_cannot_be_generated_are_errors(
+def test_unsupported_generation_arguments_are_errors(
     tiny_llama: Path, arguments: dict[str, Any], model_arguments: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(UserError, match=words):
         TinyExLlama(str(tiny_llama), **model_arguments).generate_until([generation("Iceland is", **arguments)])
 
 
-def test_a_failed_job_is_an_error_and_leaves_no_others(tiny_llama: Path, monkeypatch: Any) -> None:
+def test_failed_job_is_an_error_and_clears_the_queue(tiny_llama: Path, monkeypatch: Any) -> None:
     model = TinyExLlama(str(tiny_llama))
     failure = {"stage": "error", "identifier": 0, "eos": True, "error": ValueError("cache is broken")}
     monkeypatch.setattr(model.generator(), "step", lambda: [failure])
@@ -393,7 +393,7 @@ def test_a_failed_job_is_an_error_and_leaves_no_others(tiny_llama: Path, monkeyp
 # ---------------------------------------------------------------------- configs
 
 
-def test_context_and_stop_tokens(tmp_path: Path) -> None:
+def test_context_and_stop_tokens_are_read_as_in_hf(tmp_path: Path) -> None:
     assert context_length({"max_position_embeddings": 77}) == 77
     assert context_length({"text_config": {"max_position_embeddings": 55}, "max_position_embeddings": 77}) == 55
     assert context_length({}, types.SimpleNamespace(model_max_length=99)) == 99
@@ -403,7 +403,7 @@ def test_context_and_stop_tokens(tmp_path: Path) -> None:
     assert stop_tokens(tmp_path, {"eos_token_id": 2}) == [3, 4]
 
 
-def test_numbers_and_cache_bits_in_arguments() -> None:
+def test_arguments_accept_several_spellings_of_numbers() -> None:
     assert numbers("gpu_split", "20/24") == numbers("gpu_split", [20, 24]) == numbers("gpu_split", "20,24") == [20, 24]
     assert numbers("gpu_split", None) is None
     assert numbers("gpu_split", 20) == [20]
@@ -423,7 +423,7 @@ def test_unknown_argument_is_an_error() -> None:
         check_unknown(V3, {"swa": 1})
 
 
-def test_blocks_and_round_up() -> None:
+def test_ceil_div_and_round_up_by_hand() -> None:
     assert [ceil_div(n, 32) for n in (0, 1, 32, 33)] == [0, 1, 1, 2]
     assert [round_up(n, 32) for n in (0, 1, 32, 33)] == [0, 32, 32, 64]
 
@@ -450,7 +450,7 @@ def test_default_cache_is_a_tenth_of_the_gpu_within_limits() -> None:
         (ModuleNotFoundError("No module named 'marisa_trie'", name="marisa_trie"), r"lmeval-ext\[exl3\]"),
     ],
 )
-def test_failed_import_names_the_next_step(error: Exception, words: str) -> None:
+def test_failed_import_is_one_line_with_the_next_step(error: Exception, words: str) -> None:
     explained = import_error(error, V3)
     assert isinstance(explained, MissingEngineError)
     assert "\n" not in str(explained)
@@ -469,7 +469,7 @@ def test_missing_engine_is_an_error() -> None:
                 get_model(name)
 
 
-def test_an_old_gpu_is_refused(monkeypatch: Any) -> None:
+def test_old_gpu_is_an_error(monkeypatch: Any) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (6, 1))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "GTX 1080")
@@ -500,7 +500,7 @@ def test_failed_load_is_one_line_with_the_next_step(tiny_llama: Path, error: Exc
         raise explained
 
 
-def test_device_and_split_choose_the_gpu(monkeypatch: Any) -> None:
+def test_device_and_gpu_split_choose_the_gpu(monkeypatch: Any) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert single_device("cuda:1", None, False) == 1
     assert single_device(None, None, False) is None
@@ -519,20 +519,20 @@ def test_device_and_split_choose_the_gpu(monkeypatch: Any) -> None:
     assert single_device(None, None, True) is None
 
 
-def test_the_default_device_of_the_harness_does_not_contradict_gpu_split(monkeypatch: Any) -> None:
-    """If its default changes, `gpu_split=` through its command line is refused."""
-    unasked = EvaluatorConfig(tasks="wiki2_strided").device
-    assert unasked == "cuda:0"
+def test_default_device_of_the_harness_allows_gpu_split(monkeypatch: Any) -> None:
+    """The harness passes its default device; another default would make `gpu_split=` an error."""
+    default = EvaluatorConfig(tasks="wiki2_strided").device
+    assert default == "cuda:0"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert single_device(unasked, [20, 20], False) is None
-    assert single_device(unasked, None, True) is None
+    assert single_device(default, [20, 20], False) is None
+    assert single_device(default, None, True) is None
 
 
 WITH_A_PROCESS = """
 import multiprocessing, sys
 from lmeval_ext.models.exllama.v3.processes import end_at_exit
 
-class Model:  # the part of exllamav3.Model that ends processes
+class Model:  # the methods of exllamav3.Model that start and end processes
     def __init__(self, case):
         self.case, self.mp_children, self.stop = case, [], multiprocessing.Event()
 
@@ -560,8 +560,8 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize(("case", "code"), [("loaded", 0), ("failed", 1), ("confused", 1)])
-def test_a_models_processes_end_with_the_program(case: str, code: int, tmp_path: Path) -> None:
-    """Python waits for them at exit; without `end_at_exit` the program would run into `timeout`."""
+def test_processes_of_a_model_end_with_the_program(case: str, code: int, tmp_path: Path) -> None:
+    """Python waits for child processes at exit, so that without `end_at_exit` the program would never end."""
     script = tmp_path / "program.py"
     script.write_text(WITH_A_PROCESS)
     assert subprocess.run([sys.executable, script, case], timeout=120).returncode == code
@@ -573,7 +573,7 @@ def test_missing_checkpoint_is_an_error(tmp_path: Path) -> None:
             TinyExLlama(pretrained)
 
 
-def test_record_has_the_engine_and_the_storage(tiny_llama: Path) -> None:
+def test_record_names_engine_and_storage(tiny_llama: Path) -> None:
     facts = TinyExLlama(str(tiny_llama)).get_model_info()["quantization"]
     assert (facts["engine"], facts["scoring"], facts["kernel"], facts["dtype"]) == ("tiny", "engine", "tiny", "float32")
     assert ExLlamaLM.dtype == torch.float16  # of the real engines

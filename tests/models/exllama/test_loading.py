@@ -1,4 +1,4 @@
-"""Both ExLlama adapters from loading to the record, on stand-ins for the engines: no GPU, no ExLlama."""
+"""Both ExLlama adapters from loading to the record, on stand-ins for the engines, without a GPU and ExLlama."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ CLASSES = {"v2": "ExLlamaV2Model", "v3": "ExLlamaV3"}
 
 @pytest.fixture(params=["v2", "v3"])
 def adapter(request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The adapter's class, on a stand-in for its engine."""
+    """Yields the adapter's class, on a stand-in for its engine."""
     {"v2": install_exllamav2, "v3": install_exllamav3}[request.param](monkeypatch)
     with adapter_module(request.param, "adapter") as module:
         yield getattr(module, CLASSES[request.param])
 
 
-def test_adapters_score_and_generate_as_hf(adapter: Any, tiny_llama: Path) -> None:
+def test_scores_and_texts_equal_hf(adapter: Any, tiny_llama: Path) -> None:
     stock = get_model("hf")(pretrained=str(tiny_llama), dtype="float32", device="cpu")
     model = adapter(str(tiny_llama), cache_tokens=8192)
     logprobs, _ = adapter_scores(model, windows())
@@ -53,7 +53,7 @@ def test_record_names_kernel_cache_and_attention(adapter: Any, tiny_llama: Path)
 
 
 def test_quantized_cache_is_not_used_for_scoring(adapter: Any, tiny_llama: Path) -> None:
-    """ExLlamaV2 has other caches for scoring; in ExLlamaV3 choices then do not share a context."""
+    """ExLlamaV2 scores with other caches; in ExLlamaV3, choices do not share a context then."""
     model = adapter(str(tiny_llama), cache_tokens=1024, cache_bits=4)
     assert model.engine.shares == (adapter.engine_name == "exllamav2")
     stock = get_model("hf")(pretrained=str(tiny_llama), dtype="float32", device="cpu")
@@ -61,14 +61,14 @@ def test_quantized_cache_is_not_used_for_scoring(adapter: Any, tiny_llama: Path)
     assert_like(model.loglikelihood(requests), stock.loglikelihood(requests))
 
 
-def test_without_a_cache_nothing_is_generated(adapter: Any, tiny_llama: Path) -> None:
+def test_generation_without_a_cache_is_an_error(adapter: Any, tiny_llama: Path) -> None:
     model = adapter(str(tiny_llama), cache_tokens=0)
     adapter_scores(model, windows())
     with pytest.raises(UserError, match="cache_tokens=0 leaves no KV cache to generate with"):
         model.generate_until([generation("Iceland is")])
 
 
-def test_arguments_of_the_engines(adapter: Any, tiny_llama: Path) -> None:
+def test_wrong_arguments_are_errors(adapter: Any, tiny_llama: Path) -> None:
     v2 = adapter.engine_name == "exllamav2"
     for arguments, words in (
         ({"cache_bits": 5 if v2 else 9}, "cache_bits="),
@@ -93,9 +93,7 @@ def test_failed_load_is_a_user_error_with_the_reason(
         adapter(str(tiny_llama), cache_tokens=512)
 
 
-def test_architecture_that_exllamav2_takes_for_a_llama_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_architecture_unknown_to_exllamav2_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_llama(tmp_path)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"architectures": ["OtherForCausalLM"]}))
@@ -121,7 +119,7 @@ def test_override_tensors_takes_tensors_from_other_checkpoints(
 
 
 @pytest.mark.parametrize("version", ["v2", "v3"])
-def test_missing_engine_is_named_before_it_is_imported(version: str) -> None:
+def test_missing_engine_is_an_error_at_import(version: str) -> None:
     with (
         pytest.raises(MissingEngineError, match=rf"exllama{version} (is not installed|needs a GPU)"),
         adapter_module(version, "adapter"),

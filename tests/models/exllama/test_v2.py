@@ -1,4 +1,4 @@
-"""ExLlamaV2's repairs: attention, rotary embeddings, buffer lengths. Without a GPU and without the engine."""
+"""Repairs of ExLlamaV2 (attention, rotary embeddings, buffer lengths), without a GPU and without the engine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.models.exllama.stand_ins import ORIGINAL_ATTENTION, Attention, adapte
 
 @pytest.fixture
 def attention(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The module `v2.attention`, imported anew on a stand-in for the engine."""
+    """Yields the module `v2.attention`, imported again on a stand-in for the engine."""
     install_exllamav2(monkeypatch)
     with adapter_module("v2", "attention") as module:
         yield module
@@ -28,8 +28,8 @@ def attention(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 # ---------------------------------------------------------------------- attention
 
 
-def attended_by_hand(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any) -> torch.Tensor:
-    """Softmax of q·k over each query's keys, one head and one query at a time, in float64."""
+def attention_by_hand(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any) -> torch.Tensor:
+    """Returns softmax(q·k)·v over each query's keys, one head and one query at a time, in float64."""
     rows, q_len, heads, dim = q.shape
     out = torch.zeros(rows, q_len, heads, dim, dtype=torch.float64)
     for i in range(q_len):
@@ -52,26 +52,26 @@ def params(causal: bool = True) -> Any:
 
 
 def attention_config(**given: Any) -> Any:
-    """The fields of ExLlamaV2Config that attention reads."""
+    """Returns the fields of ExLlamaV2Config that attention reads."""
     rest = {"no_flash_attn": False, "no_xformers": False, "no_sdpa": False, "attn_logit_softcapping": None}
     return types.SimpleNamespace(**rest | given)
 
 
 @pytest.mark.parametrize("window", [0, 4, 9, 20])
 @pytest.mark.parametrize(("q_len", "k_len"), [(9, 9), (3, 9), (1, 9), (1, 1)])
-def test_attention_is_causal(attention: Any, q_len: int, k_len: int, window: int) -> None:
+def test_attention_equals_causal_attention_by_hand(attention: Any, q_len: int, k_len: int, window: int) -> None:
     layer, (q, k, v) = Attention(window=window), states(q_len, k_len)
     out = attention.causal_attention(layer, 2, q_len, q, k, v, params(), attention_config())
-    torch.testing.assert_close(out, attended_by_hand(q, k, v, layer).float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out, attention_by_hand(q, k, v, layer).float(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("config", [attention_config(attn_logit_softcapping=50.0), attention_config(no_sdpa=True)])
-def test_cases_that_pytorch_cannot_compute_stay_with_the_engine(attention: Any, config: Any) -> None:
+def test_attention_that_pytorch_cannot_compute_is_left_to_the_engine(attention: Any, config: Any) -> None:
     def attend(q_len: int, k_len: int, window: int) -> Any:
         return attention.causal_attention(Attention(window=window), 2, q_len, *states(q_len, k_len), params(), config)
 
     assert attend(9, 9, 0) == attend(9, 9, 9) == attend(1, 9, 4) == ORIGINAL_ATTENTION
-    # Its products keep the last four keys for all nine queries
+    # The engine would use the last four keys for all nine queries
     with pytest.raises(
         UserError, match=r"9 tokens: .* sliding window of 4; lower eval_len or max_length to 4, or install"
     ):
@@ -92,7 +92,7 @@ def test_cases_that_pytorch_cannot_compute_stay_with_the_engine(attention: Any, 
         ("xformers", None, "xformers"),
     ],
 )
-def test_attention_is_replaced_and_what_attends_is_named(
+def test_attention_is_replaced_and_its_library_named(
     attention: Any, installed: str, config: Any, expected: str
 ) -> None:
     for name in installed.split():
@@ -109,7 +109,7 @@ ORIGINAL = {"original_max_position_embeddings": 8192}
 
 
 def v2_config() -> Any:
-    """Fields after ExLlamaV2Config.prepare() of 0.3.2, for a config of Transformers 5."""
+    """Returns the fields that ExLlamaV2Config.prepare() of 0.3.2 sets for a config of Transformers 5."""
     return types.SimpleNamespace(
         rotary_embedding_base=10000.0, scale_pos_emb=1.0, alt_rope_method=None, partial_rotary_factor=1.0
     )
@@ -152,13 +152,13 @@ def test_rotary_embeddings_of_both_config_formats_are_set(config: dict[str, Any]
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "differ by layer type"),
     ],
 )
-def test_rotary_embeddings_that_exllamav2_does_not_have_are_errors(config: dict[str, Any], words: str) -> None:
+def test_rotary_embeddings_unknown_to_exllamav2_are_errors(config: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=f"^model: .*{words}"):
         set_rope(v2_config(), config, "model")
 
 
 def test_rope_of_a_checkpoint_saved_by_transformers_is_read(tiny_llama: Path) -> None:
-    """Transformers 5 writes no top-level rope_theta, which is the only one that ExLlamaV2 reads."""
+    """Transformers 5 does not write a top-level rope_theta, the only one that ExLlamaV2 reads."""
     config = json.loads((tiny_llama / "config.json").read_text())
     assert read_rope(config).theta == 10000.0
     assert "rope_theta" not in config, "Transformers writes it again: ExLlamaV2 may read it by itself"
@@ -174,7 +174,7 @@ def test_rope_of_a_checkpoint_saved_by_transformers_is_read(tiny_llama: Path) ->
         (131072, 32768, "llama3", 32768, 32768, 34816),  # with the padding of a row, in pieces of 2048
         (131072, 2000, None, 2000, 2048, 16384),
         (131072, 100, None, 100, 256, 16384),
-        (131072, 2048, "su", 2048, 131072, 16384),  # whose scaling depends on the longest sequence
+        (131072, 2048, "su", 2048, 131072, 16384),  # its scaling depends on the longest sequence
         (8192, None, None, 8192, 8192, 16384),
         (8192, 10000, None, 10000, 10240, 16384),
     ],
@@ -189,7 +189,7 @@ def test_buffers_follow_the_longest_sequence(
     assert ("max_length=16352 of this model's 131072" in caplog.text) == (given is None and own > 16352)
 
 
-def test_the_engines_own_limit_counts_by_default() -> None:
+def test_default_length_is_within_the_limit_of_the_engine() -> None:
     """ExLlamaV2 takes 2048 if it finds no length in config.json. batch_size=64 makes room for 64 rows."""
     config = types.SimpleNamespace(max_seq_len=2048, alt_rope_method=None)
     assert set_lengths(config, 4096, False, 64) == config.max_seq_len == 2048

@@ -22,7 +22,7 @@ PADDING = 7  # columns of the output matrix that are not tokens
 
 
 class TinyEngine:
-    """An `Engine` that records the shape of each forward, and runs out of memory beyond `memory` tokens per forward."""
+    """An `Engine` that records the shape of each forward and runs out of memory beyond `memory` tokens per forward."""
 
     shares = True
     token_limit: int | None = None
@@ -74,7 +74,7 @@ class TinyEngine:
 def greedy_results(
     model: Any, prompt: Sequence[int], max_new: int, stop_tokens: Sequence[Any], identifier: int
 ) -> list[dict[str, Any]]:
-    """Results of one whole generation, as both engines' dynamic generators return them."""
+    """Returns the results of one complete generation, as both engines' dynamic generators do."""
     results: list[dict[str, Any]] = [{"stage": "started", "identifier": identifier, "eos": False}]
     ids = list(prompt)
     for n in range(max_new):
@@ -84,7 +84,7 @@ def greedy_results(
         stopped = new in stop_tokens
         token = torch.tensor([[new]])
         result = {"stage": "streaming", "identifier": identifier, "eos": stopped or n == max_new - 1}
-        # The engines return a stopping token apart
+        # The engines return a stopping token separately
         results.append(result | ({"held": {"token_ids": token}} if stopped else {"token_ids": token}))
         if stopped:
             break
@@ -96,7 +96,7 @@ class TinyGenerator:
 
     def __init__(self, engine: TinyEngine, cache_tokens: int = 4096) -> None:
         self.engine, self.cache_tokens = engine, cache_tokens
-        self.jobs: list[GenerationJob] = []  # that wait
+        self.jobs: list[GenerationJob] = []  # those not started
         self.submitted: list[GenerationJob] = []
 
     def submit(self, job: GenerationJob) -> None:
@@ -112,7 +112,10 @@ class TinyGenerator:
 
 
 class TinyExLlama(ExLlamaLM):
-    """`ExLlamaLM` on the tiny engine. memory: tokens of one forward. share: whether choices share their context."""
+    """`ExLlamaLM` on the tiny engine.
+
+    memory: the most tokens of one forward. share: whether choices share their context.
+    """
 
     engine_name, engine_version, dtype = "tiny", "1", torch.float32
     engine: TinyEngine
@@ -153,7 +156,7 @@ def forward_in_pages(model: Any, states: torch.Tensor, params: dict[str, Any], p
 
 
 class PagedLayer:
-    """exllamav3.CacheLayer_fp16: keys and values of one layer."""
+    """Stands for exllamav3.CacheLayer_fp16: keys and values of one layer."""
 
     def __init__(self, pages: int, page: int, heads: int, dim: int) -> None:
         # Large values, so that reading a position that was not written changes the result
@@ -167,7 +170,7 @@ class PagedLayer:
 
 
 class PagedCache:
-    """exllamav3.Cache."""
+    """Stands for exllamav3.Cache."""
 
     def __init__(self, config: Any, pages: int, page: int) -> None:
         heads, dim = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
@@ -201,7 +204,7 @@ class PagedTinyEngine(TinyEngine):
 
 
 class RowCache:
-    """exllamav2.ExLlamaV2Cache: keys and values of several rows, one tensor per layer and kind."""
+    """Stands for exllamav2.ExLlamaV2Cache: keys and values of several rows, one tensor per layer and kind."""
 
     def __init__(self, config: Any, batch_size: int, max_seq_len: int) -> None:
         heads, dim = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
@@ -227,7 +230,7 @@ class RowCache:
         to_row: int,
         to_rows: int,
     ) -> None:
-        """Copies columns of this cache's rows to the rows of another, as in ExLlamaV2 0.3.2."""
+        """Copies columns of one row of this cache to the rows of another, as in ExLlamaV2 0.3.2."""
         assert (from_rows, from_columns) == (1, to_columns)
         for source, copy_ in zip(self.all_tensors(), target.all_tensors(), strict=True):
             copy_[to_row : to_row + to_rows, to_column : to_column + to_columns] = source[

@@ -97,7 +97,7 @@ except metadata.PackageNotFoundError:
 
 
 def test_sums_equal_those_of_stock_vllm(model: Any, smollm2: Path) -> None:
-    """The harness' class gets one sum per window from prompt_logprobs=1, in other batches: bfloat16 rounds differently."""
+    """The harness' class sums prompt_logprobs=1 per window, in other batches: bfloat16 rounds differently."""
     bound = 1e-4 if model.model_args["dtype"] == "float32" else 5e-3
     from lm_eval.models.vllm_causallms import VLLM
 
