@@ -19,6 +19,7 @@ pytestmark = pytest.mark.engine
 
 
 def windows(n: int = 6, length: int = 96, context: int = 33) -> list[WindowRequest]:
+    """Returns `n` windows of random tokens; all after the first `context` tokens are scored."""
     rng = np.random.default_rng(0)
     rows = rng.integers(2, VOCABULARY, size=(n, length)).tolist()
     return [window_request(str(i), row, context, {}, (None, None, None)) for i, row in enumerate(rows)]
@@ -104,6 +105,7 @@ def test_llamacpp_scores_do_not_change_with_a_shared_context(tiny_gguf: Path) ->
 
 
 def requests_of(kind: str, *arguments: tuple[Any, ...]) -> list[Instance]:
+    """Returns harness requests of one type, one for each tuple of arguments."""
     return [Instance(kind, {}, a, 0) for a in arguments]  # type: ignore[arg-type]
 
 

@@ -25,10 +25,12 @@ def perplexity(result: Any, task: str = "wiki2_strided") -> float:
 
 
 def facts(result: Any) -> dict[str, Any]:
+    """Returns what the result says about the model and its engine."""
     return dict(result["config"]["quantization"])
 
 
 def score(model: str, folder: Path, wikitext: Path, windows: int = 2, task: str = "wiki2_strided", **args: Any) -> Any:
+    """Returns the result of a task on the first windows of WikiText-2."""
     text = {"text_path": str(wikitext / "wiki.test.raw")}
     return evaluate(model, task, limit=windows, metadata=text, pretrained=str(folder), **args)
 

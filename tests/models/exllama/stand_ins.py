@@ -33,7 +33,7 @@ _ENGINE_MODULES = ("adapter", "attention", "engine", "generation")  # the module
 
 @contextlib.contextmanager
 def adapter_module(version: str, name: str) -> Iterator[Any]:
-    """Yields a newly imported module of `exllama/v2` or `v3`; restores the modules that import the engine at the end."""
+    """Yields a newly imported module of `exllama/v2` or `v3`; restores all engine modules afterwards."""
     package = f"lmeval_ext.models.exllama.{version}"
     modules = [f"{package}.{each}" for each in _ENGINE_MODULES]
     kept = {each: sys.modules.pop(each) for each in modules if each in sys.modules}

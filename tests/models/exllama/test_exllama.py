@@ -49,14 +49,17 @@ TEXT = "Iceland is an island country in the North Atlantic. " * 20
 
 @pytest.fixture(scope="module")
 def stock(tiny_llama: Path) -> Any:
+    """Returns the harness' `hf` on the tiny Llama, in float32."""
     return get_model("hf")(pretrained=str(tiny_llama), dtype="float32", device="cpu")
 
 
 def pairs(*arguments: tuple[str, str]) -> list[Instance]:
+    """Returns log-likelihood requests of (context, continuation)."""
     return requests_of("loglikelihood", *arguments)
 
 
 def assert_like(ours: list[tuple[float, bool]], theirs: list[tuple[float, bool]]) -> None:
+    """Asserts close log-likelihoods (10⁻⁵ relative) and equal first choices."""
     np.testing.assert_allclose([a for a, _ in ours], [b for b, _ in theirs], rtol=1e-5, atol=1e-4)
     assert [g for _, g in ours] == [g for _, g in theirs]
 
@@ -313,6 +316,7 @@ def test_chat_template_is_that_of_the_tokenizer(tmp_path: Path) -> None:
 
 
 def generation(context: str, **arguments: Any) -> Instance:
+    """Returns a request for at most 8 greedy tokens up to an empty line, with `arguments` in place of these."""
     return requests_of(
         "generate_until", (context, {"until": ["\n\n"], "do_sample": False, "max_gen_toks": 8, **arguments})
     )[0]

@@ -43,11 +43,13 @@ def attention_by_hand(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: 
 
 
 def states(q_len: int, k_len: int) -> list[torch.Tensor]:
+    """Returns random q, k and v: [2 rows, length, heads, 8], with 4 heads of q for 2 of k and v."""
     torch.manual_seed(0)
     return [torch.randn(2, n, heads, 8) for n, heads in ((q_len, 4), (k_len, 2), (k_len, 2))]
 
 
 def params(causal: bool = True) -> Any:
+    """Returns the attention parameters of one batch."""
     return types.SimpleNamespace(is_causal=lambda: causal, block_diag_layers=set())
 
 
