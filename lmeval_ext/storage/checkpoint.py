@@ -46,8 +46,15 @@ class Checkpoint:
     @property
     def layers(self) -> int | None:
         """Return `num_hidden_layers` of the language model, None if the config does not have it."""
-        count = self.text_config.get("num_hidden_layers")
-        return count if isinstance(count, int) and not isinstance(count, bool) and count > 0 else None
+        return _count(self.text_config, {}, "num_hidden_layers")
+
+    @property
+    def context_length(self) -> int | None:
+        """Return `max_position_embeddings` of the language model, in tokens, None if the config does not have it.
+
+        `compare.run.specs.paths.trained_context` is the other package's own copy of this rule; a test compares them.
+        """
+        return _count(self.text_config, {}, "max_position_embeddings")
 
     @property
     def tied(self) -> bool | None:
@@ -82,6 +89,7 @@ class Checkpoint:
 
 
 def _count(text: dict[str, Any], config: dict[str, Any], key: str) -> int | None:
+    """Return a positive number of the language model's config, or of the whole config if it is only there."""
     value = text.get(key, config.get(key))
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 

@@ -136,7 +136,6 @@ def _config_context(pretrained: Any) -> int | None:
     if not isinstance(pretrained, str) or not (Path(pretrained) / "config.json").is_file():
         return None
     try:
-        value = read_config(Path(pretrained)).text_config.get("max_position_embeddings")
+        return read_config(Path(pretrained)).context_length
     except (StorageError, OSError):
         return None  # the model's own loader reports a damaged file
-    return value if isinstance(value, int) and value > 0 else None

@@ -11,14 +11,23 @@ from typing import Any
 from compare.run.specs.engines import PATH_ARGUMENTS
 
 
+# Keys under which a composite config of transformers keeps the language model's config
+_TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
+
+
 def trained_context(pretrained: Any) -> int | None:
-    """The max_position_embeddings, in tokens, of a checkpoint folder; None where its config.json has none."""
+    """The max_position_embeddings, in tokens, of a checkpoint folder; None where its config.json has none.
+
+    `lmeval_ext.storage.checkpoint` (`Checkpoint.context_length`) is the other package's own copy of this rule.
+    """
     try:
         config = json.loads((Path(pretrained) / "config.json").read_bytes())
-        value = (config.get("text_config") or config).get("max_position_embeddings")
+        for _ in range(2):  # thinker_config holds a text_config
+            config = next((config[key] for key in _TEXT_CONFIGS if isinstance(config.get(key), dict)), config)
+        value = config.get("max_position_embeddings")
     except (OSError, ValueError, AttributeError, TypeError, RecursionError):
         return None
-    return value if isinstance(value, int) and value > 0 else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 
 def resolve(

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+from lm_eval.models.utils import resolve_max_length
 
 from lmeval_ext.errors import UserError
 
@@ -30,16 +33,9 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def context_length(config: dict[str, Any], tokenizer: Any = None, default: int = 2048) -> int:
-    """Returns the model's context in tokens.
-
-    By the rule of the harness' `hf` (lm_eval.models.utils.resolve_max_length).
-    """
-    text = text_config(config)
-    for key in ("n_positions", "max_position_embeddings", "n_ctx"):
-        if isinstance(text.get(key), int):
-            return int(text[key])
-    limit = getattr(tokenizer, "model_max_length", None)
-    return int(limit) if limit is not None and limit < 10**29 else default
+    """Returns the model's context in tokens, by the rule of the harness' `hf`."""
+    numbers = {key: value for key, value in text_config(config).items() if isinstance(value, int)}
+    return int(resolve_max_length(SimpleNamespace(**numbers), tokenizer, default=default))
 
 
 def stop_tokens(folder: Path, config: dict[str, Any]) -> list[int]:
