@@ -128,6 +128,13 @@ def bos_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def random_ids(n: int, seed: int = 0) -> list[int]:
+    """Returns `n` random tokens of `make_llama`'s vocabulary, none of them special."""
+    import numpy as np
+
+    return list(np.random.default_rng(seed).integers(2, VOCABULARY, n).tolist())
+
+
 def load_task(name: str, **metadata: Any) -> Any:
     """Loads one of our tasks; the harness' own are not indexed, which would take seven seconds."""
     from lm_eval.tasks import TaskManager

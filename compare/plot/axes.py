@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
@@ -154,8 +155,12 @@ def _limits(ax: Any, drawing: Drawing) -> None:
     span = max(xs) - min(xs)
     if drawing.limit is not None and drawing.limit < max(xs) + 0.8 * span:
         xs.append(drawing.limit)
-        span = max(xs) - min(xs)
-    room = span * 0.07 or abs(xs[0]) * 0.2 or 1.0
+    fit_x(ax, xs)
+
+
+def fit_x(ax: Any, xs: Sequence[float]) -> None:
+    """Sets the horizontal limits so that there is room beside the outermost of `xs`, and ticks at round numbers."""
+    room = (max(xs) - min(xs)) * 0.07 or abs(xs[0]) * 0.2 or 1.0
     ax.set_xlim(min(xs) - room, max(xs) + room)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=9, steps=[1, 2, 2.5, 5, 10]))
 

@@ -17,6 +17,7 @@ VOCABULARY, WIDTH = 11, 4
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Returns normally distributed float32 values."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 

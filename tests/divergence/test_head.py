@@ -13,6 +13,7 @@ import transformers
 from lmeval_ext.divergence import head as module
 from lmeval_ext.divergence.head import OutputHead, logit_settings
 from lmeval_ext.models.hf.scoring import captured_states
+from tests.divergence.stores import random
 
 WIDTH, VOCABULARY = 48, 301
 
@@ -22,10 +23,6 @@ def precision() -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
     yield
     torch.set_float32_matmul_precision(before)
-
-
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def by_hand(head: OutputHead, hidden: torch.Tensor) -> np.ndarray:

@@ -45,6 +45,14 @@ def adapter_scores(model: Any, requests: list[WindowRequest]) -> tuple[np.ndarra
     return np.array([s.logprobs for s in scores]), np.array([s.greedy for s in scores])
 
 
+def assert_scores_equal_transformers(model: Any, folder: Path, rtol: float = 1e-5, atol: float = 1e-6) -> None:
+    """Asserts that an adapter's scores of `windows()` are those of Transformers for the checkpoint in `folder`."""
+    logprobs, greedy = adapter_scores(model, windows())
+    expected, matches = transformers_scores(folder, windows())
+    np.testing.assert_allclose(logprobs, expected, rtol=rtol, atol=atol)
+    assert (greedy == matches).all()
+
+
 @pytest.fixture(scope="module")
 def tiny_gguf(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.models.conftest import demo
@@ -57,11 +65,7 @@ def tiny_gguf(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.mark.parametrize("batch_size", [1, 4, "auto"])
 def test_hf_quant_scores_equal_transformers(tiny_llama: Path, batch_size: int | str) -> None:
     model = get_model("hf_quant")(pretrained=str(tiny_llama), dtype="float32", batch_size=batch_size)
-    requests = windows()
-    logprobs, greedy = adapter_scores(model, requests)
-    expected, matches = transformers_scores(tiny_llama, requests)
-    np.testing.assert_allclose(logprobs, expected, rtol=1e-5, atol=1e-6)
-    assert (greedy == matches).all()
+    assert_scores_equal_transformers(model, tiny_llama)
 
 
 def test_hf_quant_in_bfloat16_does_not_depend_on_the_batch_size(tiny_llama: Path) -> None:
@@ -85,11 +89,7 @@ def test_hf_quant_keeps_the_order_of_windows_of_different_shapes(tiny_llama: Pat
 def test_llamacpp_scores_equal_transformers(tiny_llama: Path, tiny_gguf: Path) -> None:
     """Weights and cache are float32 (llama.cpp's default cache is float16); batches are smaller than a window."""
     model = get_model("llamacpp")(pretrained=str(tiny_gguf), n_batch=40, n_ubatch=40, type_k="f32", type_v="f32")
-    requests = windows()
-    logprobs, greedy = adapter_scores(model, requests)
-    expected, matches = transformers_scores(tiny_llama, requests)
-    np.testing.assert_allclose(logprobs, expected, rtol=1e-4, atol=1e-4)
-    assert (greedy == matches).all()
+    assert_scores_equal_transformers(model, tiny_llama, rtol=1e-4, atol=1e-4)
 
 
 def test_llamacpp_scores_do_not_change_with_a_shared_context(tiny_gguf: Path) -> None:

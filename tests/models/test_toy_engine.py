@@ -55,12 +55,17 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     measured_models.cache_clear()
 
 
-def numpy_perplexity(folder: Path, eval_len: int, stride: int, max_rows: int) -> float:
-    """Returns the perplexity of the bundled text: every token of a window but the first, given the one before it."""
+def bigram_logprobs(folder: Path) -> np.ndarray:
+    """Returns log-probabilities [token before, token] of the toy engine's checkpoint, in float64."""
     from safetensors.numpy import load_file
 
     logits = load_file(folder / "model.safetensors")["bigrams"].astype(np.float64)
-    logprobs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    return np.asarray(logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)))
+
+
+def numpy_perplexity(folder: Path, eval_len: int, stride: int, max_rows: int) -> float:
+    """Returns the perplexity of the bundled text: every token of a window but the first, given the one before it."""
+    logprobs = bigram_logprobs(folder)
     lines = (ROOT / "lmeval_ext" / "tasks" / "sample.txt").read_text(encoding="utf-8").splitlines()
     text = "\n\n".join(line + "\n" if line.strip() else "" for line in lines)  # joined as WikiText's rows are
     ids = np.array(AutoTokenizer.from_pretrained(folder).encode(text, add_special_tokens=False))
@@ -97,8 +102,6 @@ def test_divergence_from_its_own_reference_is_zero(toy: Path, tmp_path: Path) ->
 @pytest.mark.usefixtures("installed")
 def test_harness_task_scores_equal_numpy(toy: Path) -> None:
     """Multiple choice and rolling log-likelihoods use `score_windows`; an engine needs no code for them."""
-    from safetensors.numpy import load_file
-
     manager = TaskManager(include_path=str(ROOT / "tests" / "conformance" / "data"), include_defaults=False)
     result = lm_eval.simple_evaluate(
         model="toy",
@@ -108,8 +111,7 @@ def test_harness_task_scores_equal_numpy(toy: Path) -> None:
         limit=4,
         bootstrap_iters=0,
     )
-    logits = load_file(toy / "model.safetensors")["bigrams"].astype(np.float64)
-    logprobs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    logprobs = bigram_logprobs(toy)
     tokenizer = AutoTokenizer.from_pretrained(toy)
     assert len(result["samples"]["conf_choice"]) == 4
     for sample in result["samples"]["conf_choice"]:

@@ -9,13 +9,13 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FixedLocator, MaxNLocator
+from matplotlib.ticker import FixedLocator
 
 from compare.comparison.comparison import Comparison
 from compare.comparison.noise_floor import sources
 from compare.comparison.point import Point
 from compare.plot import style
-from compare.plot.axes import frame, log_ticks
+from compare.plot.axes import fit_x, frame, log_ticks
 from compare.plot.captions import Texts, mixed, point_label, subtitle
 from compare.plot.distributions import FAR, LOWEST, Distributions, boxes, quantile
 from compare.plot.header import draw_texts, make_room_for_ticks, marker_size
@@ -94,10 +94,7 @@ def _draw(
     layout = draw_texts(figure, texts, [models.drawing], theme)
     ax: Any = figure.add_axes(layout.axes_box)
     frame(ax, comparison.axis.name, f"{_NAME} (nats; lower is better)")
-    xs = [point.x for point in models.points if point.x is not None]
-    room = (max(xs) - min(xs)) * 0.07 or abs(xs[0]) * 0.2 or 1.0
-    ax.set_xlim(min(xs) - room, max(xs) + room)
-    ax.xaxis.set_major_locator(MaxNLocator(nbins=9, steps=[1, 2, 2.5, 5, 10]))
+    fit_x(ax, [point.x for point in models.points if point.x is not None])
     tops = [max(quantile(p, 95.0) or 0.0, quantile(p, FAR) or 0.0) for p in models.points]
     if log_y:
         ax.set_yscale("log")

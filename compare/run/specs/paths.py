@@ -10,7 +10,6 @@ from typing import Any
 
 from compare.run.specs.engines import PATH_ARGUMENTS
 
-
 # Keys under which a composite config of transformers keeps the language model's config
 _TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
 

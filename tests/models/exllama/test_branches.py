@@ -6,16 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from lm_eval.api.registry import get_model
 
-from tests.conftest import VOCABULARY
+from tests.conftest import random_ids
 from tests.models.exllama.test_exllama import CHOICES, QUESTION, assert_like, pairs
 from tests.models.exllama.tiny_engine import PagedTinyEngine, RowTinyEngine, TinyEngine, TinyExLlama
 
-TOKENS: list[int] = np.random.default_rng(3).integers(2, VOCABULARY, 200).tolist()
+TOKENS = random_ids(200, seed=3)
 BATCHES: list[tuple[list[list[int]], list[list[list[int]]]]] = [  # contexts, tails of each
     ([TOKENS[:40], TOKENS[:50]], [[[5], [6, 7, 8]], [[9, 10], [11], [12]]]),  # a trunk of 40
     ([[*TOKENS[:32], 3, 4, 5]], [[[1, 2, 3]]]),  # cut back to 32, one tail

@@ -40,7 +40,13 @@ from lmeval_ext.models.shared_contexts import group_requests, shared_batches, sp
 from lmeval_ext.storage.rounding import ceil_div, round_up
 from tests.conftest import VOCABULARY, make_llama, make_tokenizer
 from tests.models.exllama.tiny_engine import TinyExLlama
-from tests.models.test_adapters import adapter_scores, requests_of, transformers_scores, windows
+from tests.models.test_adapters import (
+    adapter_scores,
+    assert_scores_equal_transformers,
+    requests_of,
+    transformers_scores,
+    windows,
+)
 
 QUESTION = "Iceland is an island country in the North Atlantic Ocean, and its capital is"
 CHOICES = [" Reykjavik", " a large town in the north", " a", " a volcano that erupts every year."]
@@ -70,11 +76,7 @@ def assert_like(ours: list[tuple[float, bool]], theirs: list[tuple[float, bool]]
 @pytest.mark.parametrize("batch_size", [1, 4, "auto"])
 def test_window_scores_equal_transformers(tiny_llama: Path, batch_size: int | str) -> None:
     model = TinyExLlama(str(tiny_llama), batch_size=batch_size)
-    requests = windows()
-    logprobs, greedy = adapter_scores(model, requests)
-    expected, matches = transformers_scores(tiny_llama, requests)
-    np.testing.assert_allclose(logprobs, expected, rtol=1e-5, atol=1e-6)
-    assert (greedy == matches).all()
+    assert_scores_equal_transformers(model, tiny_llama)
     assert [rows for rows, _ in model.engine.shapes] == {1: [1] * 6, 4: [4, 2], "auto": [6]}[batch_size]
 
 
@@ -88,16 +90,13 @@ def test_scores_keep_the_order_of_windows_of_different_shapes(tiny_llama: Path) 
 def test_scores_do_not_change_with_small_chunks_of_logits(tiny_llama: Path) -> None:
     model = TinyExLlama(str(tiny_llama))
     model.batching.logit_bytes = 2 * model.engine.columns * 10  # ten positions at a time
-    np.testing.assert_allclose(
-        adapter_scores(model, windows())[0], transformers_scores(tiny_llama, windows())[0], rtol=1e-5, atol=1e-6
-    )
+    assert_scores_equal_transformers(model, tiny_llama)
 
 
 @pytest.mark.parametrize("batch_size", ["auto", 6])
 def test_batches_are_halved_when_memory_runs_out(tiny_llama: Path, batch_size: int | str, caplog: Any) -> None:
     model = TinyExLlama(str(tiny_llama), batch_size=batch_size, memory=200)
-    logprobs, _ = adapter_scores(model, windows())
-    np.testing.assert_allclose(logprobs, transformers_scores(tiny_llama, windows())[0], rtol=1e-5, atol=1e-6)
+    assert_scores_equal_transformers(model, tiny_llama)
     assert "going on with 3 at a time" in caplog.text
     # 6 and 3 windows of 96 do not fit, 1 does; 2 would
     assert {rows for rows, _ in model.engine.shapes} == {1}
@@ -123,9 +122,7 @@ def test_chunks_of_logits_are_halved_when_memory_runs_out(tiny_llama: Path, monk
         return logits(hidden)
 
     monkeypatch.setattr(model.engine, "logits", at_most_30)
-    np.testing.assert_allclose(
-        adapter_scores(model, windows())[0], transformers_scores(tiny_llama, windows())[0], rtol=1e-5, atol=1e-6
-    )
+    assert_scores_equal_transformers(model, tiny_llama)
     assert caplog.text.count("its logits now in chunks of") == 2
     assert model.batching.logit_rows() == 22
 

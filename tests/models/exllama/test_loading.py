@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from lm_eval.api.registry import get_model
 
@@ -17,7 +16,7 @@ from lmeval_ext.models.exllama.v3.loading import model_config
 from tests.conftest import make_llama
 from tests.models.exllama.stand_ins import adapter_module, install_exllamav2, install_exllamav3
 from tests.models.exllama.test_exllama import CHOICES, QUESTION, assert_like, generation, pairs
-from tests.models.test_adapters import adapter_scores, transformers_scores, windows
+from tests.models.test_adapters import adapter_scores, assert_scores_equal_transformers, windows
 
 CLASSES = {"v2": "ExLlamaV2Model", "v3": "ExLlamaV3"}
 
@@ -33,8 +32,7 @@ def adapter(request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def test_scores_and_texts_equal_hf(adapter: Any, tiny_llama: Path) -> None:
     stock = get_model("hf")(pretrained=str(tiny_llama), dtype="float32", device="cpu")
     model = adapter(str(tiny_llama), cache_tokens=8192)
-    logprobs, _ = adapter_scores(model, windows())
-    np.testing.assert_allclose(logprobs, transformers_scores(tiny_llama, windows())[0], rtol=1e-5, atol=1e-6)
+    assert_scores_equal_transformers(model, tiny_llama)
     requests = pairs(*((f"{QUESTION}{n}", c) for n in ("", " still") for c in CHOICES))
     prompts = [generation("Iceland is", max_gen_toks=12), generation("A volcano", max_gen_toks=5)]
     expected = stock.loglikelihood(requests), stock.generate_until(prompts)

@@ -178,7 +178,20 @@ class PagedCache:
         self.max_num_tokens = pages * page
 
 
-class PagedTinyEngine(TinyEngine):
+class BranchingTinyEngine(TinyEngine):
+    """Shares contexts through the branches of one ExLlama version, which a subclass sets."""
+
+    branches: PageBranches | RowBranches
+
+    def fits(self, contexts: Sequence[Tokens], tails: Sequence[Sequence[Tokens]]) -> bool:
+        return self.branches.fits(contexts, tails)
+
+    def branch(self, contexts: Sequence[Tokens], tails: Sequence[Sequence[Tokens]]) -> torch.Tensor:
+        self.branched.append(len(contexts))
+        return self.branches.branch(contexts, tails)
+
+
+class PagedTinyEngine(BranchingTinyEngine):
     """Keeps keys and values in pages, read and written through block tables as in ExLlamaV3; `branch` is V3's."""
 
     def __init__(self, folder: Path, pages: int = 64, page: int = 16) -> None:
@@ -194,13 +207,6 @@ class PagedTinyEngine(TinyEngine):
     def body(self, ids: torch.Tensor, params: dict[str, Any]) -> torch.Tensor:
         self.tokens += ids.numel()
         return forward_in_pages(self.model, self.model.model.embed_tokens(ids), params, self.page)
-
-    def fits(self, contexts: Sequence[Tokens], tails: Sequence[Sequence[Tokens]]) -> bool:
-        return self.branches.fits(contexts, tails)
-
-    def branch(self, contexts: Sequence[Tokens], tails: Sequence[Sequence[Tokens]]) -> torch.Tensor:
-        self.branched.append(len(contexts))
-        return self.branches.branch(contexts, tails)
 
 
 class RowCache:
@@ -254,7 +260,7 @@ def forward_in_rows(model: Any, states: torch.Tensor, cache: RowCache, past: int
     return out.last_hidden_state
 
 
-class RowTinyEngine(TinyEngine):
+class RowTinyEngine(BranchingTinyEngine):
     """Keeps keys and values in rows, as ExLlamaV2 does; `branch` is V2's.
 
     prefilled: (tokens, past) of each forward that fills the trunk. caches: (rows, tokens per row) of each new cache.
@@ -276,10 +282,3 @@ class RowTinyEngine(TinyEngine):
 
     def body(self, ids: torch.Tensor, cache: RowCache, past: int) -> torch.Tensor:
         return forward_in_rows(self.model, self.model.model.embed_tokens(ids), cache, past)
-
-    def fits(self, contexts: Sequence[Tokens], tails: Sequence[Sequence[Tokens]]) -> bool:
-        return self.branches.fits(contexts, tails)
-
-    def branch(self, contexts: Sequence[Tokens], tails: Sequence[Sequence[Tokens]]) -> torch.Tensor:
-        self.branched.append(len(contexts))
-        return self.branches.branch(contexts, tails)

@@ -12,13 +12,9 @@ from lm_eval.api.registry import get_model
 from transformers import LlamaConfig, Mamba2Config, Mamba2ForCausalLM, MistralConfig, MistralForCausalLM
 
 from lmeval_ext.models.hf.shared_contexts import can_share
-from tests.conftest import VOCABULARY, make_tokenizer
+from tests.conftest import VOCABULARY, make_tokenizer, random_ids
 
 pytestmark = pytest.mark.engine
-
-
-def random_ids(n: int, seed: int) -> list[int]:
-    return np.random.default_rng(seed).integers(2, VOCABULARY, n).tolist()
 
 
 def questions() -> list[Any]:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from lm_eval.api.registry import get_model
 
-from tests.conftest import make_llama
-from tests.models.vllm.test_scoring import BLOCK, assert_equal, prompt_logprobs_scores, random_ids
+from tests.conftest import make_llama, random_ids
+from tests.models.vllm.test_scoring import BLOCK, assert_equal, prompt_logprobs_scores
 
 
 @pytest.mark.engine

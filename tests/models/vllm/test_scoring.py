@@ -17,7 +17,7 @@ from lmeval_ext.divergence.observer import WindowSpan
 from lmeval_ext.errors import UserError
 from lmeval_ext.models.vllm import scoring as vllm_scoring
 from lmeval_ext.models.vllm.scoring import EXTRA_ARG, PromptScorer, Span, Step, scored_span
-from tests.conftest import VOCABULARY, make_llama
+from tests.conftest import make_llama, random_ids
 from tests.models.vllm.fallback import without_worker_scores
 
 BLOCK = 32  # tokens in a block of the prefix cache; CPU attention takes multiples of 32
@@ -38,10 +38,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         kv_cache_memory_bytes=1 << 26,
     )
     gc.collect()
-
-
-def random_ids(n: int, seed: int = 0) -> list[int]:
-    return np.random.default_rng(seed).integers(2, VOCABULARY, n).tolist()
 
 
 def prompt_logprobs_scores(model: Any, prompts: list[Any]) -> list[Any]:
