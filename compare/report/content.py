@@ -135,7 +135,7 @@ def settings(comparison: Comparison, heading: str) -> SettingsList:
         ("Mean over", "; ".join(protocol.harness) if averaged else ""),
         ("Protocol", protocol.name),
         ("Windows", f"{protocol.windows:,}" if protocol.windows else ""),
-        ("Tokens a window", f"{protocol.eval_len:,}" if protocol.eval_len else ""),
+        ("Tokens per window", f"{protocol.eval_len:,}" if protocol.eval_len else ""),
         ("Stride", f"{protocol.stride:,}" if protocol.stride else ""),
         ("Scored tokens", f"{protocol.scored_tokens:,}" if protocol.scored_tokens else ""),
         ("Text", protocol.text),
@@ -152,7 +152,7 @@ _NAMES = {
     "text_sha256": "Text fingerprint (SHA-256)",
     "bos_applied": "BOS",
     "blank_rows": "Blank rows of the data set",
-    "warmup_tokens": "Warm-up tokens a window",
+    "warmup_tokens": "Warm-up tokens per window",
     "distinct_tokens": "Distinct tokens",
     "nonfinite_logprobs": "Log-probabilities that were not finite",
 }
