@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from lmeval_ext.storage import StorageError, StorageInfo, inspect
 from lmeval_ext.storage.kv_cache import kv_cache
+from lmeval_ext.storage.tensors import Header
 
 logger = logging.getLogger(__name__)
 
@@ -55,18 +57,23 @@ class Quantization:
 
 
 def from_storage(
-    path: str | None, cache_types: tuple[str | int | None, str | int | None] = (None, None), **facts: Any
+    path: str | None,
+    cache_types: tuple[str | int | None, str | int | None] = (None, None),
+    headers: Sequence[Header] | None = None,
+    precision: int | None = None,
+    **facts: Any,
 ) -> Quantization:
     """A Quantization with the figures from the checkpoint's headers; None and a note for figures they do not give.
 
     cache_types: types of keys and values in the engine's KV cache, as for `kv_cache`; None: the checkpoint's own.
+    headers, precision: as for `storage.inspect`.
     """
     if path is None:
         return Quantization(**facts, notes=["bits per weight unknown: the checkpoint is not a local file or folder"])
     cache = kv_cache(path, *cache_types)
     facts |= {"kv_bytes_per_token": cache.bytes_per_token, "kv_cache_dtype": cache.dtype}
     try:
-        info: StorageInfo = inspect(path)
+        info: StorageInfo = inspect(path, headers, precision)
     except (StorageError, OSError) as error:
         logger.warning("bits per weight unknown: %s", error)
         return Quantization(**facts, notes=[f"bits per weight unknown: {error}", *filter(None, [cache.note])])

@@ -34,23 +34,31 @@ To add a format: one row of `packings.PACKINGS`, its shape function in `layouts`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lmeval_ext.storage.info import Excluded, StorageError, StorageInfo
+
+if TYPE_CHECKING:
+    from lmeval_ext.storage.tensors import Header
 
 __all__ = ["Excluded", "StorageError", "StorageInfo", "inspect"]
 
 
-def inspect(path: str | Path) -> StorageInfo:
+def inspect(path: str | Path, headers: Sequence[Header] | None = None, precision: int | None = None) -> StorageInfo:
     """Measure a checkpoint.
 
     path: a checkpoint folder, a .safetensors file (config.json is read from the same folder) or a .gguf file. Any
     part of a sharded or split checkpoint stands for all of it. A folder with safetensors files is read as
     safetensors; a folder that holds only the parts of a single GGUF is read as GGUF.
 
+    headers: of the tensors, for a folder that keeps them in files of another kind. precision: bits per weight to
+    count of a checkpoint that holds the model at several precisions (Any-Precision); None: the file with all of them.
+
     Raises StorageError for files that are missing, damaged or hostile. A sound checkpoint in a format that is not
     supported gives None and a note instead (see StorageInfo).
     """
     from lmeval_ext.storage.measure import measure
 
-    return measure(Path(path))
+    return measure(Path(path), headers, precision)

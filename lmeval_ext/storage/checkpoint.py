@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ from lmeval_ext.storage.info import DOWNLOAD_AGAIN, StorageError
 from lmeval_ext.storage.json_file import read_object
 from lmeval_ext.storage.roles import of_another_modality
 from lmeval_ext.storage.shards import read_headers
-from lmeval_ext.storage.tensors import TensorTable
+from lmeval_ext.storage.tensors import Header, TensorTable
 
 # Keys by which a config says that the token embedding is the output matrix (Mamba, OLMo and Molmo have their own).
 TIE_KEYS = ("tie_word_embeddings", "tie_embeddings", "weight_tying")
 GENERATING = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
 # Architectures that take images or sound, unless an encoder of text stands before their decoder.
 MULTIMODAL = ("ForConditionalGeneration", "ForVision2Seq", "ForImageTextToText", "ForMultimodalLM")
+QUANTO_MAP = "quanto_qmap.json"  # optimum-quanto's: by module, the types of weights and activations
 # Keys under which a composite config of transformers keeps the language model's config.
 TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
 
@@ -28,12 +30,14 @@ class Checkpoint:
     """The headers and configs of one checkpoint folder.
 
     tensors: by name. config: config.json, {} without one. quantization: the quantization config, {} without one.
+    precision: the one to count of a checkpoint that holds several; None: all of them.
     """
 
     tensors: TensorTable
     config: dict[str, Any] = field(default_factory=dict)
     quantization: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    precision: int | None = None
 
     @property
     def text_config(self) -> dict[str, Any]:
@@ -80,6 +84,8 @@ class Checkpoint:
             multimodal=other or (composite and not encoder),
             encoder_decoder=encoder,
             transforms=bool(self.quantization.get("transform_config")),
+            quantization=self.quantization,
+            precision=self.precision,
         )
 
     @property
@@ -94,14 +100,16 @@ def _count(text: dict[str, Any], config: dict[str, Any], key: str) -> int | None
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
+def read_checkpoint(path: Path, headers: Sequence[Header] | None = None) -> Checkpoint:
     """Read the headers of a checkpoint folder, or of one .safetensors file and all other shards of its checkpoint.
+
+    headers: of its tensors, where they are in files of another kind.
 
     Raises StorageError for files that are missing, damaged or hostile.
     """
     folder = path if path.is_dir() else path.parent
     notes: list[str] = []
-    tensors = TensorTable(read_headers(path, notes))
+    tensors = TensorTable(read_headers(path, notes) if headers is None else headers)
     if not tensors:
         raise StorageError(f"{path} holds no tensors. Give the folder of a complete checkpoint.")
     config: dict[str, Any] = {}
@@ -130,12 +138,17 @@ def _quantization(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     if quantization is None:
         quantization = config.get("compression_config")  # compressed-tensors before 0.9
     if quantization is None and "quip_params" in config:
-        return {"quant_method": "qtip" if "td_x" in str(config["quip_params"]) else "quip"}
+        parameters = config["quip_params"] if isinstance(config["quip_params"], dict) else {}
+        return {**parameters, "quant_method": "qtip" if "td_x" in parameters else "quip"}
+    if quantization is None and isinstance(config.get("anyprec"), dict):
+        return {**config["anyprec"], "quant_method": "anyprec"}
     for name in ("hf_quant_config.json", "quantization_config.json", "quantize_config.json", "quant_config.json"):
         if quantization is None and (folder / name).exists():
             quantization = read_object(path_inside(folder, name), constants=True)
             method = {"quantize_config.json": "gptq", "quant_config.json": "awq"}.get(name)
             quantization.setdefault("quant_method", method)
+    if quantization is None and (folder / QUANTO_MAP).exists():
+        quantization = {"quant_method": "quanto", "modules": read_object(path_inside(folder, QUANTO_MAP))}
     if quantization is not None and not isinstance(quantization, dict):
         raise StorageError(f"{folder / 'config.json'}: quantization_config is not an object. {DOWNLOAD_AGAIN}")
     return quantization or {}

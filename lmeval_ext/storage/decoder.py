@@ -8,9 +8,10 @@ scope, known names decide (`roles`); an unknown one leaves the layer figures nul
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
+from typing import Any
 
 from lmeval_ext.storage.pieces import Piece
 from lmeval_ext.storage.roles import (
@@ -45,6 +46,8 @@ class Facts:
     layers: `num_hidden_layers`; later layers are draft layers, which is how DeepSeek and GLM store MTP. vocabulary,
     hidden: rows and columns of the token embedding. multimodal: whether the model takes more than text.
     encoder_decoder: whether an encoder of text stands before the decoder. transforms: whether weights are rotated.
+    quantization: the quantization config. precision: the one that is counted of a checkpoint that holds several; None:
+    all of them.
     """
 
     layers: int | None = None
@@ -53,6 +56,8 @@ class Facts:
     multimodal: bool = False
     encoder_decoder: bool = False
     transforms: bool = False
+    quantization: Mapping[str, Any] = field(default_factory=dict)
+    precision: int | None = None
 
 
 @dataclass(frozen=True)

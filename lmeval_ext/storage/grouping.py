@@ -38,7 +38,8 @@ _SUFFIXES = {
     payload: tuple(dict.fromkeys(suffix for row in rows for suffix in (payload, *row.required, *row.optional)))
     for payload, rows in _ROWS.items()
 }
-_ENDINGS = [payload for payload in _ROWS if not payload.startswith(".")]  # the last component does not give these
+# The last component of a name does not give these
+_ENDINGS = [payload for payload in _ROWS if not payload.startswith(".") or payload.count(".") > 1]
 
 
 class _Group:
@@ -68,7 +69,7 @@ def group_tensors(tensors: TensorTable, facts: Facts) -> list[Weight]:
     pieces = [
         piece
         for stack, names in _collect(tensors).items()
-        for piece in (*_packed_pieces(stack, names, tensors), *_plain_pieces(stack, names))
+        for piece in (*_packed_pieces(stack, names, tensors, facts), *_plain_pieces(stack, names))
     ]
     return find_decoder(pieces, facts).weights(pieces)
 
@@ -87,7 +88,7 @@ def _collect(tensors: TensorTable) -> dict[str | None, _Names]:
     return stacks
 
 
-def _packed_pieces(stack: str | None, names: _Names, tensors: TensorTable) -> Iterator[Piece]:
+def _packed_pieces(stack: str | None, names: _Names, tensors: TensorTable, facts: Facts) -> Iterator[Piece]:
     """Yield the weights that a row describes, and take their tensors out of `names`."""
     for name in list(names):
         for payload in _payloads(name):
@@ -104,7 +105,7 @@ def _packed_pieces(stack: str | None, names: _Names, tensors: TensorTable) -> It
                     row, used = match
                     for suffix, tensor in used.items():
                         _take(names, base + suffix, tensor, numbers)
-                    yield _packed(row, stack, base, used, numbers)
+                    yield _packed(row, stack, base, used, numbers, facts)
 
 
 def _payloads(name: str) -> Iterator[str]:
@@ -178,20 +179,33 @@ def _first_match(rows: list[Packing], parts: Parts) -> tuple[Packing, Parts] | N
     return None
 
 
-def _packed(row: Packing, stack: str | None, base: str, parts: Parts, numbers: list[str]) -> Piece:
+def _packed(row: Packing, stack: str | None, base: str, parts: Parts, numbers: list[str], facts: Facts) -> Piece:
     """Return the weight that the tensors of one row encode, in each of the layers."""
     bits = 8 * sum(part.nbytes for part in parts.values())
     module = base.removeprefix(".")
     # A fused tensor's payload has the name of the weight; a payload ".weight" belongs to the module.
     module += "" if row.payload.startswith(".") else row.weight
     try:
-        shape = row.shape(parts)
+        shape = row.shape(parts) if row.configured is None else _configured(row, stack, base, parts, numbers, facts)
+        if row.running and facts.precision is not None:
+            bits = row.running(parts, facts.precision)
     except (Unclear, ValueError, OSError) as error:
         name = joined(stack, numbers[0], base)
         problem = f"{name[:200]!r} looks like {row.family}, but {error}"
         return Piece(stack, module, numbers, bits, None, None, row.name, True, problem)
     dtype = parts[row.payload].dtype if row.name == "unpacked" else row.name
     return Piece(stack, module, numbers, bits, prod(shape), shape, dtype, len(shape) >= 2)
+
+
+def _configured(
+    row: Packing, stack: str | None, base: str, parts: Parts, numbers: list[str], facts: Facts
+) -> tuple[int, ...]:
+    """Return the logical shape that the config gives these layers. Raises Unclear if it gives several."""
+    assert row.configured is not None
+    shapes = {row.configured(parts, facts.quantization, joined(stack, number, base)) for number in numbers}
+    if len(shapes) > 1:
+        raise Unclear("the quantization config gives layers of equal tensors different shapes")
+    return shapes.pop()
 
 
 def _plain_pieces(stack: str | None, names: _Names) -> Iterator[Piece]:

@@ -10,8 +10,10 @@ side tensor whose shape follows from it.
 
 from __future__ import annotations
 
+import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from lmeval_ext.storage.rounding import ceil_div
 from lmeval_ext.storage.tensors import StoredTensor
@@ -175,6 +177,166 @@ def modelopt_int4(parts: Parts) -> Shape:
     fits = experts == scaled and scales == 2 * rows and groups > 0 and columns % groups == 0
     _expect(fits, f"scales {scales} x {groups} do not fit packed codes {rows} x {columns}")
     return (*experts, 2 * rows, columns)
+
+
+def bitnet(parts: Parts) -> Shape:
+    """Four weights per byte, along the outputs: [out / 4, in]."""
+    rows, columns = _two(parts, ".weight")
+    return (4 * rows, columns)
+
+
+def is_bitnet(parts: Parts) -> bool:
+    """Return whether packed weights have one scale for the matrix, as BitNet's."""
+    return parts[".weight_scale"].numel == 1 and parts[".weight"].numel > 1
+
+
+def aqlm(parts: Parts) -> Shape:
+    """codes [out / h, in / g, C], codebooks [C, 2^b, h, g], scales [out / h, 1, 1, 1]."""
+    codes, books = parts[".codes"].shape, parts[".codebooks"].shape
+    _expect(len(codes) == 3 and len(books) == 4, f"codes {list(codes)} and codebooks {list(books)} are not AQLM's")
+    _expect(codes[2] == books[0], f"codes of {codes[2]} codebooks, but codebooks has {books[0]}")
+    _expect(
+        parts[".scales"].shape == (codes[0], 1, 1, 1),
+        f"scales {list(parts['.scales'].shape)} do not fit {codes[0]} rows of blocks",
+    )
+    return (codes[0] * books[2], codes[1] * books[3])
+
+
+def needs_config(parts: Parts) -> Shape:
+    """The shape function of rows whose logical shape is in the quantization config."""
+    raise Unclear("its logical shape is in the quantization config")
+
+
+def vptq(parts: Parts, config: Mapping[str, Any], name: str) -> Shape:
+    """indices [groups, ⌈out / v⌉, words]; in_features and out_features are in the config of the matrix.
+
+    Parameters are in `config_for_layers` by name, in `shared_layer_config` by the name's last part, or, before 19
+    November 2024, in the quantization config itself.
+    """
+    layers, shared = config.get("config_for_layers"), config.get("shared_layer_config")
+    found = layers.get(name) if isinstance(layers, dict) else None
+    if found is None and isinstance(shared, dict):
+        found = shared.get(name.rpartition(".")[2])
+    settings = found if found is not None else config.get(name)
+    _expect(isinstance(settings, dict), "the quantization config has no parameters for it")
+    assert isinstance(settings, dict)
+    rows, columns = settings.get("out_features"), settings.get("in_features")
+    lengths = settings.get("vector_lens")
+    _expect(
+        type(rows) is int and type(columns) is int and isinstance(lengths, list) and len(lengths) == 2
+        and type(lengths[1]) is int and lengths[1] > 0,
+        "its parameters in the quantization config are incomplete",
+    )  # fmt: skip
+    assert isinstance(rows, int)
+    assert isinstance(columns, int)
+    assert isinstance(lengths, list)
+    indices = parts[".indices"].shape
+    _expect(
+        len(indices) == 3 and indices[1] == ceil_div(rows, lengths[1]),
+        f"indices {list(indices)} do not fit {rows} outputs in vectors of {lengths[1]}",
+    )
+    for side in (".perm", ".weight_scale", ".weight_bias"):
+        _expect(side not in parts or parts[side].shape == (columns,), f"{side[1:]} does not fit {columns} inputs")
+    return (rows, columns)
+
+
+def from_signs(parts: Parts) -> Shape:
+    """(length of SV, length of SU): one sign per output and per input."""
+    sizes = parts[".SV"].shape, parts[".SU"].shape
+    _expect(len(sizes[0]) == len(sizes[1]) == 1, f"SU {list(sizes[1])} and SV {list(sizes[0])} are not vectors")
+    return (*sizes[0], *sizes[1])
+
+
+def qtip(parts: Parts, config: Mapping[str, Any], name: str) -> Shape:
+    """trellis [tiles, ⌈td_x td_y K / 16⌉], and one sign per output and per input."""
+    rows, columns = from_signs(parts)
+    keys = ("td_x", "td_y", "K")
+    high, wide, bits = (config.get(key) for key in keys)
+    if config.get("K_v_proj") is not None and name.endswith("v_proj"):
+        bits = config.get("K_v_proj")
+    _expect(all(type(n) is int and n > 0 for n in (high, wide, bits)), f"quip_params does not say {', '.join(keys)}")
+    assert isinstance(high, int)
+    assert isinstance(wide, int)
+    assert isinstance(bits, int)
+    expected = (ceil_div(rows, high) * ceil_div(columns, wide), ceil_div(high * wide * bits, 16))
+    trellis = parts[".trellis"].shape
+    _expect(trellis == expected, f"trellis has the shape {list(trellis)}, expected {list(expected)}")
+    return (rows, columns)
+
+
+def any_precision(parts: Parts) -> Shape:
+    """qweight [planes, out, in / 32], lutB [out, 2^B]."""
+    _, rows, words = parts[".qweight"].shape
+    for side, tensor in parts.items():
+        fits = side == ".qweight" or tensor.shape == (rows, 1 << int(side.removeprefix(".lut")))
+        _expect(fits, f"{side[1:]} has the shape {list(tensor.shape)}, which does not fit {rows} outputs")
+    return (rows, 32 * words)
+
+
+def is_any_precision(parts: Parts) -> bool:
+    """Return whether codes have as many planes as their largest table has bits."""
+    shape = parts[".qweight"].shape
+    return len(shape) == 3 and f".lut{shape[0]}" in parts
+
+
+def any_precision_bits(parts: Parts, precision: int) -> int:
+    """The bits of the planes and the table that one precision uses."""
+    planes = parts[".qweight"].shape[0]
+    table = parts.get(f".lut{precision}")
+    if table is None or not 0 < precision <= planes:
+        raise Unclear(f"it has no precision {precision}")
+    return 8 * (parts[".qweight"].nbytes * precision // planes + table.nbytes)
+
+
+def hqq(parts: Parts) -> Shape:
+    """Codes in groups, several in each number of W_q; `shape` holds the logical shape in int64."""
+    raw = parts[".shape"].read()
+    _expect(parts[".shape"].numel == 2 and len(raw) == 16, "its tensor shape is not a shape")
+    rows, columns = struct.unpack("<2q", raw)
+    height, width = _two(parts, ".W_q")
+    per_number = (1, 2, 4, 8) if parts[".W_q"].dtype == "U8" else (10,)
+    # 3-bit codes: ten rows in one row of int32, the last ones padding
+    fits = rows > 0 and columns > 0 and width > 0 and any(
+        ceil_div(rows * columns, width * count) == height and (count == 10 or rows * columns == height * width * count)
+        for count in per_number
+    )  # fmt: skip
+    _expect(fits, f"shape says {rows} x {columns}, which W_q [{height}, {width}] cannot hold")
+    return (rows, columns)
+
+
+def quanto_packed(parts: Parts) -> Shape:
+    """Codes [groups / 2 or / 4, group size] of 4 or 2 bits, two or four rows in one row of bytes; one scale per group.
+
+    The shape is (groups, group size): the stored tensors do not have the two dimensions.
+    """
+    height, width = _two(parts, ".weight._data._data")
+    groups = parts[".weight._scale"].numel
+    _expect(
+        parts[".weight._shift"].numel == groups and height in (ceil_div(groups, 2), ceil_div(groups, 4)),
+        f"{groups} scales do not fit packed codes [{height}, {width}]",
+    )
+    return (groups, width)
+
+
+# torchao's weights of one byte each, by the config's `_type` (torchao 0.15, quantization/quant_api.py)
+_TORCHAO_BYTES = re.compile(r"^(Int8|Float8|Intx)\w*Config$|^Int8DynamicActivationIntxWeightConfig$")
+
+
+def torchao(parts: Parts, config: Mapping[str, Any], name: str) -> Shape:
+    """One byte per weight, as stored; other types of torchao's pack several, which only the config's type shows."""
+    kinds = torchao_types(config)
+    _expect(
+        bool(kinds) and all(map(_TORCHAO_BYTES.match, kinds)),
+        f"torchao's {', '.join(sorted(kinds)) or 'type'} is not known to store one byte per weight",
+    )
+    return _two(parts, "._weight_qdata")
+
+
+def torchao_types(config: Mapping[str, Any]) -> set[str]:
+    """Names of the configs in `quant_type`: {"Int8WeightOnlyConfig"}."""
+    settings = config.get("quant_type")
+    entries = settings.values() if isinstance(settings, dict) else ()
+    return {str(entry["_type"]) for entry in entries if isinstance(entry, dict) and "_type" in entry}
 
 
 def _two(parts: Parts, key: str) -> tuple[int, int]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from lmeval_ext.storage.accounting import account, main_packing
 from lmeval_ext.storage.checkpoint import Checkpoint, read_checkpoint
@@ -14,16 +15,17 @@ from lmeval_ext.storage.info import StorageError, StorageInfo, unreadable
 from lmeval_ext.storage.packings import FAMILIES
 from lmeval_ext.storage.safetensors_header import DTYPE_BITS, FLOAT8
 from lmeval_ext.storage.schemes import DENSE_NAMES, SCHEMES, UNSUPPORTED, method_of
+from lmeval_ext.storage.tensors import Header
 
 DENSE = frozenset(DTYPE_BITS) - FLOAT8  # dtypes of weights that are not quantized
 
 
-def measure(path: Path) -> StorageInfo:
+def measure(path: Path, headers: Sequence[Header] | None = None, precision: int | None = None) -> StorageInfo:
     """Measure a checkpoint; see `lmeval_ext.storage.inspect`."""
     try:
         if not path.exists():
             raise StorageError(f"{path} does not exist. Give a checkpoint folder, a .safetensors file or a .gguf file.")
-        gguf = gguf_file(path)
+        gguf = gguf_file(path) if headers is None else None
         if gguf:
             return _measure_gguf(gguf)
         if path.is_file() and path.suffix != ".safetensors":
@@ -34,7 +36,9 @@ def measure(path: Path) -> StorageInfo:
         if not path.is_file() and not path.is_dir():
             raise StorageError(f"{path} is not a regular file. Give a checkpoint folder or file.")
         with _collector_paused():
-            return _measure_safetensors(read_checkpoint(path))
+            checkpoint = read_checkpoint(path, headers)
+            checkpoint.precision = precision
+            return _measure_safetensors(checkpoint)
     except OSError as error:
         raise unreadable(path, error) from None
 
@@ -90,6 +94,7 @@ def _measure_safetensors(checkpoint: Checkpoint) -> StorageInfo:
     notes, config = list(checkpoint.notes), checkpoint.quantization
     method = method_of(config)
     unsupported = None
+    notes += _precisions(method, config, checkpoint.precision)
     if method is None:
         if config:
             notes.append("the quantization config names no quant_method")
@@ -97,7 +102,9 @@ def _measure_safetensors(checkpoint: Checkpoint) -> StorageInfo:
         if scheme is None:
             notes.append("no quantization config says which scheme this is: scheme is null")
     elif method in SCHEMES:
-        scheme = SCHEMES[method](config)
+        scheme = SCHEMES[method](
+            config if checkpoint.precision is None else {**config, "precision": checkpoint.precision}
+        )
         if packing in DENSE:
             notes.append(f"config.json says {method}, but no layer is stored quantized")
             scheme = DENSE_NAMES.get(packing or "")
@@ -108,6 +115,16 @@ def _measure_safetensors(checkpoint: Checkpoint) -> StorageInfo:
         unsupported = f"quant_method {method!r} is not supported: bits per weight are null"
     family = _family(packing, UNSUPPORTED.get(method or "", method) if unsupported else None)
     return account(weights, family=family, scheme=scheme, tied=checkpoint.tied, notes=notes, unsupported=unsupported)
+
+
+def _precisions(method: str | None, config: Mapping[str, Any], precision: int | None) -> list[str]:
+    """Return the note on a checkpoint that holds the model at several precisions."""
+    if method != "anyprec":
+        return []
+    held = f"{config.get('seed_precision')} to {config.get('parent_precision')} bits"
+    if precision is None:
+        return [f"sizes are of the file, which holds the model at {held}: one that runs is smaller"]
+    return [f"sizes are of the model at {precision} bits, out of a file that holds it at {held}"]
 
 
 def _family(packing: str | None, unsupported: str | None) -> str | None:

@@ -11,9 +11,9 @@ library wrote (`tests/storage`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from lmeval_ext.storage import layouts
 from lmeval_ext.storage.layouts import Parts, Shape
@@ -31,7 +31,9 @@ class Packing:
     allowed dtypes (empty: any). optional: suffixes of side tensors that may exist. dtypes: allowed dtypes of the
     payload. shape: from the tensors to the logical shape. source: where the layout is defined. fits: what the shapes
     must be like, where names and dtypes are those of another row too. weight: the end of the weight's own name that
-    the payload repeats ("_proj" of "down_proj").
+    the payload repeats ("_proj" of "down_proj"). configured: used in place of `shape` where the config decides: from
+    the tensors, the quantization config and the weight's name. running: stored bits of the tensors that one precision
+    uses, for packings that hold several.
     """
 
     name: str
@@ -44,6 +46,8 @@ class Packing:
     source: str
     fits: Callable[[Parts], bool] = lambda parts: True
     weight: str = ""
+    configured: Callable[[Parts, Mapping[str, Any], str], Shape] | None = None
+    running: Callable[[Parts, int], int] | None = None
 
 
 _CT = "compressed-tensors, compressed_tensors/compressors/"
@@ -55,16 +59,29 @@ _SCALES = (
 )  # fmt: skip
 _BNB_SIDES = (".weight.quant_map", ".weight.nested_absmax", ".weight.nested_quant_map")
 _EXL2_SIDES = (".q_scale_max", ".q_groups", ".q_group_map")
+_VPTQ_SIDES = (
+    ".res_centroids.weight", ".res_indices", ".outlier_indices", ".outlier_centroids.weight", ".perm", ".weight_scale",
+    ".weight_bias",
+)  # fmt: skip
+_HQQ_SIDES = (
+    ".nbits", ".group_size", ".axis", ".packing", ".channel_wise", ".compute_dtype", ".encoded_state_dict",
+    ".offload_meta", ".optimize", ".quant_scale", ".quant_zero", ".round_zero", ".stores_quant_config",
+    ".unpack_view_dtype", ".view_as_float",
+)  # fmt: skip
+_QUANTO_SIDES = (".input_scale", ".output_scale")
+_QTIP_SIDES = (".tlut", ".rcp", ".tp_rank")
+_TABLES = tuple(f".lut{bits}" for bits in range(1, 9))  # Any-Precision: one table of values per precision
 
 
 def _row(
     name: str, family: str, payload: str, required: str, optional: Iterable[str], dtypes: Iterable[str],
     shape: Callable[[Parts], Shape], source: str, fits: Callable[[Parts], bool] = lambda parts: True,
+    **more: Any,
 ) -> Packing:  # fmt: skip
     # ".weight_scale:F32,F16" requires one of these dtypes, ".weight_scale" allows any.
     entries = (entry.partition(":") for entry in required.split())
     sides = {suffix: frozenset(kinds.split(",")) - {""} for suffix, _, kinds in entries}
-    return Packing(name, family, payload, sides, tuple(optional), frozenset(dtypes), shape, source, fits)
+    return Packing(name, family, payload, sides, tuple(optional), frozenset(dtypes), shape, source, fits, **more)
 
 
 # How the tensors of fused experts ([experts, ...] in one tensor) are called: what stands for ".weight" in the payload
@@ -116,6 +133,8 @@ _MATRICES: tuple[Packing, ...] = (
          layouts.floats(".weight", ".weight_scale", 4, 16), _MODELOPT),
     _row("modelopt-mxfp4", "MXFP4", ".weight", ".weight_scale:U8,F8_E8M0", _SCALES, {"U8"},
          layouts.floats(".weight", ".weight_scale", 4, 32), _MODELOPT),
+    _row("bitnet", "BitNet", ".weight", ".weight_scale:F32,F16,BF16", (), {"U8"},
+         layouts.bitnet, "transformers, integrations/bitnet.py pack_weights", layouts.is_bitnet),
     _row("modelopt-int4", "INT", ".weight", ".weight_scale:F32,F16,BF16", (*_SCALES, ".weight_scale_2"), {"U8"},
          layouts.modelopt_int4, _MODELOPT),
     _row("fp8", "FP8", ".weight", ".weight_scale", _SCALES, FLOAT8,
@@ -157,6 +176,28 @@ PACKINGS: tuple[Packing, ...] = (
     ),
     _row("bnb-int8", "bitsandbytes", ".weight", ".SCB", (".weight_format",), {"I8"},
          layouts.as_stored(".weight"), "bitsandbytes, nn/modules.py Linear8bitLt"),
+    *(
+        _row("any-precision", "Any-Precision", ".qweight", f".lut{bits}", _TABLES, {"I32"},
+             layouts.any_precision, "any-precision-llm, any_precision/modules/AnyPrecisionLinear.py",
+             layouts.is_any_precision, running=layouts.any_precision_bits)
+        for bits in range(8, 0, -1)
+    ),
+    _row("aqlm", "AQLM", ".codes", ".codebooks .scales", (), {"I8", "I16", "I32"},
+         layouts.aqlm, "aqlm, aqlm/inference.py QuantizedLinear"),
+    _row("vptq", "VPTQ", ".indices", ".centroids.weight", _VPTQ_SIDES, {"I16", "U16", "I32"},
+         layouts.needs_config, "vptq, vptq/layers/vqlinear.py VQuantLinear", configured=layouts.vptq),
+    _row("qtip", "QTIP", ".trellis", ".SU .SV", _QTIP_SIDES, {"I16"},
+         layouts.needs_config, "a description of QTIP's layout (docs/formats.md)", configured=layouts.qtip),
+    _row("quip", "QuIP#", ".Qidxs", ".SU .SV", (".Wscale", ".codebook_id"), {"I16", "I32", "I64"},
+         layouts.from_signs, "quip-sharp, lib/linear/quantized_linear.py"),
+    _row("hqq", "HQQ", ".W_q", ".scale .zero .shape:I64", _HQQ_SIDES, {"U8", "I32"},
+         layouts.hqq, "hqq, hqq/core/quantize.py HQQLinear.state_dict"),
+    _row("quanto-packed", "Quanto", ".weight._data._data", ".weight._scale .weight._shift", _QUANTO_SIDES, {"U8"},
+         layouts.quanto_packed, "optimum-quanto, quanto/tensor/weights/qbits.py and packed.py"),
+    _row("quanto", "Quanto", ".weight._data", ".weight._scale", _QUANTO_SIDES, {"I8", *FLOAT8},
+         layouts.as_stored(".weight._data"), "optimum-quanto, quanto/tensor/weights/qbytes.py"),
+    _row("torchao", "torchao", "._weight_qdata", "._weight_scale", ("._weight_zero_point",), {"I8", *FLOAT8},
+         layouts.needs_config, "torchao, prototype/safetensors/safetensors_support.py", configured=layouts.torchao),
     # AWQ and GPTQ have the same suffixes; they differ in the packed dimension.
     _row("awq", "AWQ", ".qweight", ".qzeros .scales", (), {"I32"},
          layouts.awq, "AutoAWQ, awq/modules/linear/gemm.py", layouts.is_awq),

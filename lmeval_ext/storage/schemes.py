@@ -16,8 +16,7 @@ Config = dict[str, Any]
 
 # One row per method whose logical shapes do not follow from its tensors: `quant_method`, and the family's name.
 UNSUPPORTED = {
-    "vptq": "VPTQ", "aqlm": "AQLM", "qtip": "QTIP", "quip": "QuIP#", "hqq": "HQQ", "quanto": "Quanto", "eetq": "EETQ",
-    "higgs": "HIGGS", "spqr": "SpQR", "torchao": "torchao", "bitnet": "BitNet", "quark": "Quark", "vqe": "VQ",
+    "eetq": "EETQ", "higgs": "HIGGS", "spqr": "SpQR", "quark": "Quark", "vqe": "VQ",
 }  # fmt: skip
 
 # One row per dtype of an unquantized checkpoint: the dtype of its layers, and the scheme's name.
@@ -125,6 +124,72 @@ def _modelopt(config: Config) -> str | None:
     return MODELOPT_ALGORITHMS.get(algorithm, algorithm.lower().replace("_", "-") or compressed_tensors_scheme(config))
 
 
+def _aqlm(config: Config) -> str | None:
+    """Return "aqlm-2x8-g8": codebooks, bits of their codes, weights per code."""
+    sizes = [config.get(key) for key in ("num_codebooks", "nbits_per_codebook", "in_group_size", "out_group_size")]
+    if not all(type(size) is int for size in sizes):
+        return None
+    height = f"x{sizes[3]}" if sizes[3] != 1 else ""
+    return f"aqlm-{sizes[0]}x{sizes[1]}-g{sizes[2]}{height}"
+
+
+def _vptq(config: Config) -> str | None:
+    """Return "vptq-v8-k65536-256": vector length, main and residual centroids; None where layers differ in them."""
+    layers = config.get("config_for_layers") or config.get("shared_layer_config") or config
+    names = set()
+    for layer in layers.values() if isinstance(layers, dict) else ():
+        if isinstance(layer, dict) and "vector_lens" in layer:
+            pairs = [layer.get(key) for key in ("vector_lens", "num_centroids", "num_res_centroids")]
+            if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+                return None
+            vector, main, residual = (pair[1] for pair in pairs if pair)
+            names.add(f"vptq-v{vector}-k{main}-{max(0, residual)}")
+    return names.pop() if len(names) == 1 else None
+
+
+def _qtip(config: Config) -> str | None:
+    """Return "qtip-4bit" or "qtip-2bit-hyb" of the papers: bits per weight, and the codebook."""
+    bits, mode = config.get("K"), config.get("decode_mode")
+    return f"qtip-{bits}bit-{mode}" if type(bits) is int and isinstance(mode, str) else None
+
+
+def _any_precision(config: Config) -> str | None:
+    """Return "anyprec-4bit", the precision that runs; "anyprec-3to8bit" for a file that holds several."""
+    if "precision" in config:
+        return f"anyprec-{config['precision']}bit"
+    low, high = config.get("seed_precision"), config.get("parent_precision")
+    return f"anyprec-{low}to{high}bit" if type(low) is int and type(high) is int else None
+
+
+def _hqq(config: Config) -> str | None:
+    settings = config.get("quant_config")
+    weights = settings.get("weight_quant_params") if isinstance(settings, dict) else None
+    bits, size = (weights.get("nbits"), weights.get("group_size")) if isinstance(weights, dict) else (None, None)
+    return f"hqq-w{bits}{_group(size)}" if isinstance(bits, int) else None
+
+
+def _quanto(config: Config) -> str | None:
+    """Name the types in quanto_qmap.json ("int4", "int8-a8"), or `weights` of a quantization config."""
+    modules = config.get("modules")
+    if not isinstance(modules, dict):
+        weights = config.get("weights")
+        return f"quanto-{weights}" if isinstance(weights, str) else None
+    names = set()
+    for module in modules.values():
+        if isinstance(module, dict):
+            weights, inputs = str(module.get("weights")).removeprefix("q"), module.get("activations")
+            names.add(weights if inputs in (None, "none") else f"{weights}-{str(inputs).removeprefix('q')}")
+    return "quanto-" + "+".join(sorted(names)) if names else None
+
+
+def _torchao(config: Config) -> str | None:
+    """Return torchao's own name of the config: "Int8WeightOnly"; None where modules have several."""
+    settings = config.get("quant_type")
+    entries = settings.values() if isinstance(settings, dict) else ()
+    names = {str(entry["_type"]) for entry in entries if isinstance(entry, dict) and "_type" in entry}
+    return "torchao-" + names.pop().removesuffix("Config") if len(names) == 1 else None
+
+
 SCHEMES: dict[str, Callable[[Config], str | None]] = {
     "compressed-tensors": compressed_tensors_scheme,
     "modelopt": _modelopt,
@@ -141,6 +206,15 @@ SCHEMES: dict[str, Callable[[Config], str | None]] = {
     "fbgemm_fp8": lambda config: "fp8-dynamic",
     "mxfp4": lambda config: "mxfp4",
     "mxfp8": lambda config: "mxfp8",
+    "aqlm": _aqlm,
+    "vptq": _vptq,
+    "qtip": _qtip,
+    "quip": lambda config: f"quip-{str(config.get('codebook')).lower()}" if config.get("codebook") else None,
+    "anyprec": _any_precision,
+    "hqq": _hqq,
+    "bitnet": lambda config: "bitnet-b1.58",
+    "quanto": _quanto,
+    "torchao": _torchao,
 }
 # Former names of methods, as older checkpoints have them.
 FORMER_NAMES = {

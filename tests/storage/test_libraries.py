@@ -181,7 +181,8 @@ def test_fine_grained_fp8_matches_figures_by_hand(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "family"), [("vptq", "VPTQ"), ("aqlm", "AQLM"), ("hqq", "HQQ"), ("from-the-future", "from-the-future")]
+    ("method", "family"),
+    [("quark", "Quark"), ("spqr", "SpQR"), ("eetq", "EETQ"), ("from-the-future", "from-the-future")],
 )
 def test_unsupported_method_gives_null_and_a_note(tmp_path: Path, method: str, family: str) -> None:
     spec = {"model.layers.0.mlp.up_proj.codes": ("I16", (8, 8)), "lm_head.weight": ("F16", (8, 64))}
