@@ -18,7 +18,15 @@ from __future__ import annotations
 
 import torch
 
+from lmeval_ext.decoding.parts import Matrix, Parts
+
 WIDTHS = (2, 3, 4, 5, 6, 8)
+
+
+def decode_parts(parts: Parts, dtype: torch.dtype, matrix: Matrix) -> torch.Tensor:
+    """One matrix, dtype [out, in]. parts: its tensors by suffix."""
+    order = parts[".q_invperm"] if ".q_invperm" in parts else (parts[".q_perm"].long() & 0xFFFF).argsort()
+    return decode(parts[".q_weight"], parts[".q_scale"], parts[".q_scale_max"], parts[".q_groups"], order, dtype)
 
 
 def decode(

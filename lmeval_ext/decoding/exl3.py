@@ -25,6 +25,8 @@ from functools import lru_cache
 
 import torch
 
+from lmeval_ext.decoding.parts import Matrix, Parts
+
 TILE = 16
 BLOCK = 128  # size of the Hadamard rotation
 HALF_RATES = (1.5, 2.5, 3.5)
@@ -32,6 +34,18 @@ HALF_RATES = (1.5, 2.5, 3.5)
 # Multiplier and addend of the generators; a checkpoint names mcg and mul1 by a tensor that holds the multiplier
 MULTIPLIERS = {"3inst": 89226354, "mcg": 0xCBAC1FED, "mul1": 0x83DCD12D}
 _ADDENDS = {"3inst": 64248484, "mcg": 0, "mul1": 0}
+
+
+def decode_parts(parts: Parts, dtype: torch.dtype, matrix: Matrix) -> torch.Tensor:
+    """One matrix, dtype [out, in]. parts: its tensors by suffix. Raises ValueError for an unknown codebook."""
+    names = [name for name in ("mcg", "mul1") if f".{name}" in parts]
+    name = names[0] if names else "3inst"
+    if names:
+        multiplier = int(parts[f".{name}"].item()) & 0xFFFFFFFF
+        if len(names) > 1 or multiplier != MULTIPLIERS[name]:
+            raise ValueError(f"an unknown codebook: {' and '.join(names)}, multiplier {multiplier:#x}")
+    sides = [parts[f".{s}h"] if f".{s}h" in parts else signs(parts[f".{s}"]) for s in ("su", "sv")]
+    return decode(parts[".trellis"], sides[0], sides[1], name, dtype)
 
 
 def decode(

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lmeval_ext.decoding import exl2, exl3
-from lmeval_ext.decoding.checkpoint import decoded, exl_method
+from lmeval_ext.decoding.checkpoint import decoded, decoding_method
 from lmeval_ext.errors import UserError
 from lmeval_ext.requests import window_request
 from tests.conftest import make_llama, make_tokenizer
@@ -393,12 +393,12 @@ def test_matrices_that_transformers_joins_are_joined(tmp_path: Path) -> None:
     assert f"{layer}q_proj.weight" not in state
 
 
-def test_exl_method_is_read_from_the_config(tmp_path: Path) -> None:
+def test_decoding_method_is_read_from_the_config(tmp_path: Path) -> None:
     make_llama(tmp_path)
-    assert exl_method(tmp_path) is None
+    assert decoding_method(tmp_path) is None
     (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "EXL3"}}')
-    assert exl_method(tmp_path) == "exl3"
-    assert exl_method(tmp_path / "nothing") is None
+    assert decoding_method(tmp_path) == "exl3"
+    assert decoding_method(tmp_path / "nothing") is None
 
 
 # The engines' own checkpoints, with the engines' results on a GPU (fixtures/make_tiny_exl.py)

@@ -2,7 +2,7 @@
 
 Tested with transformers 5.19 and lm-eval 0.4.13. Quantized checkpoints are loaded as their config.json says and
 with nothing added: `dequantize=True` silently drops the activation quantization of a W4A4 checkpoint from
-compressed-tensors 0.20 on. EXL3 and EXL2, unknown to Transformers, are decoded first (decoded.py).
+compressed-tensors 0.20 on. Formats that Transformers does not know, or misreads, are decoded first (decoded.py).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from lmeval_ext.models.observed import Observed
 from lmeval_ext.models.record import GIB, Quantization, from_storage, quantized_at_load
 from lmeval_ext.models.shared_contexts import group_requests, split_groups
 from lmeval_ext.requests import WindowRequest, WindowScores, same_shape
+from lmeval_ext.storage.tensors import Header
 from lmeval_ext.tokens import ending_tokens, special_tokens
 
 try:
@@ -29,7 +30,8 @@ try:
     from huggingface_hub import snapshot_download
     from lm_eval.models.huggingface import HFLM
 
-    from lmeval_ext.decoding.checkpoint import exl_method
+    from lmeval_ext.decoding.checkpoint import checked_precision, decoding_method
+    from lmeval_ext.decoding.stored import has_only_pickles, header_of, load_pickles
     from lmeval_ext.divergence.head import OutputHead, logit_settings
     from lmeval_ext.models.hf.decoded import DecodingClass, dense_config
     from lmeval_ext.models.hf.loading import FLOATS, CheckedClass, quant_method, unify_dtype
@@ -51,16 +53,19 @@ class HFQuantized(Observed, HFLM):
     GPU if there is one; softmax_dtype to float32 (with the harness' default, bfloat16 models have log-softmax in
     bfloat16, and sums are rounded to whole numbers). multimodal=True loads a model that also sees pictures, with all
     its parts, and runs its text part. reference= and save_reference= measure divergence (docs/metrics.md). Weights are
-    read from safetensors only, never from pickles. EXL3 and EXL2 are decoded to dense weights at load, by default to
-    float32 on a CPU and float16 elsewhere.
+    read from safetensors only; allow_pickle=True also reads a decoded format from pytorch_model.bin, with
+    torch.load(weights_only=True). Formats that Transformers does not know or misreads (EXL3, EXL2, AQLM, VPTQ, QTIP,
+    Any-Precision, HQQ, FP8 of AutoFP8 and ModelOpt, ModelOpt's NVFP4) are decoded to dense weights at load, by default
+    to float32 on a CPU and float16 elsewhere. precision=: bits per weight of an Any-Precision checkpoint.
     """
 
     engine_packages = ("transformers",)
     stock_models = ("hf", "huggingface", "hf-multimodal")
     reference_modes = ("hidden", "logits")
-    neutral_arguments = frozenset({"use_safetensors", "softmax_dtype"})
+    neutral_arguments = frozenset({"use_safetensors", "softmax_dtype", "allow_pickle"})
     _config: Any  # the harness': the model's config
     batch_size_per_gpu: Any  # the harness': rows, or "auto"
+    _pickled_headers: list[Header] | None = None  # of a decoded checkpoint in PyTorch's pickles
 
     def __init__(
         self,
@@ -68,11 +73,15 @@ class HFQuantized(Observed, HFLM):
         label: str | None = None,
         device: str | None = None,
         multimodal: bool = False,
+        allow_pickle: bool = False,
         **kwargs: Any,
     ) -> None:
         self.label = label or default_label(pretrained)
         self.take_reference_arguments(kwargs)
         self._decoded: str | None = None  # the checkpoint's folder, if its weights are decoded at load
+        # In kwargs until here, so that it is part of a reference's identity
+        self._precision: int | None = kwargs.pop("precision", None)
+        self._allow_pickle = allow_pickle
         if multimodal:
             self.AUTO_MODEL_CLASS = transformers.AutoModelForImageTextToText
         kwargs.setdefault("softmax_dtype", "float32")
@@ -85,26 +94,31 @@ class HFQuantized(Observed, HFLM):
             super().__init__(pretrained=pretrained, device=device, **kwargs)
         except Exception as error:
             raise explain(error, pretrained, kwargs.get("tokenizer")) from error
+        if label is None and self._precision is not None:
+            self.label += f"-{self._precision}bit"  # each precision of a checkpoint is a point of its own
         self._gguf_file = kwargs.get("gguf_file")
         # With this argument, models run the output matrix only on the positions that predict a target
         self._keeps = "logits_to_keep" in inspect.signature(self.model.forward).parameters
         unify_dtype(self.model)
 
-    # The two hooks of HFLM (0.4.13) through which EXL3 and EXL2 become dense weights: the first sets the config, by
+    # The two hooks of HFLM (0.4.13) through which decoded formats become dense weights: the first sets the config, by
     # which the harness asks Transformers for a quantizer; the second calls from_pretrained.
     def _get_config(self, pretrained: str, **kwargs: Any) -> None:
         super()._get_config(pretrained, **kwargs)
         folder = None if kwargs.get("gguf_file") else local_checkpoint(pretrained, kwargs.get("revision"))
         place = kwargs.get("subfolder") or ""
-        if folder and exl_method(Path(folder, place)):
+        if folder and decoding_method(Path(folder, place)):
             if not Path(pretrained).exists():  # a hub id, of which only the config has been fetched so far
                 folder = snapshot_download(pretrained, revision=kwargs.get("revision"))
             self._decoded = str(Path(folder, place))
             self._config = dense_config(self._config)
+        if self._decoded or self._precision is not None:
+            self._precision = checked_precision(Path(self._decoded or pretrained), self._precision)
 
     def _create_model(self, pretrained: str, **kwargs: Any) -> None:
         auto_class, decode = self.AUTO_MODEL_CLASS, self._decoded is not None
-        loader = DecodingClass(auto_class, self.config, self.device) if decode else CheckedClass(auto_class)
+        options = {"precision": self._precision, "allow_pickle": self._allow_pickle}
+        loader = DecodingClass(auto_class, self.config, self.device, **options) if decode else CheckedClass(auto_class)
         self.AUTO_MODEL_CLASS = loader
         try:
             super()._create_model(self._decoded or pretrained, **kwargs)
@@ -112,6 +126,8 @@ class HFQuantized(Observed, HFLM):
             self.AUTO_MODEL_CLASS = auto_class
         if isinstance(loader, DecodingClass):
             self._decoding_notes = loader.notes
+            if self._allow_pickle and has_only_pickles(Path(str(self._decoded))):
+                self._pickled_headers = [header_of(Path(str(self._decoded)), load_pickles(Path(str(self._decoded))))]
 
     @property
     def vocabulary(self) -> int:
@@ -269,6 +285,8 @@ class HFQuantized(Observed, HFLM):
             device=str(self.device),
             revision=self.revision,
             scoring="logits",
+            headers=self._pickled_headers,
+            precision=self._precision,
         )
         if running and running != stored and not self._gguf_file:
             quantized_at_load(facts, running)

@@ -1,4 +1,6 @@
-"""EXL3 and EXL2 checkpoints in Transformers, which knows neither: they are decoded to dense weights at load.
+"""Checkpoints that Transformers cannot run, or misreads: they are decoded to dense weights at load.
+
+Which ones: `lmeval_ext.decoding.formats`.
 
 Tested with transformers 5.19. The dense weights go through `from_pretrained(None, config=…, state_dict=…)`, so that
 Transformers renames, stacks experts and places tensors as it does for the unquantized checkpoint.
@@ -7,13 +9,16 @@ Transformers renames, stacks experts and places tensors as it does for the unqua
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from lmeval_ext.decoding.checkpoint import decoded
+from lmeval_ext.decoding import activations
+from lmeval_ext.decoding.checkpoint import decoded, source_of
 from lmeval_ext.errors import UserError
 from lmeval_ext.models.hf.loading import some
+from lmeval_ext.storage.roles import BUFFERS, CACHE_SCALE, DRAFTS, of_another_modality
 
 NOTE = "decoded to dense weights at load: sizes are those of the checkpoint, not of what ran"
 
@@ -21,12 +26,12 @@ NOTE = "decoded to dense weights at load: sizes are those of the checkpoint, not
 class DecodingClass:
     """Replaces a Transformers auto class where the harness calls its `from_pretrained`.
 
-    auto_class: the auto class itself. config: the checkpoint's config. device: where to decode. notes: for the result
-    file, about the model that was loaded.
+    auto_class: the auto class itself. config: the checkpoint's config. device: where to decode. options: of `decoded`.
+    notes: for the result file, about the model that was loaded.
     """
 
-    def __init__(self, auto_class: Any, config: Any, device: torch.device) -> None:
-        self.auto_class, self.config, self.device = auto_class, config, device
+    def __init__(self, auto_class: Any, config: Any, device: torch.device, **options: Any) -> None:
+        self.auto_class, self.config, self.device, self.options = auto_class, config, device, options
         self.notes = [NOTE]
 
     def from_pretrained(self, folder: str, *, dtype: Any, trust_remote_code: bool = False, **kwargs: Any) -> Any:
@@ -45,7 +50,7 @@ class DecodingClass:
         shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
         model_class, config = type(skeleton), skeleton.config
         spread = kwargs.get("device_map") == "auto" or kwargs.get("tp_plan") is not None
-        state = decoded(folder, dtype, "cpu" if spread else self.device, shapes)
+        state = decoded(folder, dtype, "cpu" if spread else self.device, shapes, **self.options)
         if "lm_head.weight" in state:  # the formats store it even if it is tied in the original
             for part in (config, config.get_text_config()):
                 part.tie_word_embeddings = False
@@ -54,9 +59,11 @@ class DecodingClass:
         model, report = model_class.from_pretrained(
             None, config=config, state_dict=state, dtype=dtype, output_loading_info=True, **kwargs
         )
-        _check(report, folder)
+        _check(report, folder, config)
         if unused := sorted(report["unexpected_keys"]):  # vision towers and draft layers, as for any checkpoint
             self.notes.append(f"{len(unused)} tensors have no place in Transformers' model: {some(unused)}")
+        if source := source_of(Path(folder)):
+            self.notes += activations.notes(*source)
         return model
 
 
@@ -64,15 +71,37 @@ def dense_config(config: Any) -> Any:
     """A copy of a config without its quantization."""
     config = copy.deepcopy(config)
     for part in (config, config.get_text_config()):
-        if hasattr(part, "quantization_config"):
-            del part.quantization_config
+        for name in ("quantization_config", "compression_config", "quip_params", "anyprec"):
+            if hasattr(part, name):
+                delattr(part, name)
     return config
 
 
-def _check(report: dict[str, Any], folder: str) -> None:
-    """Raises UserError if weights are missing: Transformers fills them with random numbers and only warns."""
+def _check(report: dict[str, Any], folder: str, config: Any) -> None:
+    """Raises UserError if weights are missing or left over.
+
+    Transformers fills missing ones with random numbers and only warns; one that is left over may be a renamed one.
+    """
     if missing := sorted(report["missing_keys"]):
         raise UserError(
-            f"{folder} has no {some(missing)}: it is incomplete, or ExLlama lays this architecture out differently "
-            "from Transformers; then run it with exllamav3 or exllamav2 on a GPU"
+            f"{folder} has no {some(missing)}: it is incomplete, or its quantizer lays this architecture out "
+            "differently from Transformers; then run it with the quantizer's own engine"
         )
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if strange := sorted(name for name in report["unexpected_keys"] if not _beside_the_model(name, layers)):
+        raise UserError(
+            f"{folder}: Transformers' model has no place for {some(strange)}: the checkpoint is of another model than "
+            "its config.json says, or a tensor was renamed"
+        )
+
+
+def _beside_the_model(name: str, layers: int | None) -> bool:
+    """Whether a tensor is of a vision tower, a draft layer or a cache, which a language model runs without.
+
+    layers: the model's; DeepSeek and others store their draft layers behind them.
+    """
+    parts = name.split(".")
+    number = next((int(part) for part in parts if part.isdecimal()), None)
+    behind = layers is not None and number is not None and number >= layers
+    known = DRAFTS.search(name) or BUFFERS.search(name) or CACHE_SCALE.search(name)
+    return bool(known) or behind or of_another_modality(parts)
