@@ -12,7 +12,6 @@ import logging
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from lm_eval.api.model import TemplateLM
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 from lmeval_ext.errors import UserError, first_line
 from lmeval_ext.models import harness_models  # noqa: F401 (gives every LM the method `score_token_windows`)
-from lmeval_ext.models.record import Quantization
+from lmeval_ext.models.record import Quantization, result_block
 from lmeval_ext.requests import WindowRequest, WindowScores, check_length
 
 logger = logging.getLogger(__name__)
@@ -189,7 +188,7 @@ class Adapter(TemplateLM):
             )
         if self._window_seconds:
             facts.tokens_per_second = self._window_tokens / self._window_seconds
-        return {**inherited, "quantization": asdict(facts)}
+        return {**inherited, "quantization": result_block(facts)}
 
 
 def check_windows(windows: Sequence[WindowRequest], limit: int, vocabulary: int) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import numbers
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from enum import Enum
 from typing import Any
 
 from lmeval_ext.storage import StorageError, StorageInfo, inspect
@@ -54,6 +56,37 @@ class Quantization:
     kv_pool_gb: float | None = None
     nan_loglikelihoods: int = 0
     notes: list[str] = field(default_factory=list)
+
+
+def result_block(facts: Quantization) -> dict[str, Any]:
+    """The block for the result file: plain JSON values only.
+
+    Members of an enum become their values. Any other object, whose text form would change with the engine's version,
+    becomes None, and a note says so.
+    """
+    notes: list[str] = []
+
+    def plain(name: str, value: Any) -> Any:
+        if isinstance(value, Enum):
+            return plain(name, value.value)
+        if isinstance(value, dict):
+            return {str(plain(name, key)): plain(name, item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(name, item) for item in value]
+        if value is None or isinstance(value, bool):
+            return value
+        if isinstance(value, str):  # torch.__version__ is of a subclass
+            return str(value)
+        if isinstance(value, numbers.Integral):  # NumPy's numbers too
+            return int(value)
+        if isinstance(value, numbers.Real):
+            return float(value)
+        notes.append(f"{name} unknown: the engine gave an object of type {type(value).__name__}")
+        return None
+
+    block = {name: plain(name, value) for name, value in asdict(facts).items()}
+    block["notes"] = [note for note in block["notes"] if note is not None] + notes
+    return block
 
 
 def from_storage(

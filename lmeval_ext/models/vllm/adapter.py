@@ -285,7 +285,7 @@ class VLLMQuantized(Observed, VLLM):
             label=self.label,
             engine="vllm",
             engine_version=vllm.__version__,
-            dtype=str(self.model_args.get("dtype")),
+            dtype=str(self.model_args.get("dtype")).removeprefix("torch."),
             device="cpu" if self._on_cpu else vllm.platforms.current_platform.get_device_name(),
             revision=self._revision,
             scoring="engine" if self._engine is not None else "prompt_logprobs",
