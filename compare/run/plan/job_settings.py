@@ -51,10 +51,9 @@ class JobSettings:
     def job(self, entry: Entry) -> Job:
         """The job of `entry`. Raises CompareError where nothing says which task to run."""
         spec, folder = entry.spec, entry.file.parent
-        unavailable = None
         if isinstance(spec, GuideModel):
             row = LOAD_FNS[spec.load_fn]
-            model, unavailable = row.model, row.unavailable
+            model = row.model
             args: dict[str, Any] = dict(row.args)
             if isinstance(spec.model_dir, list):
                 args |= {"pretrained": spec.model_dir[0], "override_tensors": spec.model_dir[1]}
@@ -98,7 +97,7 @@ class JobSettings:
             out_logits=out_logits,
             log_samples=self.log_samples,
             source=entry.source,
-            unavailable=unavailable or missing,
+            unavailable=missing,
         )
 
     def _tasks(self, entry: Entry) -> tuple[str, ...]:

@@ -16,18 +16,15 @@ class LoadFn(NamedTuple):
     """One row: the harness model and arguments that do what the load function did.
 
     fwd_fns: the values of `fwd_fn` that go with it. folder_list: whether `model_dir` may be `[folder, overrides]`.
-    unavailable: why no harness model does the same, None if one does.
     """
 
     model: str
     args: dict[str, Any]
     fwd_fns: tuple[str, ...]
     folder_list: bool = False
-    unavailable: str | None = None
 
 
 _HALF = {"dtype": "float16"}
-_NOT_YET = "load_fn {name!r} is not available yet: no engine of the harness runs it"
 
 LOAD_FNS: dict[str, LoadFn] = {
     "vllm": LoadFn("vllm_nvfp4", {}, ("vllm",)),
@@ -39,8 +36,9 @@ LOAD_FNS: dict[str, LoadFn] = {
     "transformers_auto_bf16": LoadFn("hf_quant", {"dtype": "bfloat16", "parallelize": True}, ("transformers",)),
     # the text part of a model that also sees pictures
     "transformers_mm": LoadFn("hf_quant", {**_HALF, "multimodal": True}, ("transformers",)),
-    "anyprecision": LoadFn("", {}, ("anyprecision",), unavailable=_NOT_YET.format(name="anyprecision")),
-    "qtip": LoadFn("", {}, ("qtip",), unavailable=_NOT_YET.format(name="qtip")),
+    # their own packages are not needed: the weights are decoded (Any-Precision's at the highest precision, as it did)
+    "anyprecision": LoadFn("hf_quant", _HALF, ("anyprecision",)),
+    "qtip": LoadFn("hf_quant", _HALF, ("qtip",)),
 }
 
 FWD_FNS = tuple(dict.fromkeys(name for row in LOAD_FNS.values() for name in row.fwd_fns))

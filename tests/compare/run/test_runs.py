@@ -135,12 +135,12 @@ def test_failure_names_its_reason(workshop: Workshop, capsys: Any, how: str, tex
 
 
 def test_unavailable_models_are_reported_and_the_others_run(workshop: Workshop, capsys: Any) -> None:
-    workshop.entries[0]["load_fn"] = workshop.entries[0]["fwd_fn"] = "qtip"
+    workshop.entries[0]["model_dir"] = "./models/away"
     workshop.entries[1]["model_dir"] = "./models/nowhere"
     workshop.write()
     assert workshop.run() == 3
     out = capsys.readouterr().out
-    assert "Model a: not run: load_fn 'qtip' is not available yet" in out
+    assert f"Model a: not run: no such file or folder: {workshop.root}/models/away" in out
     assert f"Model b: not run: no such file or folder: {workshop.root}/models/nowhere" in out
     assert "models.json: entry 2" in out
     assert workshop.calls() == ["c"]

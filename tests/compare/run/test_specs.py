@@ -80,6 +80,8 @@ def test_guide_json_works_unchanged(folder: Path) -> None:
         ("transformers_auto", "hf_quant", {"dtype": "float16", "parallelize": True}),
         ("transformers_auto_bf16", "hf_quant", {"dtype": "bfloat16", "parallelize": True}),
         ("transformers_mm", "hf_quant", {"dtype": "float16", "multimodal": True}),
+        ("anyprecision", "hf_quant", {"dtype": "float16"}),
+        ("qtip", "hf_quant", {"dtype": "float16"}),
         ("exllamav2", "exllamav2", {}),
         ("exllamav3", "exllamav3", {}),
     ],
@@ -94,13 +96,6 @@ def test_llamacpp_gets_the_tokenizer_of_the_data_spec(folder: Path) -> None:
     expected = {"pretrained": str(folder / "model.gguf"), "tokenizer": str(folder / "model"), "max_length": 2560}
     assert made.args == expected
     assert made.label == "model.gguf"
-
-
-@pytest.mark.parametrize("load_fn", ["anyprecision", "qtip"])
-def test_load_fn_without_engine_is_unavailable(folder: Path, load_fn: str) -> None:
-    made = job(folder, {"load_fn": load_fn, "fwd_fn": load_fn, "label": "x", "model_dir": "model"})
-    assert made.unavailable is not None
-    assert "not available yet" in made.unavailable
 
 
 def test_model_dir_with_overrides_becomes_arguments(folder: Path) -> None:
@@ -330,7 +325,7 @@ def test_shipped_model_spec_is_valid(file: Path) -> None:
 def test_shipped_specs_use_every_engine() -> None:
     entries, _ = load_models([str(f) for f in MODEL_SPECS])
     shown = {getattr(entry.spec, "load_fn", None) for entry in entries}
-    assert {name for name, row in LOAD_FNS.items() if not row.unavailable} <= shown
+    assert set(LOAD_FNS) <= shown
 
 
 def test_demo_specs_equal_the_models_of_the_demo() -> None:
