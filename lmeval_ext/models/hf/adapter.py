@@ -34,6 +34,7 @@ try:
     from lmeval_ext.decoding.stored import has_only_pickles, header_of, load_pickles
     from lmeval_ext.divergence.head import OutputHead, logit_settings
     from lmeval_ext.models.hf.decoded import DecodingClass, dense_config
+    from lmeval_ext.models.hf.kernels import kernel_name, prefer_exact
     from lmeval_ext.models.hf.loading import FLOATS, CheckedClass, quant_method, unify_dtype
     from lmeval_ext.models.hf.scoring import captured_states
     from lmeval_ext.models.hf.shared_contexts import NotShared, SharedContexts, can_share
@@ -82,6 +83,8 @@ class HFQuantized(Observed, HFLM):
         # In kwargs until here, so that it is part of a reference's identity
         self._precision: int | None = kwargs.pop("precision", None)
         self._allow_pickle = allow_pickle
+        self._ran_decoded = False  # by us, or by Transformers
+        self._loading_notes: list[str] = []
         if multimodal:
             self.AUTO_MODEL_CLASS = transformers.AutoModelForImageTextToText
         kwargs.setdefault("softmax_dtype", "float32")
@@ -118,16 +121,21 @@ class HFQuantized(Observed, HFLM):
     def _create_model(self, pretrained: str, **kwargs: Any) -> None:
         auto_class, decode = self.AUTO_MODEL_CLASS, self._decoded is not None
         options = {"precision": self._precision, "allow_pickle": self._allow_pickle}
-        loader = DecodingClass(auto_class, self.config, self.device, **options) if decode else CheckedClass(auto_class)
+        loader: DecodingClass | CheckedClass = (
+            DecodingClass(auto_class, self.config, self.device, **options)
+            if decode
+            else CheckedClass(auto_class, self.config)
+        )
         self.AUTO_MODEL_CLASS = loader
+        if self.device.type == "cpu":
+            prefer_exact(quant_method(self.config), kwargs.get("quantization_config"))
         try:
             super()._create_model(self._decoded or pretrained, **kwargs)
         finally:
             self.AUTO_MODEL_CLASS = auto_class
-        if isinstance(loader, DecodingClass):
-            self._decoding_notes = loader.notes
-            if self._allow_pickle and has_only_pickles(Path(str(self._decoded))):
-                self._pickled_headers = [header_of(Path(str(self._decoded)), load_pickles(Path(str(self._decoded))))]
+        self._loading_notes, self._ran_decoded = loader.notes, loader.decoded
+        if isinstance(loader, DecodingClass) and self._allow_pickle and has_only_pickles(Path(str(self._decoded))):
+            self._pickled_headers = [header_of(Path(str(self._decoded)), load_pickles(Path(str(self._decoded))))]
 
     @property
     def vocabulary(self) -> int:
@@ -280,7 +288,7 @@ class HFQuantized(Observed, HFLM):
             label=self.label,
             engine="transformers",
             engine_version=transformers.__version__,
-            kernel=running,
+            kernel=kernel_name(self.model, running),
             dtype=str(self.model.dtype).removeprefix("torch."),
             device=str(self.device),
             revision=self.revision,
@@ -290,9 +298,9 @@ class HFQuantized(Observed, HFLM):
         )
         if running and running != stored and not self._gguf_file:
             quantized_at_load(facts, running)
-        if self._decoded:
+        if self._ran_decoded:
             facts.kernel = "decoded"
-            facts.notes += self._decoding_notes
+        facts.notes += self._loading_notes
         if self.peft or self.delta:
             facts.notes.append(f"sizes are of the base model, without {self.peft or self.delta!r}")
         if self.device.type == "cuda":

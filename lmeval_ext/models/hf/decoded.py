@@ -17,8 +17,8 @@ import torch
 from lmeval_ext.decoding import activations
 from lmeval_ext.decoding.checkpoint import decoded, source_of
 from lmeval_ext.errors import UserError
-from lmeval_ext.models.hf.loading import some
-from lmeval_ext.storage.roles import BUFFERS, CACHE_SCALE, DRAFTS, of_another_modality
+from lmeval_ext.models.hf.checks import beside_the_model, some
+from lmeval_ext.storage.roles import BUFFERS, CACHE_SCALE
 
 NOTE = "decoded to dense weights at load: sizes are those of the checkpoint, not of what ran"
 
@@ -27,8 +27,10 @@ class DecodingClass:
     """Replaces a Transformers auto class where the harness calls its `from_pretrained`.
 
     auto_class: the auto class itself. config: the checkpoint's config. device: where to decode. options: of `decoded`.
-    notes: for the result file, about the model that was loaded.
+    notes: for the result file, about the model that was loaded. decoded: as in `CheckedClass`.
     """
+
+    decoded = True
 
     def __init__(self, auto_class: Any, config: Any, device: torch.device, **options: Any) -> None:
         self.auto_class, self.config, self.device, self.options = auto_class, config, device, options
@@ -87,21 +89,13 @@ def _check(report: dict[str, Any], folder: str, config: Any) -> None:
             f"{folder} has no {some(missing)}: it is incomplete, or its quantizer lays this architecture out "
             "differently from Transformers; then run it with the quantizer's own engine"
         )
-    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
-    if strange := sorted(name for name in report["unexpected_keys"] if not _beside_the_model(name, layers)):
+    if strange := sorted(name for name in report["unexpected_keys"] if not _needless(name, config)):
         raise UserError(
             f"{folder}: Transformers' model has no place for {some(strange)}: the checkpoint is of another model than "
             "its config.json says, or a tensor was renamed"
         )
 
 
-def _beside_the_model(name: str, layers: int | None) -> bool:
-    """Whether a tensor is of a vision tower, a draft layer or a cache, which a language model runs without.
-
-    layers: the model's; DeepSeek and others store their draft layers behind them.
-    """
-    parts = name.split(".")
-    number = next((int(part) for part in parts if part.isdecimal()), None)
-    behind = layers is not None and number is not None and number >= layers
-    known = DRAFTS.search(name) or BUFFERS.search(name) or CACHE_SCALE.search(name)
-    return bool(known) or behind or of_another_modality(parts)
+def _needless(name: str, config: Any) -> bool:
+    """Whether a language model runs without a tensor: a buffer, or of a cache, a vision tower or a draft layer."""
+    return bool(BUFFERS.search(name) or CACHE_SCALE.search(name)) or beside_the_model(name, config)

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from lmeval_ext.errors import MissingEngineError, UserError, first_line
-from lmeval_ext.models.loading import explain_load
+from lmeval_ext.models.hf.methods import REFUSED, method_in, what_is_needed
+from lmeval_ext.models.loading import explain_load, local_checkpoint
 
 
 def explain(error: Exception, pretrained: Any, tokenizer: Any = None) -> Exception:
@@ -20,11 +22,26 @@ def explain(error: Exception, pretrained: Any, tokenizer: Any = None) -> Excepti
             f"pretrained={pretrained!r}: out of GPU memory while loading; use dtype=float16, device=cpu, or "
             "parallelize=True over several GPUs"
         )
+    if isinstance(error, UserError):
+        return error
+    path = local_checkpoint(pretrained)
+    method = method_in(Path(path)) if path is not None else None
+    needed = what_is_needed(method) if method is not None else None
+    if needed:
+        if method in REFUSED:
+            return UserError(f"pretrained={pretrained!r}: {needed} ({type(error).__name__}: {first_line(error)})")
+        return MissingEngineError(f"pretrained={pretrained!r}: {needed}")
     if isinstance(error, ImportError):
-        return MissingEngineError(f"pretrained={pretrained!r}: {first_line(error)}; or pip install 'lmeval-ext[quant]'")
-    missing = None if isinstance(error, UserError) else what_is_missing(pretrained, tokenizer)
-    if missing:
+        return MissingEngineError(
+            f"pretrained={pretrained!r} needs a package that is not installed: {first_line(error)}"
+        )
+    if missing := what_is_missing(pretrained, tokenizer):
         return UserError(missing)
+    if "Unknown quantization type" in text:
+        return UserError(
+            f"pretrained={pretrained!r}: Transformers {transformers.__version__} does not know quant_method "
+            f"{method!r}, and it is not decoded here; run it with its own engine"
+        )
     if "trust_remote_code" in text:
         return explain_load(error, pretrained, "if you trust the code in that folder, add trust_remote_code=True")
     if "model type" in text or "Unrecognized" in text:
