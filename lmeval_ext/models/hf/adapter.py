@@ -32,10 +32,14 @@ try:
 
     from lmeval_ext.decoding.checkpoint import checked_precision, decoding_method
     from lmeval_ext.decoding.stored import has_only_pickles, header_of, load_pickles
-    from lmeval_ext.divergence.head import OutputHead, logit_settings
+    from lmeval_ext.divergence.head import OutputHead
+    from lmeval_ext.models.hf.checks import some
     from lmeval_ext.models.hf.decoded import DecodingClass, dense_config
+    from lmeval_ext.models.hf.dtypes import FLOATS, main_dtype, other_dtypes, unify_dtype
+    from lmeval_ext.models.hf.first_forward import PROBE, first_forward
     from lmeval_ext.models.hf.kernels import kernel_name, prefer_exact
-    from lmeval_ext.models.hf.loading import FLOATS, CheckedClass, quant_method, unify_dtype
+    from lmeval_ext.models.hf.loading import CheckedClass, quant_method
+    from lmeval_ext.models.hf.rotary import depends_on_length, forget_lengths
     from lmeval_ext.models.hf.scoring import captured_states
     from lmeval_ext.models.hf.shared_contexts import NotShared, SharedContexts, can_share
 except ImportError as error:
@@ -102,7 +106,16 @@ class HFQuantized(Observed, HFLM):
         self._gguf_file = kwargs.get("gguf_file")
         # With this argument, models run the output matrix only on the positions that predict a target
         self._keeps = "logits_to_keep" in inspect.signature(self.model.forward).parameters
-        unify_dtype(self.model)
+        dtype = kwargs.get("dtype", "auto")
+        dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        unify_dtype(self.model, dtype if isinstance(pretrained, str) else None)
+        self._length_decides = depends_on_length(self.model.config)
+        if self._length_decides:
+            forget_lengths(self.model)
+        ids = [i for i in self.tok_encode(PROBE) if i < self.config.get_text_config().vocab_size]
+        name, seq2seq = f"pretrained={pretrained!r}", self.backend != "causal"
+        first = first_forward(self.model, ids or [0], name, kwargs.get("attn_implementation"), seq2seq)
+        self._settings, self._notes = first.settings, first.notes
 
     # The two hooks of HFLM (0.4.13) through which decoded formats become dense weights: the first sets the config, by
     # which the harness asks Transformers for a quantizer; the second calls from_pretrained.
@@ -139,7 +152,8 @@ class HFQuantized(Observed, HFLM):
 
     @property
     def vocabulary(self) -> int:
-        return int(self.config.get_text_config().vocab_size)
+        size = int(self.config.get_text_config().vocab_size)
+        return size if self._settings is None else min(size, self._settings.columns)
 
     def score_windows(self, windows: Sequence[WindowRequest]) -> list[WindowScores]:
         results: list[WindowScores | None] = [None] * len(windows)
@@ -194,8 +208,15 @@ class HFQuantized(Observed, HFLM):
         weight = getattr(layer, "weight", None)
         if not isinstance(weight, torch.Tensor) or weight.dtype not in FLOATS:
             raise UserError(f"{self.label}: the output matrix is quantized or out of reach; use reference_mode=logits")
+        if self._settings is None:
+            raise UserError(
+                f"{self.label}: its logits are not scale × cap × tanh(x / cap) of its output matrix' products; use "
+                "reference_mode=logits"
+            )
         bias = getattr(layer, "bias", None)
-        return OutputHead(weight.data, None if bias is None else bias.data, *logit_settings(self.config))
+        return OutputHead(
+            weight.data, None if bias is None else bias.data, self._settings.softcap, self._settings.scale
+        )
 
     def checkpoint(self) -> str | None:
         path = local_checkpoint(self.pretrained, self.revision)
@@ -218,7 +239,7 @@ class HFQuantized(Observed, HFLM):
         rest = [i for i, result in enumerate(results) if result is None]
         if rest:
             kept = self.batch_size_per_gpu
-            if self._rounds_by_batch:
+            if self._one_by_one:
                 self.batch_size_per_gpu, override_bs = 1, 1
             try:
                 others = super()._loglikelihood_tokens(
@@ -231,12 +252,25 @@ class HFQuantized(Observed, HFLM):
         return results
 
     @property
-    def _rounds_by_batch(self) -> bool:
-        """Whether results depend on the other rows of a batch: 16-bit products on a CPU do.
+    def _one_by_one(self) -> bool:
+        """Whether results depend on the other rows of a batch, so that rows of different lengths go one at a time.
 
-        Batches save no time there, so rows go one at a time and have the same scores for every batch size.
+        Rotary frequencies do where the longest row decides, and 16-bit products on a CPU, where batches save no time.
         """
-        return self.device.type == "cpu" and self.model.dtype in (torch.bfloat16, torch.float16)
+        return self._length_decides or (
+            self.device.type == "cpu" and self.model.dtype in (torch.bfloat16, torch.float16)
+        )
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        """Generates as the harness' `hf`; one prompt at a time where the longest one decides for all."""
+        kept = self.batch_size_per_gpu
+        if self._length_decides:
+            self.batch_size_per_gpu = 1
+        try:
+            texts: list[str] = super().generate_until(requests, disable_tqdm=disable_tqdm)
+        finally:
+            self.batch_size_per_gpu = kept
+        return texts
 
     def _shared(self, requests: Any) -> Iterator[tuple[int, tuple[float, bool]]]:
         """Yields (index, result) of the requests that share a context with others, if the model allows sharing."""
@@ -244,7 +278,7 @@ class HFQuantized(Observed, HFLM):
             return
         groups, _ = split_groups(group_requests(requests, self.max_length))
         rows = 64 if str(self.batch_size).startswith("auto") else int(self.batch_size)
-        rows = 1 if self._rounds_by_batch else rows
+        rows = 1 if self._one_by_one else rows
         shared = SharedContexts(self.model, self.vocabulary, self._keeps, self.device)
         try:
             with torch.autocast(
@@ -283,13 +317,14 @@ class HFQuantized(Observed, HFLM):
 
     def describe(self) -> Quantization:
         stored, running = (quant_method(c) for c in (self.config, self.model.config))
+        dtype = main_dtype(self.model) or self.model.dtype
         facts = from_storage(
             self.checkpoint(),
             label=self.label,
             engine="transformers",
             engine_version=transformers.__version__,
             kernel=kernel_name(self.model, running),
-            dtype=str(self.model.dtype).removeprefix("torch."),
+            dtype=str(dtype).removeprefix("torch."),
             device=str(self.device),
             revision=self.revision,
             scoring="logits",
@@ -300,7 +335,9 @@ class HFQuantized(Observed, HFLM):
             quantized_at_load(facts, running)
         if self._ran_decoded:
             facts.kernel = "decoded"
-        facts.notes += self._loading_notes
+        facts.notes += self._loading_notes + self._notes
+        if others := other_dtypes(self.model, dtype):
+            facts.notes.append(f"not in {facts.dtype}: {some(others)}")
         if self.peft or self.delta:
             facts.notes.append(f"sizes are of the base model, without {self.peft or self.delta!r}")
         if self.device.type == "cuda":

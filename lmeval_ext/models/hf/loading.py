@@ -1,4 +1,4 @@
-"""Loading through Transformers: what it only warns about is an error here (checks.py), and dtypes are made equal.
+"""Loading through Transformers: what it only warns about is an error here (checks.py).
 
 Tested with transformers 5.19 and 5.24.
 """
@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from lmeval_ext.errors import UserError
 from lmeval_ext.models.hf.activations import asks_for_activations, decoded_by_transformers, weight_only_note
@@ -21,8 +19,6 @@ from lmeval_ext.storage.checkpoint import read_checkpoint
 from lmeval_ext.storage.schemes import method_of
 from lmeval_ext.storage.shard_index import check_index
 from lmeval_ext.storage.tensors import StoredTensor
-
-FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class CheckedClass:
@@ -109,23 +105,3 @@ def quant_method(config: Any) -> str | None:
     Transformers keeps it as a member of an enum, which Python prints as "QuantizationMethod.AWQ".
     """
     return method_of(quantization_settings(config))
-
-
-def unify_dtype(model: torch.nn.Module) -> None:
-    """Casts weights that are decompressed at the first forward to the dtype that the model was loaded in.
-
-    compressed-tensors decompresses FP4 to bfloat16, whatever dtype= says, and matrix products of two dtypes fail. Its
-    own hook on the model was registered first, so it has run when this one runs, once.
-    """
-
-    def cast(module: torch.nn.Module, _args: Any) -> None:
-        handle.remove()
-        dtype = getattr(module, "dtype", None)
-        for layer in module.modules():
-            weight = getattr(layer, "weight", None)
-            if not isinstance(weight, torch.nn.Parameter) or not hasattr(layer, "quantization_scheme"):
-                continue
-            if dtype in FLOATS and weight.dtype in FLOATS:
-                weight.data = weight.data.to(dtype)
-
-    handle = model.register_forward_pre_hook(cast)

@@ -12,13 +12,11 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
+from lmeval_ext.models.hf.rotary import depends_on_length
 from lmeval_ext.models.shared_contexts import Group, common_prefix
 from lmeval_ext.models.target_logprobs import logprobs_of_targets
 
 Result = tuple[float, bool]  # sum of log-probabilities, all targets greedy
-
-# Rotary embeddings whose frequencies depend on the length of the sequence, which is another one for a part of it.
-_LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
 def can_share(config: Any) -> bool:
@@ -26,19 +24,7 @@ def can_share(config: Any) -> bool:
 
     Models that also see pictures do not: they count positions in their own ways.
     """
-    text = config.get_text_config()
-    if text is not config:
-        return False
-    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    kinds = {str(value) for key, value in _items(rope) if key in ("rope_type", "type")}
-    return not kinds & set(_LENGTH_DEPENDENT)
-
-
-def _items(tree: Any) -> Iterator[tuple[Any, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):  # one set per kind of layer
-            yield from _items(value)
-        yield key, value
+    return config.get_text_config() is config and not depends_on_length(config)
 
 
 class NotShared(Exception):
