@@ -33,6 +33,11 @@ def check_fit(model: MeasuredModel, store: ReferenceStore, windows: dict[str, Wi
             f"{argument}: the reference {manifest.describe()} has another tokenizer than this model; divergence is "
             "defined between distributions over the same tokens: use a reference of the same model family"
         )
+    if missing and not len(store):
+        raise UserError(
+            f"{argument}: holds no window, because the run that was to write it failed before the first; run "
+            "the same task and --metadata with save_reference= again"
+        )
     if missing:
         raise UserError(
             f"{argument}: holds {len(store)} windows, but not {len(missing)} of the {len(windows)} of this task "

@@ -87,21 +87,29 @@ class OutputHead:
                 yield part, self.weight[part].float()
 
 
-# What Transformers' models apply to their logits. key of the config: (softcap, scale) from its value
+# What models apply to their logits, by the config's field, for engines that do not show it: (softcap, scale)
 _LOGIT_SETTINGS: dict[str, Callable[[float], tuple[float | None, float]]] = {
-    "final_logit_softcapping": lambda v: (v, 1.0),  # Gemma 2, 3n
+    "final_logit_softcapping": lambda v: (v, 1.0),  # Gemma 2, 3n, 4, NanoChat
+    "logits_soft_cap": lambda v: (v, 1.0),  # RecurrentGemma
+    "output_logit_soft_cap": lambda v: (v, 1.0),  # xLSTM
     "logit_scale": lambda v: (None, v),  # Cohere
     "logits_scaling": lambda v: (None, 1 / v),  # Granite
     "lm_head_multiplier": lambda v: (None, v),  # Falcon-H1
 }
+# The same fields with another meaning. model_type: {field: its meaning}
+_BY_MODEL: dict[str, dict[str, Callable[[float], tuple[float | None, float]]]] = {
+    "hyperclovax": {"logits_scaling": lambda v: (None, v)},
+    "minicpm3": {"logits_scaling": lambda v: (None, 1.0)},  # divides the hidden states
+}
 
 
 def logit_settings(config: Any) -> tuple[float | None, float]:
-    """(softcap, scale) of `OutputHead` from a Transformers config, which may also be a dictionary."""
+    """(softcap, scale) of `OutputHead` by the fields of a Transformers config, which may also be a dictionary."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    get = text.get if isinstance(text, dict) else lambda key: getattr(text, key, None)
     softcap, scale = None, 1.0
-    for key, meaning in _LOGIT_SETTINGS.items():
-        value = text.get(key) if isinstance(text, dict) else getattr(text, key, None)
+    for key, meaning in (_LOGIT_SETTINGS | _BY_MODEL.get(str(get("model_type")), {})).items():
+        value = get(key)
         if isinstance(value, (int, float)) and value:
             cap, factor = meaning(float(value))
             softcap, scale = cap or softcap, scale * factor

@@ -29,8 +29,11 @@ logger = logging.getLogger(__name__)
 
 # Bytes of states that are in memory until they are written: the most that an interruption can lose
 _GROUP_BYTES = 256 << 20
-# Nats per token. 16-bit logits differ by 1e-6 to 1e-4; a missing scale or softcap by more than this
-_WRONG_HEAD = 0.01
+# Largest mean divergence of an engine's logits from hidden states × head, in nats per token, by the engine's dtype.
+# Right heads show below 1e-8 in float32, where a cap of 30 that is missing shows from 4e-4 on. In 16 bits it is the
+# rounding of the logits: x of relative standard deviation r gives r² x² / 2, which for |x| = 30 and two roundings is
+# 5e-3 with bfloat16 (r = 2⁻⁷/√12), and 64 times less with float16.
+_WRONG_HEAD = {"float64": 1e-6, "float32": 1e-6, "float16": 2e-4, "bfloat16": 0.01}
 
 
 def score(model: MeasuredModel, windows: Sequence[WindowRequest]) -> list[WindowScores]:
@@ -198,10 +201,13 @@ def _check_distributions(scores: dict[str, WindowScores], model: MeasuredModel, 
             f"{model.label}: {int((~np.isfinite(kld)).sum())} of {len(kld)} distributions are not finite, so it cannot "
             "be a reference; check for damaged weights, or for a dtype that overflows"
         )
-    if mode == "hidden" and kld.mean() > _WRONG_HEAD:
+    dtype = str(model.describe().dtype)
+    largest = _WRONG_HEAD.get(dtype, min(_WRONG_HEAD.values()))
+    if mode == "hidden" and kld.mean() > largest:
         raise UserError(
             f"{model.label}: hidden states times output matrix do not give this model's logits (mean divergence "
-            f"{kld.mean():.3g}): its head does something that is not known here; use reference_mode=logits"
+            f"{kld.mean():.3g}, in {dtype} expected below {largest:g}): its head does something that is not known "
+            "here; use reference_mode=logits"
         )
 
 

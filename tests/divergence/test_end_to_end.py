@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import logging
 import math
@@ -554,9 +555,11 @@ def test_figures_of_a_model_of_nan_are_none(tiny_llama: Path, reference: Path, t
 def test_head_with_an_unknown_step_is_refused(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lmeval_ext.models.hf import adapter as hf_quant
+    from lmeval_ext.models.hf.adapter import HFQuantized
 
-    monkeypatch.setattr(hf_quant, "logit_settings", lambda config: (None, 0.5))
+    right = HFQuantized.output_head
+    # the logits' cap of RecurrentGemma and xLSTM, which changes them by less than 16 bits would
+    monkeypatch.setattr(HFQuantized, "output_head", lambda self: dataclasses.replace(right(self), softcap=30.0))
     with pytest.raises(UserError, match="its head does something that is not known here; use reference_mode=logits"):
         scored("hf_quant", tiny_llama, dtype="float32", save_reference=str(tmp_path / "store"))
     assert len(ReferenceStore.open(tmp_path / "store")) == 0
