@@ -1,8 +1,9 @@
 """The quantization families as data: names, colours, markers.
 
-EXL2, EXL3, GGUF, VPTQ and QTIP have the colours of ExLlamaV3's plots, which readers may know; the others, except
-NVFP4, are shades of grey distinguished by marker. The colours differ in lightness as well as hue, and every family has
-its own marker, so nothing depends on distinguishing red from green.
+EXL2, EXL3, GGUF, VPTQ and QTIP have the colours of ExLlamaV3's plots, which readers may know. FP8, INT, MXFP4 and full
+precision are shades of grey distinguished by marker. The colours of the others were chosen far apart (CIE L*a*b*) for
+readers with protanopia and deuteranopia too, and every family has its own marker, so nothing depends on distinguishing
+red from green.
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ FAMILIES: dict[str, Family] = {
         Family("VPTQ", "#2f7df0", "#7db9ff", "D"),
         Family("QTIP", "#0d9a9a", "#43d1cb", "P"),
         Family("NVFP4", "#f09a00", "#ffab2e", "*"),
-        Family("AWQ", "#33383f", "#d9dee5", "v"),
-        Family("GPTQ", "#5b626c", "#b9c0ca", "X"),
-        Family("bitsandbytes", "#777f8a", "#98a1ad", "<"),
-        Family("AQLM", "#454b54", "#c8cfd8", ">"),
+        Family("AWQ", "#703163", "#cd6793", "v"),
+        Family("GPTQ", "#be5404", "#ef6c28", "X"),
+        Family("bitsandbytes", "#2d3a05", "#faea2b", "<"),
+        Family("AQLM", "#0c06f5", "#817bcf", ">"),
+        Family("Any-Precision", "#cf8771", "#d1978f", "8"),
+        Family("HQQ", "#296a3d", "#bbf6c4", "x"),
         Family("FP8", "#16181c", "#f1f4f8", "h"),
         Family("INT", "#4e555f", "#cdd3dc", "p"),
         Family("MXFP4", "#69717c", "#a8b1bd", "d"),
@@ -45,7 +48,7 @@ FAMILIES: dict[str, Family] = {
 # For points of any family that another point beats in both size and metric.
 DOMINATED = Family("dominated", "#b4bac3", "#555d69", "o")
 
-_OTHER_MARKERS = ("8", ".", "1", "2", "3", "4", "+", "x")
+_OTHER_MARKERS = (".", "1", "2", "3", "4", "+", "|", "_")
 _BY_LOWER_NAME = {name.lower(): family for name, family in FAMILIES.items()}
 
 

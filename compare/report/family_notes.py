@@ -22,6 +22,8 @@ FAMILY_NOTES: dict[str, str] = {
     "on its calibration text.",
     "bitsandbytes": "Quantized while loading: 8-bit integers or 4-bit NF4/FP4 in blocks of 64, no calibration.",
     "AQLM": "Sums of codebook vectors; codebooks are counted in the bits per weight.",
+    "Any-Precision": "One file with the model at several bit widths: the bits counted are those of the width that ran.",
+    "HQQ": "2- to 8-bit integers in groups with scale and zero point, fitted to the weights without calibration text.",
     "FP8": "8-bit floats. “Dynamic” quantizes activations too, token by token.",
     "INT": "Integers by compressed-tensors: wNaM has N-bit weights and M-bit activations; “gK” groups of K weights.",
     "full precision": "The unquantized model in 16 or 32 bits: what the others are measured against.",

@@ -16,6 +16,8 @@ _SCHEME_MEANING: tuple[tuple[str, str], ...] = (
     (r"a16|weight.?only", WEIGHT_ONLY),
     # fp8 includes "fp8-block"; "int8" is bitsandbytes' LLM.int8(); "mxfp4" alone is gpt-oss' weight-only format
     (r"w\d+a(fp)?\d+|nvfp4|mxfp4a[48]|mxfp8|fp8|^int8$", ACTIVATIONS),
+    # BitNet's layers, torchao's types of that name, and optimum-quanto's "quanto-WEIGHTS-ACTIVATIONS"
+    (r"^bitnet|DynamicActivation|^quanto-\w+-\w+", ACTIVATIONS),
 )
 
 

@@ -119,7 +119,7 @@ def _measure_safetensors(checkpoint: Checkpoint) -> StorageInfo:
 
 def _precisions(method: str | None, config: Mapping[str, Any], precision: int | None) -> list[str]:
     """Return the note on a checkpoint that holds the model at several precisions."""
-    if method != "anyprec":
+    if method != "anyprec" or config.get("seed_precision") == config.get("parent_precision"):
         return []
     held = f"{config.get('seed_precision')} to {config.get('parent_precision')} bits"
     if precision is None:

@@ -158,7 +158,9 @@ def _any_precision(config: Config) -> str | None:
     if "precision" in config:
         return f"anyprec-{config['precision']}bit"
     low, high = config.get("seed_precision"), config.get("parent_precision")
-    return f"anyprec-{low}to{high}bit" if type(low) is int and type(high) is int else None
+    if type(low) is not int or type(high) is not int:
+        return None
+    return f"anyprec-{high}bit" if low == high else f"anyprec-{low}to{high}bit"
 
 
 def _hqq(config: Config) -> str | None:

@@ -250,13 +250,15 @@ def lab(colour: str, matrix: list[list[float]]) -> np.ndarray:
     return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
 
 
+COLOURED = (
+    "EXL2", "EXL3", "GGUF", "VPTQ", "QTIP", "NVFP4", "AWQ", "GPTQ", "bitsandbytes", "AQLM", "Any-Precision", "HQQ",
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("kind", list(COLOUR_BLINDNESS))
 def test_colours_of_families_differ_for_colour_blind_readers(kind, theme):
-    seen = {
-        n: lab(getattr(FAMILIES[n], theme), COLOUR_BLINDNESS[kind])
-        for n in ("EXL2", "EXL3", "GGUF", "VPTQ", "QTIP", "NVFP4")
-    }
+    seen = {n: lab(getattr(FAMILIES[n], theme), COLOUR_BLINDNESS[kind]) for n in COLOURED}
     distances = {pair: float(np.linalg.norm(seen[pair[0]] - seen[pair[1]])) for pair in itertools.combinations(seen, 2)}
     assert min(distances.values()) > 12, min(distances, key=distances.get)
 

@@ -98,6 +98,14 @@ def test_llamacpp_gets_the_tokenizer_of_the_data_spec(folder: Path) -> None:
     assert made.label == "model.gguf"
 
 
+def test_precisions_of_one_folder_are_models_of_their_own(folder: Path) -> None:
+    """compare_q has one folder per precision; a file with several takes `precision` among the engine's arguments."""
+    entry = {"load_fn": "anyprecision", "fwd_fn": "anyprecision", "model_dir": "model"}
+    three, four = (job(folder, {**entry, "label": f"{bits}", "args": {"precision": bits}}) for bits in (3, 4))
+    assert three.args == {"dtype": "float16", "pretrained": str(folder / "model"), "precision": 3}
+    assert three.fingerprint() != four.fingerprint()
+
+
 def test_model_dir_with_overrides_becomes_arguments(folder: Path) -> None:
     made = job(folder, {"load_fn": "exllamav3", "label": "x", "model_dir": ["model", ["model.gguf"]]})
     assert made.args == {"pretrained": str(folder / "model"), "override_tensors": [str(folder / "model.gguf")]}
