@@ -111,7 +111,7 @@ def _launch(request: RunRequest, tasks: Sequence[Task], store: Store, display: D
         from compare.run.processes.ray_pool import run_on_ray
 
         return run_on_ray(tasks, store, display, request.ray_address, request.harness, request.gpu_gb)
-    return run_local(tasks, store, display, request.jobs, request.harness or HARNESS)
+    return run_local(tasks, store, display, request.jobs, request.harness)
 
 
 def _print_dry_run(

@@ -13,7 +13,8 @@ from pathlib import Path
 from compare.errors import CompareError
 from compare.run.plan.task import Task
 from compare.run.processes.failure_hints import explain
-from compare.run.processes.harness_process import HARNESS, HarnessProcess
+from compare.run.processes.fork_servers import ForkServers
+from compare.run.processes.harness_process import HARNESS, HarnessProcess, SupervisedCommand
 from compare.run.processes.outcome import Outcome, Reporter, settle
 from compare.run.processes.queue import TaskQueue
 from compare.run.store import Store
@@ -85,15 +86,17 @@ def run_local(
     store: Store,
     reporter: Reporter,
     jobs: int = 1,
-    harness: Sequence[str] = HARNESS,
+    harness: Sequence[str] | None = None,
     gpus: Callable[[], list[str]] = visible_gpus,
 ) -> list[Outcome]:
     """Run `tasks`, up to `jobs` at a time, and return their outcomes in the order in which they ended.
 
-    A failure stops only the tasks that wait for its reference. gpus: returns the names of the GPUs to use. However this
-    function ends, an interrupt included, the processes it started are ended.
+    A failure stops only the tasks that wait for its reference. harness: the command that is the harness' CLI; None:
+    `lm_eval` of this Python, forked from a server that has imported it and the engine. gpus: returns the names of the
+    GPUs to use. However this function ends, an interrupt included, the processes it started are ended.
     """
     queue = TaskQueue(tasks)
+    servers = ForkServers()
     running: list[_Running] = []
     outcomes: list[Outcome] = []
     pool = GpuPool.of(gpus() if jobs > 1 else [], jobs)
@@ -111,7 +114,7 @@ def run_local(
                 queue.take(task)
                 reporter.started(task)
                 try:
-                    running.append(_start(task, store, harness, taken))
+                    running.append(_start(task, store, harness, taken, servers))
                 except (CompareError, OSError) as error:
                     pool.give_back(taken)
                     hint = explain(None, [str(error)])
@@ -126,6 +129,7 @@ def run_local(
             if running:
                 time.sleep(POLL_SECONDS)
     finally:
+        servers.close(at_once=bool(running))
         for run in running:
             run.process.terminate()  # all first, so that they end in parallel
         for run in running:
@@ -134,12 +138,16 @@ def run_local(
     return outcomes
 
 
-def _start(task: Task, store: Store, harness: Sequence[str], gpus: Sequence[str]) -> _Running:
+def _start(
+    task: Task, store: Store, harness: Sequence[str] | None, gpus: Sequence[str], servers: ForkServers
+) -> _Running:
     work = store.work(task.key)
     environment = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
-    command = [*harness, *task.job.arguments(work)]
+    command = [*(harness or HARNESS), *task.job.arguments(work)]
+    start = (None if harness else servers.start(task.job.model)) or SupervisedCommand
     try:
-        return _Running(task, HarnessProcess(command, store.log(task.label, task.key), environment), work, list(gpus))
+        process = HarnessProcess(command, store.log(task.label, task.key), environment, start)
+        return _Running(task, process, work, list(gpus))
     except OSError:
         store.discard(work)
         raise

@@ -8,7 +8,8 @@ import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,6 +17,9 @@ from typing import Any
 import pytest
 
 from compare.cli import main
+from compare.run.processes import local_pool
+from tests.compare.run import forked_compare
+from tests.conftest import ROOT
 
 STUB = Path(__file__).with_name("stub_harness.py")
 HARNESS = f"{sys.executable} -S {STUB}"
@@ -36,16 +40,36 @@ def _time_limit() -> Iterator[None]:
 
 
 def default_signals() -> None:
-    """In a child: handle signals as usual. Tests that run under nohup inherit them ignored."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    """In a child: handle signals as Python does. Tests that run under nohup inherit them ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
 
-class Workshop:
-    """Models `a`, `b`, … with 4, 5, … bits per weight; a model spec and a data spec; and calls of the command."""
+def _end_as(work: Callable[[], int]) -> None:
+    """In a child of `subprocess.Popen`, before it executes a program: do `work` instead, and end with its exit code."""
+    code = 1
+    try:
+        os.closerange(3, 4096)
+        # pytest has replaced these; Popen returns in the parent as its own pipe is closed now
+        sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8") for number in (1, 2))  # noqa: PTH123, SIM115
+        code = work()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
-    def __init__(self, root: Path, names: str = "abc") -> None:
-        self.root = root
+
+class Workshop:
+    """Models `a`, `b`, … with 4, 5, … bits per weight; a model spec and a data spec; and calls of the command.
+
+    forked: the stub is forked from a server, as `lm_eval` is by default; else a command of its own, as with --harness.
+    """
+
+    def __init__(self, root: Path, names: str = "abc", forked: bool = True) -> None:
+        self.root, self.forked = root, forked
         self.results = root / "results"
         self.calls_file = root / "calls"
         self.fifo = root / "alive"
@@ -88,20 +112,40 @@ class Workshop:
 
     def arguments(self, *more: str) -> list[str]:
         specs = ["-d", str(self.root / "data.json"), "-m", str(self.root / "models.json")]
-        return ["run", *specs, "--results", str(self.results), "--harness", HARNESS, *more]
+        harness = [] if self.forked else ["--harness", HARNESS]
+        return ["run", *specs, "--results", str(self.results), *harness, *more]
 
     def run(self, *more: str) -> int:
         """Run the command in this process and return its exit code."""
-        os.environ["STUB_CALLS"], os.environ["STUB_FIFO"] = str(self.calls_file), str(self.fifo)
-        return main(self.arguments(*more))
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in self.environment().items():
+                patch.setenv(name, value)
+            patch.setattr(local_pool, "HARNESS", forked_compare.HARNESS)
+            return main(self.arguments(*more))
+
+    def environment(self) -> dict[str, str]:
+        """Variables that the stub reads, and the path to its package."""
+        return {"STUB_CALLS": str(self.calls_file), "STUB_FIFO": str(self.fifo), "PYTHONPATH": str(ROOT)}
 
     def start(self, *more: str, **options: Any) -> subprocess.Popen[str]:
-        """Start the command as a process of its own."""
-        env = {**os.environ, "STUB_CALLS": str(self.calls_file), "STUB_FIFO": str(self.fifo)}
-        command = [sys.executable, "-m", "compare", *self.arguments(*more)]
+        """Run the command in a fork of this process, which has imported it already."""
+        prepare = options.pop("preexec_fn", default_signals)
+
+        def work() -> int:
+            prepare()
+            return self.run(*more)
+
+        return self._start(["compare"], preexec_fn=lambda: _end_as(work), **options)
+
+    def start_command(self, *more: str, **options: Any) -> subprocess.Popen[str]:
+        """Start the command as the user does: a Python of its own."""
+        module = "tests.compare.run.forked_compare" if self.forked else "compare"
+        command = [sys.executable, "-m", module, *self.arguments(*more)]
+        return self._start(command, env={**os.environ, **self.environment()}, **options)
+
+    def _start(self, command: list[str], **options: Any) -> subprocess.Popen[str]:
         usual = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": default_signals}
-        options = usual | options
-        return subprocess.Popen(command, env=env, **options)
+        return subprocess.Popen(command, **(usual | options))
 
     def calls(self) -> list[str]:
         """Models that the harness was called for since the last call of this, in order."""

@@ -3,7 +3,7 @@
 Files beside a model's config.json decide how its run goes; none of them is part of the model's fingerprint:
 `boom` (printed, then exit 1), `exit` (its number), `hang` (never ends), `silent` (ends well, writes nothing),
 `fill` (writes until the disk is full), `half` (writes half a result file), `slow` (takes so many seconds), `forgetful`
-(writes no reference). Every run writes two lines to $STUB_CALLS, at its beginning and at its end.
+(writes no reference), `leave` (leaves a child that holds $STUB_FIFO and never ends). Every run writes two lines to $STUB_CALLS, at its beginning and at its end.
 
 A reference store has one file per task here, beside a reference.json that names the model. Like the adapters, the stub
 refuses a model whose tasks the store does not hold.
@@ -14,11 +14,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
-ARGUMENTS = sys.argv[1:]
+ARGUMENTS = sys.argv[1:]  # of the harness; stub_lm_eval sets them in a forked process
 
 
 def option(name: str) -> str:
@@ -40,6 +41,11 @@ def main() -> int:
             alive.flush()
             while True:
                 signal.pause()
+    if (model / "leave").exists():
+        hold = "import os, signal; pipe = open(os.environ['STUB_FIFO'], 'w'); print('held', flush=True); signal.pause()"
+        child = subprocess.Popen([sys.executable, "-S", "-c", hold], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        assert child.stdout is not None
+        child.stdout.readline()
     if (model / "boom").exists():
         print((model / "boom").read_text())
         return 1

@@ -20,6 +20,11 @@ ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
+def workshop(tmp_path: Path) -> Workshop:
+    return Workshop(tmp_path, forked=False)  # the nodes are given the stub's command
+
+
+@pytest.fixture
 def cluster(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A head without CPUs, and two nodes with one CPU each, so that a task needs a whole node."""
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'lmeval-ext[ray]'")

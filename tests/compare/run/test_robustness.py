@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pty
+import re
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -13,6 +14,11 @@ from pathlib import Path
 import pytest
 
 from tests.compare.run.conftest import Workshop, default_signals, parent_of, read_pid, wait_for_end
+
+
+@pytest.fixture(params=["command", "forked"])
+def workshop(tmp_path: Path, request: pytest.FixtureRequest) -> Workshop:
+    return Workshop(tmp_path, forked=request.param == "forked")
 
 
 def _assert_continues(workshop: Workshop, runs: list[str]) -> None:
@@ -97,7 +103,7 @@ def test_ctrl_c_at_a_terminal_restores_the_terminal(workshop: Workshop) -> None:
     workshop.mark("b", "hang")
     master, slave = pty.openpty()
     # its own session with this terminal, so that the typed ^C reaches it as a signal
-    process = workshop.start(stdin=slave, stdout=slave, stderr=slave, start_new_session=True, preexec_fn=_own_terminal)
+    process = workshop.start_command(stdin=slave, stdout=slave, stderr=slave, start_new_session=True, preexec_fn=_own_terminal)
     os.close(slave)
     _, alive = workshop.wait_for_hanging_stub()
     shown = b""
@@ -130,6 +136,16 @@ def _read_to_end(master: int) -> Iterator[bytes]:
         return
 
 
+def test_children_that_an_engine_leaves_behind_are_ended(workshop: Workshop) -> None:
+    workshop.mark("b", "leave")
+    process = workshop.start()
+    alive = os.open(workshop.fifo, os.O_RDONLY)  # returns when the child has opened it
+    process.communicate(timeout=60)
+    wait_for_end(alive)
+    assert process.returncode == 0
+    assert workshop.labels() == ["Model a", "Model b", "Model c"]
+
+
 def test_unwritable_log_fails_that_model_only(workshop: Workshop, capsys: pytest.CaptureFixture[str]) -> None:
     """/dev/full: the kernel's own "No space left on device"."""
     workshop.run()
@@ -154,7 +170,7 @@ def test_full_disk_fails_that_model_and_frees_the_space(workshop: Workshop, caps
         workshop.mark("b", "fill")
         assert workshop.run() == 3
         out = capsys.readouterr().out
-        assert "Model b: failed after 0 s: OSError: [Errno 28] No space left on device (exit code 1)" in out
+        assert re.search(r"Model b: failed after \d s: OSError: \[Errno 28\] No space left .*\(exit code 1\)\n", out)
         assert "hint: the disk is full" in out
         assert workshop.labels() == ["Model a", "Model c"]
         # no free space at all: finished results are still read and shown

@@ -1,0 +1,1 @@
+"""Late imports: after some of them no process must be forked."""
