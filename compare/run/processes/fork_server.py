@@ -12,8 +12,8 @@ descriptors sent with it                                the log; a pipe that clo
                                                         each
 ======================================================  ================================================================
 
-A process in which the imports must not be kept (an import failed, a GPU driver is open, threads run) starts Python anew,
-as without this server; its log says why. The server ends with its client.
+A process in which the imports must not be kept (an import failed, a GPU driver is open, threads run) starts Python
+anew, as without this server; its log says why. The server ends with its client.
 
 Only names of modules lead from here to the harness: importing this file imports the standard library alone.
 """
@@ -82,10 +82,8 @@ def _import(harness: str, model: str) -> str:
 def _open_files() -> set[str]:
     files = set()
     for link in Path("/proc/self/fd").iterdir():
-        try:
-            files.add(os.readlink(link))
-        except OSError:  # the folder's own descriptor
-            continue
+        with contextlib.suppress(OSError):  # the folder's own descriptor, closed by now
+            files.add(str(link.readlink()))
     return files
 
 

@@ -103,7 +103,9 @@ def test_ctrl_c_at_a_terminal_restores_the_terminal(workshop: Workshop) -> None:
     workshop.mark("b", "hang")
     master, slave = pty.openpty()
     # its own session with this terminal, so that the typed ^C reaches it as a signal
-    process = workshop.start_command(stdin=slave, stdout=slave, stderr=slave, start_new_session=True, preexec_fn=_own_terminal)
+    process = workshop.start_command(
+        stdin=slave, stdout=slave, stderr=slave, start_new_session=True, preexec_fn=_own_terminal
+    )
     os.close(slave)
     _, alive = workshop.wait_for_hanging_stub()
     shown = b""
