@@ -23,6 +23,8 @@ The rooms, in the order data flows::
 ``processes/ray_pool.py``               tasks on a Ray cluster
 ``processes/queue.py``                  which task may start next
 ``processes/harness_process.py``        one harness process: started, followed, ended
+``processes/fork_servers.py``           starts harness processes by forking them from servers
+``processes/fork_server.py``            such a server: imports the harness and one engine, then forks
 ``processes/supervisor.py``             ends the harness when its parent is gone, kill -9 included
 ``processes/progress.py``               progress bars in a log
 ``processes/outcome.py``                how a task ended; publishes its result

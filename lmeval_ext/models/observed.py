@@ -36,6 +36,9 @@ class Observed(Adapter):
     stock_models: tuple[str, ...] = ()  # models of the harness that this one can replace
     context_argument: str | None = None  # the argument that sizes the context, if it has to be given
     needs_tokenizer: bool = False  # whether it needs the data spec's tokenizer as its own tokenizer= argument
+    # Modules that are imported only when a model is loaded or a task is made; `compare run` imports them once for all
+    # processes that it forks. None may start a thread or initialize a GPU. May be computed.
+    late_imports: tuple[str, ...] = ("lmeval_ext.tasks.perplexity",)
 
     # Arguments of this engine that do not change its distributions: places, sizes of batches and of memory. All other
     # arguments are part of a reference's identity. tests/models/test_neutral_arguments.py lists both kinds.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from pathlib import Path
 
 import pytest
 
-from lmeval_ext._register import MODELS
+from lmeval_ext._register import MODELS, WITHOUT_OUR_NAMES, our_names
+from lmeval_ext._register import TASKS as OUR_TASKS
 from tests.conftest import ROOT, run
 
 TASKS = {"wiki2_strided", "wiki2_llamacpp", "wiki2_gptq", "wiki2_sliding", "sample_strided"}
@@ -93,6 +95,68 @@ import lm_eval.tasks._index as files
 files.TaskIndex._iter_yaml_files = staticmethod(lambda root: sorted(root.glob("*.yaml")))  # not 14,000 files
 print(set({sorted(TASKS)!r}) <= set(manager.TaskIndex.build([manager.Path(manager.__file__).parent])))"""
     assert python(code).split() == ["True"]
+
+
+INDEX = """
+import lm_eval.tasks._index as files
+from lm_eval.config.evaluate_config import EvaluatorConfig
+from lm_eval.tasks import manager
+read = []
+files.TaskIndex._iter_yaml_files = staticmethod(lambda root: read.append(root) or list(root.glob("*.yaml")))
+config = EvaluatorConfig(tasks={tasks!r}, include_path={include!r})
+index = config.process_tasks({{}}).task_index
+print(manager.Path(manager.__file__).parent in read, config.tasks, index["sample_strided"].yaml_path)"""
+
+
+@pytest.mark.parametrize(
+    "tasks", [["wiki2_strided"], ["wiki2_strided,sample_strided"], ["wiki2_perplexity", "text_strided"]]
+)
+def test_command_line_with_our_tasks_alone_leaves_the_harness_tasks_unread(tasks: list[str]) -> None:
+    read, *rest = python(INDEX.format(tasks=tasks, include=None)).split()
+    assert read == "False"
+    assert rest[-1].endswith("lmeval_ext/tasks/sample_strided.yaml")
+
+
+@pytest.mark.parametrize("tasks", [["wiki2_strided", "hellaswag"], ["wiki2_*"], ["wiki2_strided,wiki2_strode"]])
+def test_any_other_name_has_the_harness_tasks_read(tasks: list[str], tmp_path: Path) -> None:
+    """hellaswag and wiki2_strode are found in the user's folder."""
+    for name in ("hellaswag", "wiki2_strode"):
+        (tmp_path / f"{name}.yaml").write_text(f"task: {name}\noutput_type: generate_until\n")
+    assert python(INDEX.format(tasks=tasks, include=str(tmp_path))).split()[0] == "True"
+
+
+def test_users_folder_replaces_our_task_on_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("task: sample_strided\noutput_type: generate_until\n")
+    printed = python(INDEX.format(tasks=["sample_strided"], include=str(tmp_path))).split()
+    assert printed == ["False", "['sample_strided']", str(tmp_path / "mine.yaml")]
+
+
+def test_another_version_of_the_harness_has_all_its_tasks_read() -> None:
+    """Its tasks may have names of ours, which then stay its own."""
+    code = "import lmeval_ext._register as ours; ours.WITHOUT_OUR_NAMES = frozenset()"
+    assert python(code + INDEX.format(tasks=["wiki2_strided"], include=None)).split()[0] == "True"
+
+
+def test_names_of_ours_are_tasks_and_tags_of_our_files() -> None:
+    assert our_names() == {*TASKS, "text_strided", "wiki2_perplexity"}
+    for file in OUR_TASKS.glob("*.yaml"):
+        assert file.read_text().startswith(f"task: {file.stem}\n")
+
+
+@pytest.mark.slow
+def test_installed_harness_has_no_task_of_our_names() -> None:
+    """Where this fails, take the version out of `WITHOUT_OUR_NAMES`; for a new version, add it."""
+    import importlib.metadata
+    import importlib.util
+
+    assert importlib.metadata.version("lm_eval") in WITHOUT_OUR_NAMES
+    spec = importlib.util.find_spec("lm_eval")
+    assert spec is not None
+    assert spec.origin is not None
+    files = list((Path(spec.origin).parent / "tasks").rglob("*.yaml"))
+    assert len(files) > 5000
+    name = re.compile(rb"\b(" + "|".join(sorted(our_names())).encode() + rb")\b")
+    assert [file for file in files if name.search(file.read_bytes())] == []
 
 
 def test_nothing_heavy_is_imported() -> None:

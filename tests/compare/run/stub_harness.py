@@ -3,8 +3,8 @@
 Files beside a model's config.json decide how its run goes; none of them is part of the model's fingerprint:
 `boom` (printed, then exit 1), `exit` (its number), `hang` (never ends), `silent` (ends well, writes nothing),
 `fill` (writes until the disk is full), `half` (writes half a result file), `slow` (takes so many seconds), `forgetful`
-(writes no reference), `leave` (leaves a child that holds $STUB_FIFO and never ends). Every run writes two lines to $STUB_CALLS, at
-its beginning and at its end.
+(writes no reference), `leave` (leaves a child that holds $STUB_FIFO and never ends). Every run writes two lines to
+$STUB_CALLS, at its beginning and at its end.
 
 A reference store has one file per task here, beside a reference.json that names the model. Like the adapters, the stub
 refuses a model whose tasks the store does not hold.
