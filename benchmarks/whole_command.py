@@ -2,7 +2,7 @@
 
     python benchmarks/whole_command.py hf_quant DIR [--output FILE.json] [ENGINE_ARG=VALUE …]
     python benchmarks/whole_command.py llamacpp FILE.gguf
-    python benchmarks/whole_command.py vllm_nvfp4 DIR --windows 20 --length 2048 --only ours bare
+    python benchmarks/whole_command.py vllm_nvfp4 DIR --windows 20 --length 2048 --only ours,bare
 
 Every way is a process of its own, timed from its start to its end; the ways take turns. Prints medians of the wall
 time, and of the CPU time (user + system, children included), which other work on the machine changes less.
@@ -258,10 +258,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", type=int, default=8, metavar="N", help="of `compare` and `single`")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each way")
     ways = ("bare", "ours", "stock", "single", "compare")
-    parser.add_argument("--only", nargs="+", choices=ways, default=ways, metavar="WAY", help="run these ways only")
+    parser.add_argument(
+        "--only", type=lambda text: text.split(","), default=ways, metavar="WAY,WAY", help="these alone"
+    )
     parser.add_argument("--output", type=Path, help="write all figures to this JSON file")
     parser.add_argument("engine", nargs="*", metavar="ENGINE_ARG=VALUE", help="arguments of the model")
     options = parser.parse_intermixed_args(argv)
+    if unknown := set(options.only) - set(ways):
+        parser.error(f"--only: no way {', '.join(sorted(unknown))}; expected some of {', '.join(ways)}")
     options.model = str(Path(options.model).absolute()) if Path(options.model).exists() else options.model
     options.text = options.text.absolute()
     return options

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import compare_scale, import_cost, random_llama
+from benchmarks import compare_scale, import_cost, random_llama, whole_command
 from benchmarks.common import load_adapter, random_windows, window_requests
 from lmeval_ext.storage import inspect
 from tests.conformance.adapters import Bench
@@ -120,7 +120,42 @@ def test_random_llama_keeps_a_finished_folder(tmp_path: Path) -> None:
     assert file.read_bytes() == b"kept"
 
 
+def test_whole_command_refuses_ways_that_measured_something_else() -> None:
+    same = [whole_command.Run(1.0, 1.0, (10.0,))]
+    assert whole_command.check_same({"bare": same, "ours": same, "single": same}) == 10.0
+    with pytest.raises(SystemExit, match=r"bare found a perplexity of 10\.3, the median of all ways is 10\.0"):
+        whole_command.check_same({"bare": [whole_command.Run(1.0, 1.0, (10.3,))], "ours": same, "single": same})
+
+
 # ------------------------------------------------------------------ on engines
+
+
+WHOLE = ["--windows", "2", "--length", "64", "--stride", "32", "--models", "1", "--repeats", "1"]
+
+
+@pytest.mark.engine
+def test_whole_command_compares_its_ways(models: Bench, record: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    figures = record(whole_command.main, "hf_quant", str(models.folder()), *WHOLE, "dtype=float32")
+    for clock in ("wall", "cpu"):
+        assert_positive(figures[clock]["seconds"], {"bare", "ours", "stock", "single", "compare"})
+        assert_positive(figures[clock]["ratios"], {"ours_over_bare", "ours_over_stock", "compare_over_single"})
+    assert figures["perplexity"] > 1
+    assert "ours_over_bare" in capsys.readouterr().out
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("adapter", "arguments"),
+    [("llamacpp", []), ("vllm_nvfp4", ["dtype=float32", f"kv_cache_memory_bytes={1 << 26}"])],
+)
+def test_whole_command_bare_script_finds_the_adapters_perplexity(
+    models: Bench, adapter: str, arguments: list[str], record: Any
+) -> None:
+    model = str(models.gguf() if adapter == "llamacpp" else models.folder())
+    only = ["--only", "bare"]
+    figures = record(whole_command.main, adapter, model, *WHOLE, *only, *arguments)
+    hf = record(whole_command.main, "hf_quant", str(models.folder()), *WHOLE, *only, "dtype=float32")
+    assert figures["perplexity"] == pytest.approx(hf["perplexity"], rel=1e-3)
 
 
 @pytest.mark.engine
