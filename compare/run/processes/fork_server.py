@@ -100,7 +100,8 @@ def _serve(obstacle: str) -> list[str]:
             os.waitpid(pid, 0)  # until here its pid, which is its group's, was not given to another process
         if os.fork() == 0:
             control.close()
-            _supervise(*descriptors, output=b"" if obstacle else _output())
+            log, client, report = descriptors
+            _supervise(log, client, report, b"" if obstacle else _output())
             return list(request["arguments"])
         for descriptor in descriptors:
             os.close(descriptor)

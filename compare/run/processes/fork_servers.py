@@ -70,7 +70,7 @@ class _Server:
         with theirs, tempfile.TemporaryFile() as output:
             self._popen = subprocess.Popen(
                 [sys.executable, "-m", MODULE, module, model],
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 stdout=output,  # what the imports print, for the log of each process
                 stderr=subprocess.STDOUT,
                 env=harness_environment(environment),
