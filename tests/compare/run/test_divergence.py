@@ -13,7 +13,7 @@ import pytest
 
 from compare.results.reading import read_results
 from compare.run.plan.window_tasks import window_tasks
-from tests.compare.run.conftest import Workshop, wait_for_end
+from tests.compare.run.conftest import Workshop, wait_for_end, whole_seconds
 
 
 def harness_entry(name: str, **fields: Any) -> dict[str, Any]:
@@ -395,7 +395,7 @@ def test_failed_reference_is_reported_once_and_stops_measured_models(referenced:
     assert referenced.run("-kld", "--jobs", "2") == 2
     assert referenced.calls() == ["c"]
     out = capsys.readouterr().out
-    assert "Model c: failed after 0 s: torch.OutOfMemoryError" in out
+    assert "Model c: failed after 0 s: torch.OutOfMemoryError" in whole_seconds(out)
     assert "Model a, Model b: not run: the reference failed; correct it, or run the others without" in out
     (referenced.root / "models/c/boom").unlink()
     assert referenced.run("-kld") == 0

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from compare.run.plan import job
-from tests.compare.run.conftest import Workshop, write_safetensors
+from tests.compare.run.conftest import Workshop, whole_seconds, write_safetensors
 
 
 def test_every_model_is_run_and_reported_in_one_line(workshop: Workshop, capsys: Any) -> None:
@@ -101,7 +101,10 @@ def test_failure_is_reported_with_log_and_hint_and_the_others_run(workshop: Work
     assert workshop.run() == 3
     assert workshop.calls() == ["a", "b", "c"]
     out = capsys.readouterr().out
-    assert "Model a: failed after 0 s: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB" in out
+    assert (
+        "Model a: failed after 0 s: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"
+        in whole_seconds(out)
+    )
     assert "    | starting" in out
     assert "hint: GPU memory is short" in out
     assert workshop.labels() == ["Model b", "Model c"]
@@ -114,7 +117,9 @@ def test_error_of_our_adapters_has_no_hint(workshop: Workshop, capsys: Any) -> N
     workshop.mark("a", "boom", "some warning\nlmeval-ext: error: eval_len=9 is beyond the model's context; lower it")
     workshop.run()
     out = capsys.readouterr().out
-    assert "Model a: failed after 0 s: eval_len=9 is beyond the model's context; lower it\n    log:" in out
+    assert "Model a: failed after 0 s: eval_len=9 is beyond the model's context; lower it\n    log:" in whole_seconds(
+        out
+    )
 
 
 @pytest.mark.parametrize(
