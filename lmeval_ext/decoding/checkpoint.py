@@ -54,7 +54,7 @@ def source_of(folder: Path) -> Source | None:
     try:
         quantization = read_config(folder).quantization
         method = method_of(quantization) or "none"
-        if method not in METHODS or (method in _BY_TENSORS and not _has_scaled_floats(folder)):
+        if method not in METHODS or (method in _BY_TENSORS and not _misread(folder, quantization)):
             return None
     except (StorageError, OSError):
         return None  # loading the checkpoint reports the problem
@@ -82,13 +82,30 @@ def checked_precision(folder: Path, precision: object) -> int | None:
     return precision
 
 
-def _has_scaled_floats(folder: Path) -> bool:
-    """Whether a float8 weight has a `weight_scale` beside it: the layout of AutoFP8, vLLM and ModelOpt."""
+def _misread(folder: Path, quantization: Mapping[str, Any]) -> bool:
+    """Whether a float8 weight is stored in a way that Transformers misreads.
+
+    With a `weight_scale` beside it (the layout of AutoFP8, vLLM and ModelOpt), which Transformers drops; or in blocks
+    that do not divide the matrix, which it spreads evenly over the matrix where it decodes them (5.19, 5.24).
+    """
     tensors = read_checkpoint(folder).tensors
-    scaled = (name for name in tensors if name.endswith(".weight_scale"))
-    return any(
-        (weight := name.removesuffix("_scale")) in tensors and tensors[weight].dtype in FLOAT8 for name in scaled
-    )
+    block = quantization.get("weight_block_size")
+    for name in tensors:
+        weight = name.removesuffix("_scale").removesuffix("_scale_inv")
+        if weight == name or weight not in tensors or tensors[weight].dtype not in FLOAT8:
+            continue
+        if name.endswith(".weight_scale"):
+            return True
+        shape = tensors[weight].shape
+        if (
+            isinstance(block, list)
+            and len(block) == len(shape) == 2
+            and any(
+                isinstance(size, int) and size > 0 and length % size for length, size in zip(shape, block, strict=True)
+            )
+        ):
+            return True
+    return False
 
 
 def decoded(

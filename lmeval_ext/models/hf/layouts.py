@@ -8,7 +8,7 @@ without their scale become the weight as they are. Rows were compared with the q
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lmeval_ext.storage.safetensors_header import FLOAT8, FLOATS
@@ -127,7 +127,12 @@ def codes_without_sides(tensors: Mapping[str, StoredTensor], method: str | None)
     }
 
 
-def payloads(tensors: Iterable[str], method: str | None) -> list[str]:
+def payloads(tensors: Mapping[str, StoredTensor], method: str | None) -> list[str]:
     """Names of the tensors with codes, without their suffix: the modules that they belong to."""
     rows = LAYOUTS.get(method) or ()
-    return [name[: -len(row.payload)] for name in tensors for row in rows if name.endswith(row.payload)]
+    return [
+        name[: -len(row.payload)]
+        for name, tensor in tensors.items()
+        for row in rows
+        if name.endswith(row.payload) and tensor.dtype in row.dtypes - DENSE
+    ]

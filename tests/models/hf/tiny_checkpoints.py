@@ -46,13 +46,16 @@ def dense(source: Path, folder: Path) -> Path:
 
 
 def fp8_block(source: Path, folder: Path, block: int = 32) -> Path:
-    """DeepSeek's layout: a scale per square block (transformers, integrations/finegrained_fp8.py)."""
+    """DeepSeek's layout: a scale per square block, the last ones cut off (DeepSeek-V3, inference/kernel.py)."""
     tensors = load_file(source / "model.safetensors")
     for base in _matrices(tensors):
-        blocks = tensors[f"{base}.weight"].float().unflatten(1, (-1, block)).unflatten(0, (-1, block))
+        weight = tensors[f"{base}.weight"].float()
+        rows, columns = weight.shape
+        padded = torch.nn.functional.pad(weight, (0, -columns % block, 0, -rows % block))
+        blocks = padded.unflatten(1, (-1, block)).unflatten(0, (-1, block))
         scale = blocks.abs().amax(dim=(1, 3)) / 448
         codes = (blocks / scale[:, None, :, None]).to(F8)
-        tensors[f"{base}.weight"] = codes.flatten(2).flatten(0, 1)
+        tensors[f"{base}.weight"] = codes.flatten(2).flatten(0, 1)[:rows, :columns]
         tensors[f"{base}.weight_scale_inv"] = scale
     return write(source, folder, tensors, {
         "quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [block, block],
