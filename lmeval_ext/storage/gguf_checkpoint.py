@@ -10,6 +10,7 @@ from pathlib import Path
 
 from gguf.constants import LlamaFileType
 
+from lmeval_ext.storage.foreign_gguf import PROJECTOR, not_a_model
 from lmeval_ext.storage.gguf_header import GGUFHeader, read_gguf
 from lmeval_ext.storage.info import DOWNLOAD_AGAIN, StorageError, parts_missing
 from lmeval_ext.storage.roles import gguf_role_of
@@ -35,7 +36,10 @@ def read_gguf_checkpoint(path: Path) -> tuple[list[Weight], str | None, list[str
     blocks = first.integer(f"{architecture}.block_count")
     drafts = first.integer(f"{architecture}.nextn_predict_layers") or 0
     layers = blocks - drafts if blocks is not None else None
-    projector = architecture == "clip" or first.metadata.get("general.type") == "mmproj"
+    kind = not_a_model(first.metadata)
+    projector = kind == PROJECTOR
+    if kind and not projector:
+        raise StorageError(f"{path} is not a model: it holds {kind}. Give the GGUF file of the model.")
     weights = []
     for tensor in tensors:
         matrix = len(tensor.shape) >= 2

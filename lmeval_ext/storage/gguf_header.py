@@ -19,6 +19,7 @@ from typing import Any
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
+from lmeval_ext.storage.foreign_gguf import foreign_type
 from lmeval_ext.storage.info import DOWNLOAD_AGAIN, StorageError, unreadable
 from lmeval_ext.storage.rounding import round_up
 from lmeval_ext.storage.tensors import StoredTensor
@@ -28,6 +29,7 @@ FORMATS = {
     GGUFValueType.UINT32: "I", GGUFValueType.INT32: "i", GGUFValueType.FLOAT32: "f", GGUFValueType.BOOL: "?",
     GGUFValueType.UINT64: "Q", GGUFValueType.INT64: "q", GGUFValueType.FLOAT64: "d",
 }  # fmt: skip
+NEWEST_TYPE = max(GGMLQuantizationType)
 # Limits far above any real file: DeepSeek-V3 has 1,100 tensors, the largest vocabularies have 300,000 tokens.
 MAX_KEYS, MAX_TENSORS, MAX_STRINGS, MAX_DIMENSIONS, MAX_NAME = 2**16, 2**20, 2**22, 4, 2**16
 
@@ -193,8 +195,7 @@ class _HeaderParser:
             block, block_bytes = GGML_QUANT_SIZES[kind]
         except (ValueError, KeyError):
             raise StorageError(
-                f"{self.path}: tensor {name[:80]!r} has the type {number}, which the installed gguf package does not "
-                "know. Update gguf (pip install -U gguf) or download the file again."
+                f"{self.path}: tensor {name[:80]!r} has the type {number}, {foreign_type(number, NEWEST_TYPE)}"
             ) from None
         if sizes and sizes[0] % block:
             raise self.bad(f"has the tensor {name[:80]!r} with rows of {sizes[0]} values, not whole blocks of {block}")

@@ -68,9 +68,22 @@ def gguf_file(path: Path) -> Path | None:
         return None
     ggufs = [name for name in names if name.lower().endswith(".gguf") and "mmproj" not in name]
     models = [name for name in ggufs if "-of-" not in name or "-00001-of-" in name] or ggufs[:1]
+    if len(models) > 1:  # an importance matrix or an adapter often lies beside its model
+        models = [name for name in models if not _holds_no_model(path / name)] or models
     if len(models) > 1:
         raise StorageError(f"{path} holds {len(models)} GGUF models. Name one of: {', '.join(models)}.")
     return path / models[0] if models else None
+
+
+def _holds_no_model(path: Path) -> bool:
+    """Return whether a GGUF file is an importance matrix, an adapter or the like; False for an unreadable one."""
+    from lmeval_ext.storage.foreign_gguf import not_a_model
+    from lmeval_ext.storage.gguf_header import read_gguf  # imports numpy, through gguf: 0.1 s
+
+    try:
+        return not_a_model(read_gguf(path).metadata) is not None
+    except StorageError:
+        return False
 
 
 def _has_magic(path: Path) -> bool:

@@ -261,7 +261,7 @@ HOSTILE = {
     ),
     "no tensors": (header(), "no tensors"),
     "dimensions": (header(tensors=1, rest=text(b"a") + struct.pack("<I", 2**31)), "dimensions"),
-    "tensor type": (header(tensors=1, rest=tensor(b"a", [4], kind=250)), "Update gguf"),
+    "tensor type": (header(tensors=1, rest=tensor(b"a", [4], kind=250)), "fork ik_llama"),
     "part of a block": (header(tensors=1, rest=tensor(b"a", [33], kind=8) + bytes(64)), "whole blocks of 32"),
     "data": (header(tensors=1, rest=tensor(b"a", [2**60, 2**60])), "truncated"),
     "offset": (header(tensors=1, rest=tensor(b"a", [4], offset=2**62) + bytes(64)), "truncated"),
