@@ -14,17 +14,12 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.utils import handle_stop_sequences, maybe_truncate, normalize_gen_kwargs, postprocess_generated_text
 from tqdm import tqdm
 
+from lmeval_ext.models.llamacpp.arguments import switch, translated
+from lmeval_ext.models.llamacpp.binding import ENGINE_VERSION
+from lmeval_ext.models.llamacpp.contexts import Contexts, original_context
 from lmeval_ext.models.llamacpp.generation import generate, sampling_arguments
-from lmeval_ext.models.llamacpp.loading import (
-    ENGINE_VERSION,
-    cache_types,
-    check_arguments,
-    context_size,
-    find_gguf,
-    load_llama,
-    set_layers_on_gpu,
-)
-from lmeval_ext.models.llamacpp.scoring import ContextScorer, LogitObserver
+from lmeval_ext.models.llamacpp.loading import GGUFModel, context_size, find_gguf, load_model, set_layers_on_gpu
+from lmeval_ext.models.llamacpp.scoring import ContextScorer, LogitObserver, whole_cache
 from lmeval_ext.models.llamacpp.vocabulary import GGUFTokenizer
 from lmeval_ext.models.observed import Observed
 from lmeval_ext.models.record import Quantization, from_storage
@@ -71,17 +66,25 @@ class LlamaCpp(Observed, TokenLM):
         self.take_reference_arguments(arguments)
         self.path = find_gguf(pretrained)
         self.label = label or Path(self.path).stem
-        check_arguments(arguments)
-        self._offloaded = set_layers_on_gpu(arguments, device)
-        self._cache_types = cache_types(arguments)
-        self._max_length = context_size(self.path, max_length, n_ctx)
-        self.llama = load_llama(self.path, verbose=verbose, n_ctx=self._max_length, **arguments)
+        settings = translated(arguments)
+        add_bos_token = None if add_bos_token is None else switch("add_bos_token", add_bos_token)
+        trust_remote_code = switch("trust_remote_code", trust_remote_code)
+        model = GGUFModel.read(self.path, settings.get("kv_overrides"))
+        settings = model.rotary() | settings
+        self._offloaded = set_layers_on_gpu(settings, device)
+        self._cache_types = settings.get("type_k"), settings.get("type_v")
+        self._max_length = context_size(model.trained_context, max_length, n_ctx)
+        model.check(settings, self._max_length)
+        self.llama, self._warnings = load_model(
+            self.path, switch("verbose", verbose), n_ctx=self._max_length, **settings
+        )
         self._gguf = GGUFTokenizer(self.path, self.llama)
         if tokenizer:
             self.tokenizer = HFTokenizer(tokenizer, None, trust_remote_code, add_bos_token).transformers
         self.add_bos_token, self.custom_prefix_token_id = add_bos_token, prefix_token_id
         self._max_gen_toks = max_gen_toks
-        self.scorer = ContextScorer(self.llama, self._max_length, self.vocabulary)
+        self.contexts = Contexts(self.llama, self._max_length, original_context(model))
+        self.scorer = ContextScorer(self.llama, self.contexts, self._max_length, self.vocabulary)
 
     # ------------------------------------------------------------------ scoring
 
@@ -136,6 +139,9 @@ class LlamaCpp(Observed, TokenLM):
             max_model_len=self.max_length,
             side="left",
         )
+        self.contexts.select(len(prompt) + max_new - 1)  # the last new token is not fed
+        if not whole_cache(self.llama):
+            self.llama.reset()  # a prefix of the last prompt cannot be used again
         # A special token is not text; it ends the generation if its name contains a stop sequence
         ends = ending_tokens(self._gguf.special, until) | self._gguf.ends
         stops = [u for u in until if u]
@@ -199,6 +205,7 @@ class LlamaCpp(Observed, TokenLM):
             device="gpu" if self._offloaded else "cpu",
             scoring="logits",
         )
+        facts.notes += [f"llama.cpp warns: {line}" for line in self._warnings]
         if self._offloaded:
             facts.notes.append("peak_vram_gb unknown: llama.cpp does not tell through its bindings")
         return facts

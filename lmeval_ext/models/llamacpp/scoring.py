@@ -8,11 +8,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lmeval_ext.errors import UserError
-from lmeval_ext.models.llamacpp.loading import llama_cpp
+from lmeval_ext.models.llamacpp.binding import llama_cpp
+from lmeval_ext.models.llamacpp.contexts import Contexts
 from lmeval_ext.requests import WindowRequest, key_of
 
 if TYPE_CHECKING:
     from lmeval_ext.divergence.observer import Observer
+
+
+def whole_cache(llama: Any) -> bool:
+    """Whether the cache holds every position from 0 on, so that a prefix of it can be used again.
+
+    The cache of a sliding window (with swa_full=off) overwrites positions that left the window, and a recurrent state
+    stands for the last position alone; dropping later positions does not bring them back.
+    """
+    return int(llama_cpp.llama_memory_seq_pos_min(llama_cpp.llama_get_memory(llama.ctx), 0)) == 0
 
 
 class LogitObserver:
@@ -40,13 +50,15 @@ class LogitObserver:
 
 
 class ContextScorer:
-    """Scores token ids in one llama.cpp context, and reuses the keys and values that it holds.
+    """Scores token ids in llama.cpp contexts, and reuses the keys and values that they hold.
 
-    llama: `llama_cpp.Llama`. max_length: tokens of its context. vocabulary: columns of its logits.
+    llama: `llama_cpp.Llama`. contexts: its contexts. max_length: the most tokens of a sequence. vocabulary: columns of
+    its logits.
     """
 
-    def __init__(self, llama: Any, max_length: int, vocabulary: int) -> None:
-        self._llama, self._max_length, self._vocabulary = llama, max_length, vocabulary
+    def __init__(self, llama: Any, contexts: Contexts, max_length: int, vocabulary: int) -> None:
+        self._llama, self._contexts = llama, contexts
+        self._max_length, self._vocabulary = max_length, vocabulary
         self._cached: list[int] = []  # tokens whose keys and values are in the cache, from position 0
 
     def forget(self) -> None:
@@ -57,9 +69,15 @@ class ContextScorer:
         """Scores triples (key, context ids, continuation ids); see `TokenLM.score_choices`.
 
         They are scored in the order of their tokens, so that choices of one question follow each other and share its
-        cached context.
+        cached context. Choices that need another context are scored after all others.
         """
-        for index in sorted(range(len(requests)), key=lambda i: requests[i][1] + requests[i][2]):
+
+        def order(index: int) -> tuple[bool, list[int]]:
+            _, context, continuation = requests[index]
+            ids = context + continuation
+            return self._contexts.is_long(len(ids[-(self._max_length + 1) :]) - 1), ids
+
+        for index in sorted(range(len(requests)), key=order):
             _, context, continuation = requests[index]
             ids = (context + continuation)[-(self._max_length + 1) :]
             n = len(continuation)
@@ -77,17 +95,20 @@ class ContextScorer:
         # The last token predicts nothing. It is still fed in a window, as llama-perplexity does: rounding depends on
         # the number of rows in a batch, and with K-quants the last scores would differ from llama-perplexity's.
         fed = context + targets
-        if reuse or len(fed) > self._max_length:
+        if self._contexts.select(len(fed) - 1):  # the last token is only predicted
+            self.forget()
+        if reuse or len(fed) > self._contexts.selected_size:
             del fed[-1]
         first, last = len(context) - 1, len(context) + len(targets) - 2  # positions whose logits are read
         start = self._rewind(fed, first) if reuse else self._rewind([], 0)
         memory = llama_cpp.llama_get_memory(self._llama.ctx)
         logprobs = np.empty(len(targets), dtype=np.float32)
         greedy = np.empty(len(targets), dtype=bool)
-        batch = llama_cpp.llama_batch_init(self._llama.n_batch, 0, 1)
+        size = llama_cpp.llama_n_batch(self._llama.ctx)
+        batch = llama_cpp.llama_batch_init(size, 0, 1)
         try:
-            for begin in range(start, len(fed), self._llama.n_batch):
-                part = fed[begin : begin + self._llama.n_batch]
+            for begin in range(start, len(fed), size):
+                part = fed[begin : begin + size]
                 batch.n_tokens = len(part)
                 for i, token in enumerate(part):
                     batch.token[i], batch.pos[i] = token, begin + i
@@ -117,7 +138,7 @@ class ContextScorer:
             keep += 1
         memory = llama_cpp.llama_get_memory(self._llama.ctx)
         # Recurrent models refuse to drop a part, so their cache is cleared
-        if keep == 0 or not llama_cpp.llama_memory_seq_rm(memory, 0, keep, -1):
+        if keep == 0 or not whole_cache(self._llama) or not llama_cpp.llama_memory_seq_rm(memory, 0, keep, -1):
             llama_cpp.llama_memory_clear(memory, True)
             keep = 0
         return keep

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from lmeval_ext.errors import UserError
-from lmeval_ext.models.llamacpp.loading import find_gguf, llama_cpp, load_llama
-from lmeval_ext.tokens import Encoded, HFTokenizer
+from lmeval_ext.models.llamacpp.binding import llama_cpp
+from lmeval_ext.models.llamacpp.loading import find_gguf, load_vocabulary
+from lmeval_ext.tokens import Encoded, HFTokenizer, TokenIds
+
+logger = logging.getLogger(__name__)
 
 
 class GGUFTokenizer:
@@ -22,7 +28,7 @@ class GGUFTokenizer:
 
     def __init__(self, source: str, llama: Any = None) -> None:
         self.name = find_gguf(source)
-        self._llama = llama or load_llama(self.name, vocab_only=True)
+        self._llama = llama or load_vocabulary(self.name)
         vocab = llama_cpp.llama_model_get_vocab(self._llama.model)
         bos = self._llama.token_bos()
         self.bos_id: int | None = bos if bos >= 0 else None
@@ -38,9 +44,17 @@ class GGUFTokenizer:
     @functools.cached_property
     def special(self) -> dict[str, int]:
         """Ids of special tokens, by their text."""
+        return self._with_attributes(llama_cpp.LLAMA_TOKEN_ATTR_CONTROL)
+
+    @functools.cached_property
+    def plain_in_text(self) -> dict[str, int]:
+        """Ids of the tokens that llama.cpp does not find in a text unless it is asked to, by their text."""
+        return self._with_attributes(llama_cpp.LLAMA_TOKEN_ATTR_CONTROL | llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN)
+
+    def _with_attributes(self, flags: int) -> dict[str, int]:
         vocab = llama_cpp.llama_model_get_vocab(self._llama.model)
         ids = range(self._llama.n_vocab())
-        return {self.piece(i): i for i in ids if llama_cpp.llama_vocab_is_control(vocab, i)}
+        return {self.piece(i): i for i in ids if int(llama_cpp.llama_vocab_get_attr(vocab, i)) & flags}
 
     def bytes_of(self, token: int, special: bool = False) -> bytes:
         """The bytes of one token. special: whether special tokens have any.
@@ -80,9 +94,19 @@ class GGUFTokenizer:
 
     def encode(self, text: str) -> Encoded:
         """Ids of a text, as llama-perplexity makes them: special tokens spelt out in the text stay text."""
+        spelt = [name for name in self.plain_in_text if name and name in text]
+        if spelt:
+            logger.warning(
+                "the text spells special tokens (%s): without tokenizer= they are scored as plain text, as "
+                "llama-perplexity does", _listed(spelt)
+            )  # fmt: skip
+        return self.tokens_of(text, False)
+
+    def tokens_of(self, text: str, special: bool) -> Encoded:
+        """Ids of a text. special: whether a special token that the text spells becomes that token's id."""
         data = text.encode()
-        ids = self._llama.tokenize(data, add_bos=False, special=False)
-        sizes = {i: len(self.bytes_of(i)) for i in set(ids)}
+        ids = self._llama.tokenize(data, add_bos=False, special=special)
+        sizes = {i: len(self.bytes_of(i, special)) for i in set(ids)}
         ends = np.cumsum([sizes[i] for i in ids], dtype=np.int64)
         exact = len(ends) > 0 and ends[-1] == len(data)
         return Encoded(np.array(ids, dtype=np.int64), ends if exact else None)
@@ -95,29 +119,70 @@ class GGUFTokenizer:
 
 
 class ComparedTokenizer:
-    """A Transformers tokenizer that checks the ids of each text against a GGUF file's own vocabulary."""
+    """A Transformers tokenizer that checks the ids of each text against a GGUF file's own vocabulary.
+
+    Special tokens that a text spells ("<unk>" in PTB) are one token to Transformers, and to llama.cpp if it is asked
+    to; the text is scored on these ids.
+    """
 
     def __init__(self, tokenizer: HFTokenizer, gguf: GGUFTokenizer) -> None:
         self.name, self.prefix, self.bos_id = tokenizer.name, tokenizer.prefix, tokenizer.bos_id
         self._tokenizer, self._gguf = tokenizer, gguf
 
     def encode(self, text: str) -> Encoded:
-        """Ids of a text. Raises UserError if the GGUF file's vocabulary gives others."""
-        encoded, own = self._tokenizer.encode(text), self._gguf.encode(text)
-        a, b = encoded.ids, own.ids
-        common = min(len(a), len(b))
-        differ = np.flatnonzero(a[:common] != b[:common])
-        if len(differ) or len(a) != len(b):
-            at = int(differ[0]) if len(differ) else common
-            pieces = [
-                f"{int(ids[at])} ({self._gguf.piece(int(ids[at]))!r})" if at < len(ids) else "its end" for ids in (a, b)
-            ]
+        """Ids of a text. Raises UserError, with the reason, if the GGUF file's vocabulary gives others."""
+        encoded = self._tokenizer.encode(text)
+        at = _first_difference(encoded.ids, self._gguf.tokens_of(text, False).ids)
+        if at is None:
+            return encoded
+        spelt = self._spelt(text)
+        own = self._gguf.tokens_of(text, bool(spelt)).ids
+        at = _first_difference(encoded.ids, own)
+        if at is None:
+            return encoded
+        pieces = [
+            f"{int(ids[at])} ({self._gguf.piece(int(ids[at]))!r})" if at < len(ids) else "its end"
+            for ids in (encoded.ids, own)
+        ]
+        disagree = (
+            f"tokenizer={self.name!r} and the vocabulary of {self._gguf.name!r} disagree on this text: token {at} is "
+            f"{pieces[0]} against {pieces[1]}; "
+        )
+        if spelt and self._agree_between(text, spelt):
             raise UserError(
-                f"tokenizer={self.name!r} and the vocabulary of {self._gguf.name!r} disagree on this text: token {at} "
-                f"is {pieces[0]} against {pieces[1]}; leave tokenizer= out to score the GGUF's own tokens (not "
-                "comparable with other families), or convert the GGUF again from the tokenizer's model"
+                f"{disagree}the text spells special tokens ({_listed(spelt)}), which the two treat differently, and "
+                "they agree on all other text; take these out of the text, or leave tokenizer= out to score them as "
+                "plain text (not comparable with other families)"
             )
-        return encoded
+        raise UserError(
+            f"{disagree}leave tokenizer= out to score the GGUF's own tokens (not comparable with other families), or "
+            "convert the GGUF again from the tokenizer's model"
+        )
+
+    def _spelt(self, text: str) -> list[str]:
+        """Special and added tokens of either vocabulary that the text spells, longest first."""
+        added = getattr(self._tokenizer.transformers, "added_tokens_decoder", {})
+        names = {str(token) for token in added.values()} | self._gguf.plain_in_text.keys()
+        return sorted((name for name in names if name and name in text), key=lambda name: (-len(name), name))
+
+    def _agree_between(self, text: str, spelt: Sequence[str]) -> bool:
+        """Whether both vocabularies give the same ids for the text between special tokens."""
+        parts = {part for part in re.split("|".join(map(re.escape, spelt)), text) if part}
+        return all(
+            _first_difference(self._tokenizer.encode(part).ids, self._gguf.tokens_of(part, False).ids) is None
+            for part in parts
+        )
 
     def chat_prefix(self) -> list[int]:
         return self._tokenizer.chat_prefix()
+
+
+def _first_difference(a: TokenIds, b: TokenIds) -> int | None:
+    """Returns the first position at which two sequences differ; None if they are equal."""
+    common = min(len(a), len(b))
+    differ = np.flatnonzero(a[:common] != b[:common])
+    return int(differ[0]) if len(differ) else None if len(a) == len(b) else common
+
+
+def _listed(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(map(repr, names[:most])) + (", …" if len(names) > most else "")
