@@ -4,7 +4,8 @@
 
 SCHEME is one of compressed-tensors' presets (NVFP4A16, NVFP4, FP8_DYNAMIC, W8A8, W4A16, MXFP4A16 ...), optionally
 with a suffix for another group size (W4A16_G64) or one scale per output channel (W8A16_CHANNEL). Every Linear but
-lm_head is quantized. A scheme with static input scales (NVFP4, FP8) needs a calibration text.
+lm_head is quantized; a model whose layers have other matrices (stacked experts, GPT-2's Conv1D) is refused. A scheme
+with static input scales (NVFP4, FP8) needs a calibration text.
 
 The output is what llm-compressor's QuantizationModifier (0.14) writes without an algorithm:
 
@@ -45,6 +46,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 IGNORED = ["lm_head"]
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 SAMPLE = Path(__file__).resolve().parents[1] / "lmeval_ext" / "tasks" / "sample.txt"
+STATES = ("A_log",)  # Mamba's, two-dimensional but never a factor of a matrix product
 WEIGHT_STRATEGIES = {"tensor", "channel", "group", "tensor_group"}
 
 Range = tuple[torch.Tensor, torch.Tensor]
@@ -136,6 +138,26 @@ def set_input_scales(module: Module, observed: Range) -> None:
         module.input_zero_point.data.copy_(zero_point)
 
 
+def check_layers(model: Module, name: str) -> None:
+    """UsageError if layers have matrices that are not a Linear's, which would stay unquantized.
+
+    name: of the model, for the message. Embeddings and convolutions are not counted, nor are the states of Mamba.
+    """
+    left_out = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+    others = [
+        f"{path}.{parameter}"
+        for path, module in model.named_modules()
+        if not isinstance(module, left_out)
+        for parameter, weight in module.named_parameters(recurse=False)
+        if weight.ndim > 1 and parameter not in STATES
+    ]
+    if others:
+        raise UsageError(
+            f"{name}: {len(others)} matrices are not those of a Linear layer and would stay unquantized ({others[0]}, "
+            "…); quantize this architecture with llm-compressor"
+        )
+
+
 def check_widths(model: Module, group_size: int | None) -> None:
     """UsageError unless the group size divides the input width of every Linear."""
     for name, module in model.named_modules():
@@ -195,6 +217,7 @@ def main() -> None:
     source, scheme = checkpoint(options.model_dir), parse_scheme(options.scheme)
     with new_folder(options.out_dir) as folder:
         model = AutoModelForCausalLM.from_pretrained(source, dtype="auto").eval()
+        check_layers(model, str(source))
         check_widths(model, scheme.weights.group_size if scheme.weights else None)
         observed: dict[str, Range] = {}
         if needs_calibration(scheme):

@@ -166,3 +166,29 @@ def test_existing_output_is_refused(tmp_path: Path, quantize: Quantize) -> None:
     (tmp_path / "FP8").mkdir()
     with pytest.raises(outputs.UsageError, match="exists already"):
         quantize("FP8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3-moe", "gpt2"])
+def test_model_with_matrices_of_other_layers_is_refused(name: str, quantize: Quantize, tmp_path: Path) -> None:
+    """Stacked experts and Conv1D would stay as they are in a checkpoint that says NVFP4A16."""
+    from tests.architectures.checkpoints import make_checkpoint
+
+    make_checkpoint(name, tmp_path / "source")
+    with pytest.raises(outputs.UsageError, match="matrices are not those of a Linear layer and would stay unquantized"):
+        quantize("NVFP4A16", source=tmp_path / "source")
+    assert not (tmp_path / "NVFP4A16").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "jamba"])
+def test_states_and_convolutions_are_no_matrices(name: str) -> None:
+    from tests.architectures.checkpoints import ARCHITECTURES, make_model
+
+    model = make_model(ARCHITECTURES[name])
+    for path, module in model.named_modules():  # jamba's experts are stacked
+        if path.endswith("experts"):
+            module._parameters.clear()
+        if path.endswith("router"):
+            module._parameters.clear()
+    quantize_ct.check_layers(model, name)
