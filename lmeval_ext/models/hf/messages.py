@@ -44,12 +44,30 @@ def explain(error: Exception, pretrained: Any, tokenizer: Any = None) -> Excepti
         )
     if "trust_remote_code" in text:
         return explain_load(error, pretrained, "if you trust the code in that folder, add trust_remote_code=True")
+    if "Unrecognized configuration class" in text and path is not None:
+        return explain_load(error, pretrained, _other_class(path))
     if "model type" in text or "Unrecognized" in text:
         return explain_load(error, pretrained, "this Transformers does not know the model")
     if isinstance(error, OSError):
         hint = "give a checkpoint folder with config.json and safetensors weights, or a hub id that can be reached"
         return explain_load(error, pretrained, hint)
     return explain_load(error, pretrained)
+
+
+# Kinds of models beside causal ones, and the argument that loads them
+_OTHER_CLASSES = {
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING": "it also sees pictures: add multimodal=True, which runs its text part",
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING": "it is an encoder and a decoder: add backend=seq2seq",
+}
+
+
+def _other_class(path: str) -> str:
+    """The next step for a checkpoint whose config Transformers knows, but not as a causal model."""
+    config = transformers.AutoConfig.from_pretrained(path)
+    for mapping, step in _OTHER_CLASSES.items():
+        if type(config) in getattr(transformers, mapping, {}):
+            return step
+    return f"Transformers {transformers.__version__} has no class that runs {config.model_type} models on text alone"
 
 
 # Any one of these files is a tokenizer; those in JSON can be checked.
