@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from compare.comparison.axis import Axis
 from compare.comparison.chosen_metric import ChosenMetric
-from compare.comparison.memory import GIB, Budget, Fit, fit, memory_bytes, why_unknown
+from compare.comparison.memory import GIB, Budget, Fit, fit, memory, why_unknown
 from compare.comparison.point import Point
 from compare.text import and_more
 
@@ -74,11 +74,12 @@ class BudgetVerdict:
     def need(self) -> str:
         """``4.58 GB of weights + 1.00 GB of KV cache (bfloat16)`` for the best model; empty without one."""
         q = self.best.record.quantization if self.best is not None else None
-        total = memory_bytes(q, self.budget.context) if q is not None else None
-        if q is None or q.weight_bytes is None or total is None:
+        needed = memory(q, self.budget.context) if q is not None else None
+        if q is None or needed is None:
             return ""
         kind = f" ({q.kv_cache_dtype})" if q.kv_cache_dtype else ""
-        return f"{q.weight_bytes / GIB:.2f} GB of weights + {(total - q.weight_bytes) / GIB:.2f} GB of KV cache{kind}"
+        most = "" if needed.exact else "at most "
+        return f"{needed.weights / GIB:.2f} GB of weights + {most}{needed.cache / GIB:.2f} GB of KV cache{kind}"
 
 
 def judge(points: Iterable[Point], metric: ChosenMetric, budget: Budget) -> BudgetVerdict:
@@ -90,7 +91,12 @@ def judge(points: Iterable[Point], metric: ChosenMetric, budget: Budget) -> Budg
     sign = -1.0 if metric.higher_is_better else 1.0
     best = min(
         by_fit[Fit.FITS],
-        key=lambda p: (sign * (p.y or 0.0), memory_bytes(p.record.quantization, budget.context) or 0, p.record.label),
+        key=lambda p: (sign * (p.y or 0.0), _needed(p, budget), p.record.label),
         default=None,
     )
     return BudgetVerdict(budget, best, by_fit[Fit.FITS], by_fit[Fit.TOO_LARGE], by_fit[Fit.UNKNOWN])
+
+
+def _needed(point: Point, budget: Budget) -> int:
+    needed = memory(point.record.quantization, budget.context)
+    return needed.total if needed is not None else 0

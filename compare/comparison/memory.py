@@ -1,4 +1,4 @@
-"""The memory that a model needs, and whether it fits: all weights, embeddings included, and the KV cache of a context.
+"""The memory that a model needs, and whether it fits: all loaded weights, embeddings included, and the KV cache.
 
 Activations, the engine's own buffers and other programs on the GPU come on top (often 0.5 to 2 GB): they depend on
 engine and settings and are not estimated here. GB are 1024³ bytes throughout, as in the "8 GB" of a graphics card.
@@ -33,20 +33,60 @@ class Fit(Enum):
     UNKNOWN = "unknown"
 
 
-def memory_bytes(q: Quantization, context: int) -> int | None:
-    """weight_bytes + context × kv_bytes_per_token; None if either is unknown."""
-    if q.weight_bytes is None or q.kv_bytes_per_token is None:
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a model needs: its loaded weights, and the cache of one sequence.
+
+    exact: False if the cache takes at most `cache`.
+    """
+
+    weights: int
+    cache: int
+    exact: bool
+
+    @property
+    def total(self) -> int:
+        """All bytes."""
+        return self.weights + self.cache
+
+
+def loaded_bytes(q: Quantization) -> int | None:
+    """The bytes of all weights but those of draft layers, which no engine loads; None if unknown."""
+    return None if q.weight_bytes is None else max(q.weight_bytes - q.draft_bytes, 0)
+
+
+def memory(q: Quantization, context: int) -> Memory | None:
+    """The bytes that a model needs with `context` tokens; None if weights or cache are unknown.
+
+    Result files of older versions have bytes per token alone.
+    """
+    weights = loaded_bytes(q)
+    if weights is None:
         return None
-    return q.weight_bytes + context * q.kv_bytes_per_token
+    if q.kv_cache is not None:
+        return Memory(weights, q.kv_cache.bytes_at(context), not q.kv_cache.upper_bound)
+    if q.kv_bytes_per_token is not None:
+        return Memory(weights, context * q.kv_bytes_per_token, True)
+    return None
+
+
+def memory_bytes(q: Quantization, context: int) -> int | None:
+    """The bytes that a model needs with `context` tokens; None if unknown, or known as an upper bound only."""
+    needed = memory(q, context)
+    return needed.total if needed is not None and needed.exact else None
 
 
 def fit(q: Quantization, budget: Budget) -> Fit:
-    """Whether a model fits; weights that alone exceed the budget are too large, whatever the cache takes."""
-    limit = budget.gib * GIB
-    needed = memory_bytes(q, budget.context)
-    if needed is not None:
-        return Fit.FITS if needed <= limit else Fit.TOO_LARGE
-    return Fit.TOO_LARGE if q.weight_bytes is not None and q.weight_bytes > limit else Fit.UNKNOWN
+    """Whether a model fits; weights that alone exceed the budget are too large, whatever the cache takes.
+
+    A cache that is known as an upper bound only can show that a model fits, not that it does not.
+    """
+    limit, needed, weights = budget.gib * GIB, memory(q, budget.context), loaded_bytes(q)
+    if needed is not None and needed.total <= limit:
+        return Fit.FITS
+    if (needed is not None and needed.exact) or (weights is not None and weights > limit):
+        return Fit.TOO_LARGE
+    return Fit.UNKNOWN
 
 
 def why_unknown(q: Quantization) -> str:

@@ -20,7 +20,7 @@ from compare.results.groups import Tree, common, group_tree, leaves, total
 from compare.results.inferred_quantization import infer_quantization
 from compare.results.label_index import Relabelling
 from compare.results.provenance import Run
-from compare.results.records import MetricValue, ProtocolRecord, Quantization, Record
+from compare.results.records import KVCacheSize, MetricValue, ProtocolRecord, Quantization, Record
 from compare.results.values import count, flag, integer, mapping, mapping_or_none, number, positive, scalar, text
 from compare.text import clean, split_colour_tag
 
@@ -171,7 +171,9 @@ def _quantization(config: dict[str, Any], arguments: dict[str, str], checkpoint:
         file_bpw=positive(block.get("file_bpw")),
         weight_bytes=count(block.get("weight_bytes")),
         layer_parameters=count(block.get("layer_parameters")),
+        draft_bytes=count(block.get("draft_bytes")) or 0,
         kv_bytes_per_token=count(block.get("kv_bytes_per_token")),
+        kv_cache=_kv_cache(block.get("kv_cache")),
         kv_cache_dtype=text(block.get("kv_cache_dtype")),
         engine=text(block.get("engine")),
         engine_version=text(block.get("engine_version")),
@@ -186,6 +188,22 @@ def _quantization(config: dict[str, Any], arguments: dict[str, str], checkpoint:
         nan_loglikelihoods=count(block.get("nan_loglikelihoods")) or 0,
         notes=tuple(text(note) for note in notes if isinstance(note, str)) if isinstance(notes, list) else (),
     )
+
+
+def _kv_cache(block: object) -> KVCacheSize | None:
+    """The size of the KV cache by context; None if the file has none (older files), or one that cannot be read."""
+    content = mapping_or_none(block) or {}
+    entries, state, bound = content.get("groups"), integer(content.get("state_bytes")), content.get("upper_bound")
+    if not isinstance(entries, list) or state is None or not isinstance(bound, bool):
+        return None
+    groups: list[tuple[int, int | None]] = []
+    for item in entries:
+        entry = mapping_or_none(item) or {}
+        size, window = count(entry.get("bytes_per_token")), count(entry.get("window"))
+        if size is None or (window is None and entry.get("window", 0) is not None):
+            return None
+        groups.append((size, window))
+    return KVCacheSize(tuple(groups), state, bound)
 
 
 def _protocol(content: dict[str, Any], tree: Tree, task: str) -> ProtocolRecord:

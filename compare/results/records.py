@@ -27,13 +27,34 @@ class MetricValue:
 
 
 @dataclass(frozen=True, slots=True)
+class KVCacheSize:
+    """Bytes of a KV cache as a function of the context.
+
+    groups: bytes per token, and the window in tokens (None: all tokens are kept). state_bytes: what does not grow.
+    upper_bound: the cache takes at most so much.
+    """
+
+    groups: tuple[tuple[int, int | None], ...]
+    state_bytes: int = 0
+    upper_bound: bool = False
+
+    def bytes_at(self, context: int) -> int:
+        """The bytes for one sequence of `context` tokens."""
+        return self.state_bytes + sum(
+            size * (context if window is None else min(context, window)) for size, window in self.groups
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Quantization:
     """``config.quantization`` as our adapters write it; `known` is False for a stock model.
 
     Bits per weight: `layer_bpw` decoder matrices, `head_bpw` output matrix, `file_bpw` all tensors of the file.
-    `vram_gb` is (layer + head bits) / 8 / 1024³; `weight_bytes` counts every tensor; `layer_parameters` the weights of
-    the decoder's matrices; `kv_bytes_per_token` one token in a KV cache of `kv_cache_dtype`. `nan_loglikelihoods`: how
-    many log-likelihoods of this run were NaN, from which the harness computes accuracies all the same.
+    `vram_gb` is (layer + head bits) / 8 / 1024³; `weight_bytes` counts every tensor, of which `draft_bytes` belong to
+    draft layers that no engine loads; `layer_parameters` the weights of the decoder's matrices. `kv_bytes_per_token`:
+    one token in a KV cache of `kv_cache_dtype`, where all tokens take the same; `kv_cache`: its size at any context.
+    `nan_loglikelihoods`: how many log-likelihoods of this run were NaN, from which the harness computes accuracies all
+    the same.
     """
 
     known: bool = False
@@ -44,8 +65,10 @@ class Quantization:
     vram_gb: float | None = None
     file_bpw: float | None = None
     weight_bytes: int | None = None
+    draft_bytes: int = 0
     layer_parameters: int | None = None
     kv_bytes_per_token: int | None = None
+    kv_cache: KVCacheSize | None = None
     kv_cache_dtype: str = ""
     engine: str = ""
     engine_version: str = ""

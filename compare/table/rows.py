@@ -34,6 +34,7 @@ def row(comparison: Comparison, point: Point) -> dict[str, Any]:
         "arithmetic": q.arithmetic if q.known and not record.is_baseline else None,
         "file_bpw": q.file_bpw,
         "weight_bytes": q.weight_bytes,
+        "draft_bytes": q.draft_bytes,
         "layer_parameters": q.layer_parameters,
         "kv_bytes_per_token": q.kv_bytes_per_token,
         "kv_cache_dtype": q.kv_cache_dtype or None,

@@ -25,10 +25,11 @@ class Quantization:
     Bits per weight and sizes follow `lmeval_ext.storage.StorageInfo`. weight_vram_gb: measured GiB that loading took.
     peak_vram_gb: measured GiB of weights and activations, without the engine's preallocated KV pool (kv_pool_gb).
     layer_parameters: logical elements of the decoder's matrices, the same for every quantization of one model.
-    kv_bytes_per_token: bytes per token of a KV cache of kv_cache_dtype (`lmeval_ext.storage.kv_cache`). bos: the rule
-    by which texts of the harness' own requests become tokens (`Adapter.bos_rule`); token windows have their own, in the
-    task's metadata. nan_loglikelihoods: log-likelihoods that were NaN, from which the harness computes accuracies
-    nevertheless. None: unknown; `notes` says why.
+    draft_bytes: bytes of draft layers (MTP) among weight_bytes, which no engine loads. kv_cache: bytes of a KV cache of
+    kv_cache_dtype at any context (`lmeval_ext.storage.kv_cache.KVCache.to_dict`). kv_bytes_per_token: the same per
+    token, where every token takes the same. bos: the rule by which texts of the harness' own requests become tokens
+    (`Adapter.bos_rule`); token windows have their own, in the task's metadata. nan_loglikelihoods: log-likelihoods that
+    were NaN, from which the harness computes accuracies nevertheless. None: unknown; `notes` says why.
     """
 
     label: str
@@ -41,8 +42,10 @@ class Quantization:
     vram_gb: float | None = None
     file_bpw: float | None = None
     weight_bytes: int | None = None
+    draft_bytes: int | None = None
     layer_parameters: int | None = None
     kv_bytes_per_token: int | None = None
+    kv_cache: dict[str, Any] | None = None
     kv_cache_dtype: str | None = None
     kernel: str | None = None
     dtype: str | None = None
@@ -94,17 +97,19 @@ def from_storage(
     cache_types: tuple[str | int | None, str | int | None] = (None, None),
     headers: Sequence[Header] | None = None,
     precision: int | None = None,
+    windowed_cache: bool = True,
     **facts: Any,
 ) -> Quantization:
     """A Quantization with the figures from the checkpoint's headers; None and a note for figures they do not give.
 
     cache_types: types of keys and values in the engine's KV cache, as for `kv_cache`; None: the checkpoint's own.
     headers, precision: as for `storage.inspect`.
+    windowed_cache: whether the engine drops tokens that have left a sliding window.
     """
     if path is None:
         return Quantization(**facts, notes=["bits per weight unknown: the checkpoint is not a local file or folder"])
-    cache = kv_cache(path, *cache_types)
-    facts |= {"kv_bytes_per_token": cache.bytes_per_token, "kv_cache_dtype": cache.dtype}
+    cache = kv_cache(path, *cache_types, windows=windowed_cache)
+    facts |= {"kv_bytes_per_token": cache.bytes_per_token, "kv_cache_dtype": cache.dtype, "kv_cache": cache.to_dict()}
     try:
         info: StorageInfo = inspect(path, headers, precision)
     except (StorageError, OSError) as error:
@@ -119,6 +124,7 @@ def from_storage(
         vram_gb=info.vram_gb,
         file_bpw=info.file_bpw,
         weight_bytes=info.weight_bytes,
+        draft_bytes=sum(part.bits for part in info.excluded if part.kind == "draft") // 8,
         layer_parameters=info.layer_elements or None,
         notes=[*info.notes, *filter(None, [cache.note])],
     )
@@ -128,5 +134,6 @@ def quantized_at_load(facts: Quantization, method: str) -> Quantization:
     """Corrects the description of a checkpoint that the engine quantized at load, which its headers do not show."""
     facts.family = facts.scheme = method
     facts.layer_bpw = facts.head_bpw = facts.vram_gb = facts.file_bpw = facts.weight_bytes = None
+    facts.draft_bytes = None
     facts.notes.append(f"bits per weight unknown: quantized at load ({method}), not in the checkpoint")
     return facts

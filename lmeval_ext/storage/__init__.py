@@ -17,7 +17,8 @@ Files, in the order in which data flows:
     decoder             where the decoder is, and with it the role of each weight
     accounting          from weights to figures, the same for every format
     info                the result (StorageInfo) and the errors (StorageError)
-    kv_cache            bytes per token in the KV cache, from config.json or GGUF metadata
+    kv_cache            bytes of the KV cache at any context; kv_layers: what each layer keeps, as read by
+    kv_config, kv_gguf  from config.json, and from GGUF metadata by llama.cpp's rules
     tensors, pieces     the records that the files above exchange
     files, rounding     opens files inside a checkpoint alone; exact integer arithmetic
 
@@ -27,7 +28,7 @@ Tables:
     layouts             one function per packing: from stored shapes to the logical shape
     schemes             one row per `quant_method`: the name of the scheme
     roles               names of weights: head, embedding, router, draft, words of other modalities
-    kv_cache            architectures in which every layer attends to all tokens
+    kv_families         one row per `model_type`: usual values, windows, states; kv_gguf has those of llama.cpp
 
 To add a format: one row of `packings.PACKINGS`, its shape function in `layouts`, one row of `schemes.SCHEMES`.
 """

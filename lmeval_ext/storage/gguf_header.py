@@ -2,7 +2,7 @@
 
 Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The header is parsed here because gguf's GGUFReader
 makes several numpy views per token of the vocabulary (seconds for a large one) and trusts the counts in the file.
-Arrays, such as the vocabulary, are skipped.
+Arrays are skipped, but for short ones of numbers, which have one value per layer.
 
 `FORMATS` has one row per scalar metadata type: its `struct` character. Tensor types and their block sizes come from
 the gguf package's own table, so a new tensor type needs a newer gguf package and no change here.
@@ -32,19 +32,21 @@ FORMATS = {
 NEWEST_TYPE = max(GGMLQuantizationType)
 # Limits far above any real file: DeepSeek-V3 has 1,100 tensors, the largest vocabularies have 300,000 tokens.
 MAX_KEYS, MAX_TENSORS, MAX_STRINGS, MAX_DIMENSIONS, MAX_NAME = 2**16, 2**20, 2**22, 4, 2**16
+MAX_LIST = 1024  # longer arrays are not read; llama.cpp's LLAMA_MAX_LAYERS is 512
 
 
 @dataclass
 class GGUFHeader:
     """The parsed header of one GGUF file.
 
-    metadata: scalar and string values by key. arrays: keys of the arrays, whose values are not read. tensors: in the
-    order of the header.
+    metadata: scalar and string values by key. arrays: keys of all arrays. lists: the values of short arrays of numbers
+    or booleans. tensors: in the order of the header.
     """
 
     path: Path
     metadata: dict[str, Any] = field(default_factory=dict)
     arrays: set[str] = field(default_factory=set)
+    lists: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     tensors: list[StoredTensor] = field(default_factory=list)
 
     def integer(self, key: str) -> int | None:
@@ -92,7 +94,6 @@ class _HeaderParser:
 
     def take(self, kind: str) -> Any:
         """Read one number; kind: its `struct` character."""
-        """Read one number; kind: its `struct` character."""
         (value,) = struct.unpack_from(self.order + kind, self.data, self.position)
         self.position += struct.calcsize(self.order + kind)
         return value
@@ -104,7 +105,6 @@ class _HeaderParser:
 
     def text(self, limit: int) -> str:
         """Read a string of at most `limit` bytes."""
-        """Read a string of at most `limit` bytes."""
         length = self.take("Q")
         if length > limit:
             raise self.bad(f"has a string of {length:,} bytes where at most {limit:,} are expected")
@@ -114,7 +114,6 @@ class _HeaderParser:
 
     def kind(self) -> GGUFValueType:
         """Read the type of a metadata value."""
-        """Read the type of a metadata value."""
         number = self.take("I")
         try:
             return GGUFValueType(number)
@@ -122,7 +121,6 @@ class _HeaderParser:
             raise self.bad(f"has a metadata value of the unknown type {number}") from None
 
     def count(self, what: str, limit: int) -> int:
-        """Read the count of `what`. Raises StorageError above `limit`, before anything is read in a loop."""
         """Read the count of `what`. Raises StorageError above `limit`, before anything is read in a loop."""
         number = int(self.take("Q"))
         if number > limit:
@@ -142,7 +140,9 @@ class _HeaderParser:
             if struct.unpack_from(self.order + "I", self.data, self.position)[0] == GGUFValueType.ARRAY:
                 header.arrays.add(key)
             value = self.value()
-            if value is not None:
+            if isinstance(value, tuple):
+                header.lists[key] = value
+            elif value is not None:
                 header.metadata[key] = value
         entries = [self.entry() for _ in range(tensors)]
         alignment = header.metadata.get("general.alignment", 32)
@@ -157,7 +157,10 @@ class _HeaderParser:
         return header
 
     def value(self) -> Any:
-        """Read one metadata value. Returns None for an array and for a long string, which are skipped."""
+        """Read one metadata value, a short array of numbers as a tuple.
+
+        Returns None for other arrays and for long strings, which are skipped.
+        """
         kind = self.kind()
         if kind == GGUFValueType.STRING:
             length = struct.unpack_from(self.order + "Q", self.data, self.position)[0]
@@ -172,9 +175,12 @@ class _HeaderParser:
             raise self.bad("has an array of arrays in its metadata")
         if item == GGUFValueType.STRING:
             self.skip_strings(self.count("strings in an array", MAX_STRINGS))
-        else:
-            self.skip(self.take("Q") * struct.calcsize(self.order + FORMATS[item]))
-        return None
+            return None
+        count, start = self.take("Q"), self.position
+        self.skip(count * struct.calcsize(self.order + FORMATS[item]))
+        return (
+            struct.unpack_from(f"{self.order}{count}{FORMATS[item]}", self.data, start) if count <= MAX_LIST else None
+        )
 
     def skip_strings(self, count: int) -> None:
         unpack, data, position = struct.Struct(self.order + "Q").unpack_from, self.data, self.position

@@ -52,6 +52,8 @@ class ExLlamaLM(Observed, TokenLM):
     engine_name = ""
     engine_version: str | None = None
     dtype = torch.float16  # both engines compute in it, and hold matrices that are not quantized in it
+    cache_bits: tuple[int, int] | None = None  # of keys and values; None: float16
+    windowed_cache = True  # whether the cache drops tokens that have left a sliding window
 
     def __init__(
         self,
@@ -205,9 +207,11 @@ class ExLlamaLM(Observed, TokenLM):
         return str(self.folder)
 
     def describe(self) -> Quantization:
+        key, value = (f"q{bits}" for bits in self.cache_bits) if self.cache_bits else ("float16", "float16")
         facts = from_storage(
             self.checkpoint(),
-            ("float16", "float16"),
+            (key, value),
+            windowed_cache=self.windowed_cache,
             label=self.label,
             engine=self.engine_name,
             engine_version=self.engine_version,

@@ -103,18 +103,6 @@ def describe_memory(facts: Quantization, kv_bytes: int, weights_bytes: int | Non
     return facts
 
 
-def describe_cache(facts: Quantization, bits: tuple[int, int] | None) -> Quantization:
-    """Adds the KV cache's type and bytes per token. bits: of keys and values; None: float16, as it stands in `facts`.
-
-    Groups of 32 elements share a float16 scale.
-    """
-    if bits is not None:
-        facts.kv_cache_dtype = f"q{bits[0]}" if bits[0] == bits[1] else f"q{bits[0]}/q{bits[1]}"
-        if facts.kv_bytes_per_token is not None:
-            facts.kv_bytes_per_token = round(facts.kv_bytes_per_token * (bits[0] + bits[1] + 1) / 32)
-    return facts
-
-
 def describe_embedding(facts: Quantization, embedding_bytes: int) -> Quantization:
     """Adds a note about the copy of the token embeddings that `gpu_embedding` made. embedding_bytes: 0 without one."""
     if embedding_bytes:

@@ -317,14 +317,15 @@ class HFQuantized(Observed, HFLM):
 
     def describe(self) -> Quantization:
         stored, running = (quant_method(c) for c in (self.config, self.model.config))
-        dtype = main_dtype(self.model) or self.model.dtype
+        dtype = str(main_dtype(self.model) or self.model.dtype).removeprefix("torch.")
         facts = from_storage(
             self.checkpoint(),
+            (dtype, dtype),
             label=self.label,
             engine="transformers",
             engine_version=transformers.__version__,
             kernel=kernel_name(self.model, running),
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=dtype,
             device=str(self.device),
             revision=self.revision,
             scoring="logits",

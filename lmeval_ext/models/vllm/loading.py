@@ -6,6 +6,7 @@ import contextlib
 import os
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,3 +46,15 @@ def cpu_kv_bytes() -> int:
     import psutil
 
     return int(min(4 * GIB, psutil.virtual_memory().available // 4))
+
+
+def cache_dtype(model: Any, arguments: dict[str, Any]) -> str | None:
+    """Returns the type of the KV cache as the engine chose it: `auto` follows the checkpoint, or the model's dtype.
+
+    model: vLLM's LLM. arguments: what it was given; used where the engine is in other processes.
+    """
+    config = getattr(getattr(model, "llm_engine", None), "vllm_config", None)
+    if config is None:
+        return None if arguments.get("kv_cache_dtype") == "auto" else arguments.get("kv_cache_dtype")
+    chosen = str(config.cache_config.cache_dtype)
+    return str(config.model_config.dtype).removeprefix("torch.") if chosen == "auto" else chosen

@@ -237,3 +237,71 @@ def test_size_clusters_by_decoder_weights_or_all_weights():
     # without the decoder's weights in each result all weights count: 1000 × 8 / 4 and 2000 × 8 / 8
     assert size_clusters([record(5, 1000, 4.0), record(None, 2000, 8.0)]) == [0, 0]
     assert size_clusters([record(5, 1000, 4.0), record(None, 2000, 4.0)]) == [0, 1]
+
+
+WINDOWED = {
+    "groups": [{"bytes_per_token": 20_480, "window": None}, {"bytes_per_token": 118_784, "window": 1024}],
+    "state_bytes": 4096,
+    "upper_bound": False,
+}
+
+
+def test_cache_with_windows_stops_growing_at_the_window(folder, compare):
+    """20,480 × 32,768 + 118,784 × 1,024 + 4,096 bytes: 0.738 GiB, not 4.25."""
+    folder.add("gemma", "NVFP4", "nvfp4", 3.0, 8.0, weight_bytes=3 * GIB, kv_bytes_per_token=None, kv_cache=WINDOWED)
+    out = compare("table", folder.path, "--budget", 4, "--context", 32768, "--format", "json")
+    row = out.by_label()["gemma"]
+    assert row["memory_bytes"] == 3 * GIB + 32768 * 20_480 + 1024 * 118_784 + 4096
+    assert row["fits"] == "fits"
+    assert "no model is known to fit" in compare("table", folder.path, "--budget", 4, "--context", 60_000).err
+
+
+@pytest.mark.parametrize(
+    ("weights", "draft", "expected"),
+    [
+        (6 * GIB, 0, "fits"),  # 6 GiB and at most 1
+        (7 * GIB + 1, 0, "unknown"),
+        (8 * GIB + 1, 0, "too large"),  # whatever the cache takes
+        (9 * GIB, 2 * GIB, "fits"),  # the draft layers are not loaded
+    ],
+)
+def test_upper_bound_of_the_cache_shows_that_a_model_fits_but_not_that_it_does_not(
+    folder, compare, weights, draft, expected
+):
+    bound = {"groups": [{"bytes_per_token": GIB // 8192, "window": None}], "state_bytes": 0, "upper_bound": True}
+    folder.add("m", "GGUF", "m", 3.0, 8.0, weight_bytes=weights, draft_bytes=draft, kv_bytes_per_token=None,
+               kv_cache=bound, notes=["kv_bytes_per_token is known as an upper bound only: a new model"])  # fmt: skip
+    out = compare("table", folder.path, "--budget", 8, "--context", 8192, "--format", "json")
+    row = out.by_label()["m"]
+    assert (row["fits"], row["memory_bytes"]) == (expected, None)
+    if expected == "fits":
+        assert "+ at most 1.00 GB of KV cache" in out.err
+    if expected == "unknown":
+        assert "unknown whether it fits: m: kv_bytes_per_token is known as an upper bound only" in out.err
+
+
+def test_draft_layers_take_no_memory():
+    """GLM-4.5-Air in NVFP4 is 64.41 GiB on disk, and 57.67 GiB without its MTP layer in bfloat16."""
+    facts = {"weight_bytes": 69_157_786_128, "kv_bytes_per_token": 188_416}
+    assert fit(Quantization(**facts), Budget(64, 32768)) is Fit.TOO_LARGE
+    assert fit(Quantization(**facts, draft_bytes=2 * 3_616_573_568), Budget(64, 32768)) is Fit.FITS
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        None,
+        [],
+        {"groups": 3},
+        {"groups": [{"bytes_per_token": "many", "window": None}]},
+        {"groups": [{"bytes_per_token": 5}]},
+        {"groups": [{"bytes_per_token": 5, "window": -1}]},
+        {"state_bytes": -1},
+        {"upper_bound": None},
+    ],
+)
+def test_damaged_size_of_the_cache_is_unknown(folder, compare, damage):
+    block = WINDOWED | damage if isinstance(damage, dict) else damage
+    folder.add("m", "GGUF", "m", 3.0, 8.0, weight_bytes=3 * GIB, kv_bytes_per_token=None, kv_cache=block)
+    out = compare("table", folder.path, "--budget", 8, "--context", 8192, "--format", "json")
+    assert out.by_label()["m"]["fits"] == "unknown"

@@ -43,7 +43,6 @@ from lmeval_ext.models.exllama.loading import (
 from lmeval_ext.models.exllama.memory import (
     allocated_bytes,
     cache_size,
-    describe_cache,
     describe_embedding,
     describe_memory,
     reset_peak_memory,
@@ -65,6 +64,7 @@ class ExLlamaV2Model(ExLlamaLM):
     """
 
     engine_name = PACKAGE.name
+    windowed_cache = False
     engine_packages = ("exllamav2",)
     engine: ExLlamaV2Engine
 
@@ -88,8 +88,8 @@ class ExLlamaV2Model(ExLlamaLM):
         self.engine_version = str(exllamav2.__version__).strip()
         self._max_jobs = int(max_jobs)
         self._generator: ExLlamaV2Generator | None = None
-        self._bits = parse_cache_bits(cache_bits, CACHE_BITS)
-        if self._bits is not None and self._bits[0] != self._bits[1]:
+        self.cache_bits = parse_cache_bits(cache_bits, CACHE_BITS)
+        if self.cache_bits is not None and self.cache_bits[0] != self.cache_bits[1]:
             raise UserError(f"cache_bits={cache_bits!r}: ExLlamaV2 keeps keys and values in the same number of bits")
         split = numbers("gpu_split", gpu_split)
         index = single_device(device, split, False)
@@ -105,7 +105,7 @@ class ExLlamaV2Model(ExLlamaLM):
             model = ExLlamaV2(config)
             self._cache: Any = None
             if index is None and split is None and self._cache_tokens:
-                self._cache = new_cache(model, self._cache_tokens, self._bits, lazy=True)
+                self._cache = new_cache(model, self._cache_tokens, self.cache_bits, lazy=True)
                 model.load_autosplit(self._cache)
             else:
                 model.load(split)
@@ -127,7 +127,7 @@ class ExLlamaV2Model(ExLlamaLM):
                 logger.warning("flash-attn 2.5.7 is not installed: ExLlamaV2 generates for one prompt after the other")
             try:
                 if self._cache is None:
-                    self._cache = new_cache(model, self._cache_tokens, self._bits)
+                    self._cache = new_cache(model, self._cache_tokens, self.cache_bits)
             except Exception as error:
                 raise load_error(error, PACKAGE, self.folder) from error
             tokenizer = ExLlamaV2Tokenizer(model.config)
@@ -138,7 +138,6 @@ class ExLlamaV2Model(ExLlamaLM):
         quantized = self.engine.model.is_quant()
         facts.kernel = (facts.family or "exl2").lower() if quantized else "fp16"
         facts.notes.append(f"attention: {self._attention}")
-        describe_cache(facts, self._bits)
         describe_embedding(facts, self.engine.embedding_bytes)
         kv_bytes = cache_bytes(self._cache) + self.engine.branches.cache_bytes
         return describe_memory(facts, kv_bytes, self._weights_bytes)

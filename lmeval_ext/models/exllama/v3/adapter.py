@@ -39,7 +39,6 @@ from lmeval_ext.models.exllama.loading import (
 from lmeval_ext.models.exllama.memory import (
     allocated_bytes,
     cache_size,
-    describe_cache,
     describe_embedding,
     describe_memory,
     reset_peak_memory,
@@ -81,7 +80,8 @@ class ExLlamaV3(ExLlamaLM):
         self.engine_version = version()
         self._max_jobs = int(max_jobs)
         self._generator: ExLlamaV3Generator | None = None
-        self._bits = parse_cache_bits(cache_bits, CACHE_BITS)
+        self.cache_bits = parse_cache_bits(cache_bits, CACHE_BITS)
+        self.windowed_cache = not swa_full
         split = numbers("gpu_split", gpu_split)
         index = single_device(device, split, bool(tensor_parallel))
         check_gpu(PACKAGE, index)
@@ -89,7 +89,7 @@ class ExLlamaV3(ExLlamaLM):
             config = model_config(self.folder, override_tensors)
             model = Model.from_config(config, swa_full=True) if swa_full else Model.from_config(config)
             tokens = cache_size(self.folder, cache_tokens, self.max_length, self.length_is_given)
-            cache = new_cache(model, tokens, self._bits)
+            cache = new_cache(model, tokens, self.cache_bits)
             before = allocated_bytes()
             if index is not None:
                 model.load(device=torch.device("cuda", index), progressbar=False)
@@ -130,7 +130,6 @@ class ExLlamaV3(ExLlamaLM):
     def describe_engine(self, facts: Quantization) -> Quantization:
         kinds = sorted({str(m.quant_type) for m in self.engine.model if getattr(m, "quant_type", None)})
         facts.kernel = "+".join(kinds) or ("exl3" if facts.family == "EXL3" else None)
-        describe_cache(facts, self._bits)
         if self.engine.tensor_parallel:
             facts.notes.append("peak_vram_gb unknown: under tensor parallel the weights are in other processes")
             return facts

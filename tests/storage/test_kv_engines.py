@@ -1,0 +1,178 @@
+"""The size of the KV cache against what engines keep: Transformers' cache, vLLM's specifications, llama.cpp's log."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lmeval_ext.storage.kv_cache import kv_cache
+from lmeval_ext.storage.kv_families import FAMILIES
+from tests.storage.test_kv_cache import folder_with
+
+pytestmark = pytest.mark.engine
+
+
+def test_usual_values_are_those_of_the_config_classes():
+    """The values that published configs leave out, in the installed Transformers."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    compared = 0
+    for model_type, family in FAMILIES.items():
+        if model_type not in CONFIG_MAPPING:
+            continue
+        config_class = CONFIG_MAPPING[model_type]
+        names = config_class.attribute_map
+        usual = {field.name: field.default for field in dataclasses.fields(config_class)}
+        for key, value in family.usual.items():
+            # A latent's head_dim is that of the rotary key, and is not read
+            if names.get(key, key) in usual and not (key == "head_dim" and "kv_lora_rank" in usual):
+                assert usual[names.get(key, key)] == value, (model_type, key)
+                compared += 1
+    if not compared:
+        pytest.skip("config classes of this Transformers are no dataclasses")
+    assert compared > 300
+
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128, "sliding_window": 16,
+    "pad_token_id": 0,
+}  # fmt: skip
+GDN = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+KINDS: dict[str, dict[str, Any]] = {
+    "mistral": {},
+    "gemma2": {},
+    "cohere2": {},
+    "olmo3": {},
+    "gemma4_text": {"num_hidden_layers": 12, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8,
+                    "vocab_size_per_layer_input": 64, "global_head_dim": 32},
+    "qwen3_next": {**GDN, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16,
+                   "shared_expert_intermediate_size": 16},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 3, "mamba_n_heads": 8,
+                         "mamba_d_head": 16, "mamba_d_state": 8, "num_local_experts": 2, "num_experts_per_tok": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", KINDS)
+def test_figure_matches_the_cache_of_transformers(tmp_path, model_type):
+    """Keys and values after 40 tokens; Transformers keeps one token less than the window between two forwards."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    config = CONFIG_MAPPING[model_type](**SMALL | KINDS[model_type])
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        cache = model(torch.arange(40)[None], use_cache=True).past_key_values
+    tensors = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    kept = sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
+    stated = json.loads(config.to_json_string(use_diff=False)) | {"dtype": "float32"}
+    if model_type != "granitemoehybrid":
+        stated.pop("layer_types", None)  # the table's own pattern
+    found = kv_cache(folder_with(tmp_path / "m", **stated))
+    assert found.exact
+    assert sum(size * min(40, window - 1 if window else 40) for size, window in found.groups) == kept
+
+
+def test_bytes_per_token_are_vllms_page_sizes():
+    """Pages of one token: plain heads, a latent, NVFP4; and states."""
+    pytest.importorskip("vllm")
+    import torch
+    from vllm.model_executor.layers.mamba.mamba_utils import MambaStateShapeCalculator as Shapes
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, MLAAttentionSpec
+
+    from lmeval_ext.storage.kv_cache import _per_token
+    from lmeval_ext.storage.kv_layers import LayerCache
+
+    heads = {"block_size": 1, "num_kv_heads": 8, "head_size": 128}
+    plain = LayerCache(keys=8 * 128, values=8 * 128)
+    for dtype, name in ((torch.bfloat16, "bfloat16"), (torch.float32, "float32"), (torch.float8_e4m3fn, "fp8")):
+        assert FullAttentionSpec(**heads, dtype=dtype).page_size_bytes == _per_token(plain, name, name)
+    latent = MLAAttentionSpec(block_size=1, num_kv_heads=1, head_size=576, dtype=torch.bfloat16)
+    assert latent.page_size_bytes == _per_token(LayerCache(keys=576), "bfloat16", "bfloat16")
+
+    def bytes_of(shapes: Any) -> int:
+        return MambaSpec(block_size=1, shapes=shapes, dtypes=(torch.bfloat16, torch.float32)).page_size_bytes
+
+    def ours(model_type: str) -> int:
+        from lmeval_ext.storage.kv_families import Fields
+
+        family = FAMILIES[model_type]
+        conv, recurrent = family.state(Fields({}, family.usual))
+        return 2 * conv + 4 * recurrent
+
+    assert ours("qwen3_next") == bytes_of(Shapes.gated_delta_net_state_shape(1, 16, 32, 128, 128, 4))
+    assert ours("jamba") == bytes_of(Shapes.mamba1_state_shape(1, 8192, 16, 4))
+    assert ours("nemotron_h") == bytes_of(Shapes.mamba2_state_shape(1, 128 * 64, 8, 128, 64, 128, 4))
+
+
+def write_model(path: Path, arch: str, keys: dict[str, Any], tensors: dict[str, tuple[int, ...]]) -> Path:
+    """Write a GGUF model of zeros that llama.cpp loads. tensors: shapes, outermost dimension first."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, arch)
+    for key, value in keys.items():
+        if isinstance(value, list):
+            writer.add_array(f"{arch}.{key}", value)
+        elif isinstance(value, float):
+            writer.add_float32(f"{arch}.{key}", value)
+        else:
+            writer.add_uint32(f"{arch}.{key}", value)
+    writer.add_tokenizer_model("no_vocab")
+    writer.add_vocab_size(32)
+    for name, shape in tensors.items():
+        writer.add_tensor(name, np.zeros(shape, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def decoder(layers: int, norms: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    """Return keys and tensors of a decoder: width 512, 4 heads of 128, 2 KV heads."""
+    keys = {"block_count": layers, "context_length": 4096, "embedding_length": 512, "feed_forward_length": 64,
+            "attention.head_count": 4, "attention.head_count_kv": 2, "attention.key_length": 128,
+            "attention.value_length": 128, "attention.layer_norm_rms_epsilon": 1e-5,
+            "rope.dimension_count": 128}  # fmt: skip
+    shapes = {"attn_q": (512, 512), "attn_k": (256, 512), "attn_v": (256, 512), "attn_output": (512, 512),
+              "ffn_gate": (64, 512), "ffn_up": (64, 512), "ffn_down": (512, 64)}  # fmt: skip
+    shapes |= {name: (128,) if name in ("attn_q_norm", "attn_k_norm") else (512,) for name in norms}
+    tensors = {"token_embd.weight": (32, 512), "output_norm.weight": (512,)}
+    tensors |= {f"blk.{n}.{name}.weight": shape for n in range(layers) for name, shape in shapes.items()}
+    return keys, tensors
+
+
+PLAIN_NORMS = ("attn_norm", "ffn_norm")
+GEMMA_3_NORMS = (*PLAIN_NORMS, "attn_q_norm", "attn_k_norm", "post_attention_norm", "post_ffw_norm")
+LINE = re.compile(r"llama_kv_cache: size = +([\d.]+) MiB \( *(\d+) cells, +(\d+) layers")
+
+
+@pytest.mark.parametrize(("type_k", "type_v"), [(1, 1), (8, 1), (8, 8)], ids=["F16", "Q8_0 and F16", "Q8_0"])
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+def test_figure_matches_what_llama_cpp_allocates(tmp_path, capfd, arch, type_k, type_v):
+    """Bytes per cell of each cache that llama.cpp's log names, of full and of windowed layers."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    keys, tensors = decoder(12, PLAIN_NORMS if arch == "llama" else GEMMA_3_NORMS)
+    if arch == "gemma3":
+        keys["attention.sliding_window"] = 512
+    path = write_model(tmp_path / "m.gguf", arch, keys, tensors)
+    flash = getattr(llama_cpp, "LLAMA_FLASH_ATTN_TYPE_ENABLED", 1)
+    model = llama_cpp.Llama(str(path), n_ctx=4096, n_batch=512, n_ubatch=512, type_k=type_k, type_v=type_v,
+                            flash_attn=bool(flash), swa_full=False, n_gpu_layers=0, verbose=True)  # fmt: skip
+    log = capfd.readouterr().err
+    model.close()
+    allocated = [(float(mib), int(cells), int(layers)) for mib, cells, layers in LINE.findall(log)]
+    found = kv_cache(path, type_k, type_v)
+    assert len(allocated) == len(found.groups) == (1 if arch == "llama" else 2), log
+    assert [layers for _, _, layers in allocated] == ([12] if arch == "llama" else [2, 10])
+    for (mib, cells, _), (size, window) in zip(allocated, found.groups, strict=True):
+        assert mib == pytest.approx(size * cells / 1024**2, abs=0.006)
+        # A window and one batch, in blocks of 256
+        assert cells == (4096 if window is None else window + 512)
