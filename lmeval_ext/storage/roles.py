@@ -16,7 +16,9 @@ from collections.abc import Iterable
 from lmeval_ext.storage.tensors import Role
 
 # Names of layers that no engine loads unless it drafts tokens: multi-token prediction, EAGLE, Medusa.
-DRAFTS = re.compile(r"(^|\.)(mtp(_\w+)?|nextn\w*|eagle\w*|medusa\w*|hydra\w*|draft\w*|speculator\w*)(\.|$)")
+DRAFTS = re.compile(
+    r"(^|\.)(mtp(_\w+)?|nextn\w*|next_n_\w+|multi_token_predict\w*|eagle\w*|medusa\w*|hydra\w*|draft\w*|speculator\w*)(\.|$)"
+)
 
 # Words (between underscores, dots and capitals) that name a part for another modality than text.
 MODALITY_WORDS = frozenset({
@@ -38,7 +40,10 @@ _EMBEDDING_WORDS = frozenset({"embed", "embeds", "embedding", "embeddings", "emb
 _PROJECTION_WORDS = frozenset({"proj", "projs", "projection", "projections", "linear", "norm", "layernorm"})
 
 # Output matrices: names that stand for nothing else, and names that do so only beside the layers or above them.
-HEADS = frozenset({"lm_head", "embed_out", "output_layer", "unembed", "unembedding", "unembeddings", "lm_output"})
+HEADS = frozenset({
+    "lm_head", "embed_out", "output_layer", "unembed", "unembedding", "unembeddings", "lm_output",
+    "output_embedding", "output_embeddings",
+})  # fmt: skip
 HEADS_BESIDE_THE_LAYERS = frozenset({
     "output", "head", "ff_out", "proj_out", "decoder", "output_projection", "output_proj", "generator", "logits",
     "vocab_head", "lm_proj",
@@ -64,17 +69,22 @@ LAYER_LISTS = frozenset({"layers", "h", "blocks", "block", "layer"})
 ROUTERS = frozenset({
     "gate", "router", "router_gate", "moe_gate", "expert_gate", "shared_expert_gate", "shared_experts_gate",
 })  # fmt: skip
+# Words of other routers' names: one of the first, or one of the second beside one of the third ("experts_gate").
+_ROUTER_WORDS, _GATE_WORDS, _EXPERT_WORDS = {"router", "routers", "gating"}, {"gate"}, {"expert", "experts", "moe"}
+_NOT_ROUTERS = {"proj", "up", "norm", "modality"}  # Gemma 3n's modality_router mixes its streams, and is a layer's
 _ATTENTION = re.compile(r"attn|attention")
 NORM = re.compile(r"norm|^ln_|^ln\d*$|layer_?norm|^q_ln$|^k_ln$")
 # Rotations that compressed-tensors applies while the model runs (transform/factory/base.py: SCHEME_LOCATION).
 TRANSFORM = re.compile(r"_(weight_input|weight_output|input|output|q_attn|k_cache)$")
 # Buffers that some checkpoints store beside the weights; `grouping` counts them as "other".
 BUFFERS = re.compile(
-    r"(^|\.)(inv_freq|num_batches_tracked|position_ids|token_type_ids|masked_bias|attn\.bias|attention\.bias)$"
+    r"(^|\.)(inv_freq|num_batches_tracked|position_ids|token_type_ids|masked_bias|attn\.bias|attention\.bias"
+    r"|(cos|sin)_cached?"
+    r"|\w+_quantizer\.\w+)$"  # ModelOpt's statistics: weight_quantizer._amax, k_bmm_quantizer._amax
 )
 # Scales of the KV cache, of attention scores and of activations, one per tensor or per head ([heads, 1, 1]).
 CACHE_SCALE = re.compile(
-    r"(^|\.)(q|k|v|kv|qk|p|prob|softmax|attn|attn_output|o)(_cache)?_(scale|zero_point|global_scale|scaling_factor)s?$"
+    r"(^|\.)(q|k|v|kv|qk|p|prob|softmax|attn|attn_output|o)(_cache)?[_.](scale|zero_point|global_scale|scaling_factor)s?$"
 )
 
 
@@ -101,9 +111,19 @@ def is_embedding(name: str) -> bool:
 def is_routing(module: str) -> bool:
     """Return whether a weight of a layer decides which experts a token goes to; module: its name below the layer."""
     components = module.split(".")
-    position = next((index for index, name in enumerate(components) if name in ROUTERS), None)
+    position = next((index for index, name in enumerate(components) if _names_a_router(name)), None)
     # An attention's gate scales its output and is a layer's weight like any other.
     return position is not None and not any(map(_ATTENTION.search, components[:position]))
+
+
+def _names_a_router(component: str) -> bool:
+    if component in ROUTERS:
+        return True
+    parts = words([component])
+    if not parts.isdisjoint(_NOT_ROUTERS):
+        return False
+    gate = not parts.isdisjoint(_GATE_WORDS) and not parts.isdisjoint(_EXPERT_WORDS)
+    return gate or not parts.isdisjoint(_ROUTER_WORDS)
 
 
 def layer_role(module: str, matrix: bool) -> Role:

@@ -263,6 +263,45 @@ def test_matrix_called_output_of_another_size_is_not_the_head(tmp_path: Path) ->
     assert (info.head_bpw, info.head_bits, info.head_elements) == (None, None, None)
 
 
+DRAFTS = [
+    "mtp.layers.0.w.weight", "model.mtp.0.w.weight", "mtp_block.w.weight", "model.mtp_head.weight",
+    "nextn_layers.0.w.weight", "multi_token_prediction.layers.0.w.weight", "model.next_n_predict.0.w.weight",
+    "model.layers.2.eh_proj.weight", "draft_model.layers.0.w.weight", "eagle_head.fc.weight", "medusa_heads.0.1.weight",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+def test_draft_layers_count_apart(tmp_path: Path, name: str) -> None:
+    assert_layers_and_head(measure(tmp_path, {**decoder(), name: ("BF16", (200, 200))}, TEXT), draft=40_000)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.lm_head", "lm_head.linear", "embed_out", "output_embeddings", "to_logits", "final_linear"]
+)
+def test_head_with_a_rare_name_is_found(tmp_path: Path, name: str) -> None:
+    spec = decoder()
+    spec[f"{name}.weight"] = spec.pop("lm_head.weight")
+    assert_layers_and_head(measure(tmp_path, spec, TEXT))
+
+
+PREFIXES = [
+    ("thinker.model.", "thinker."), ("llm.model.", "llm."), ("base_model.model.model.", "base_model.model."),
+    ("_orig_mod.model.", "_orig_mod."), ("text_model.model.", "text_model."), ("model.text_model.", ""),
+    ("model.model.", "model."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("prefix", "above"), PREFIXES, ids=[row[0] for row in PREFIXES])
+def test_decoder_below_another_prefix_is_found_beside_strange_towers(tmp_path: Path, prefix: str, above: str) -> None:
+    spec = {
+        name.replace("model.", prefix) if name.startswith("model.") else above + name: form
+        for name, form in decoder().items()
+    }
+    assert_layers_and_head(measure(tmp_path / "text", spec, TEXT))
+    spec |= {"eyes.blocks.0.attn.qkv.weight": ("BF16", (256, 256)), "bridge.0.weight": ("BF16", (H, 32))}
+    assert_layers_and_head(measure(tmp_path / "images", spec, MULTIMODAL), vision=256 * 256 + H * 32)
+
+
 # --- inside a layer -------------------------------------------------------------------------------------------------
 
 # Names below the layer that are left out, and their kinds.
@@ -273,11 +312,18 @@ INSIDE = [
     ("mlp.text_moe.gate.weight", "BF16", (8, H), "router"),
     ("mlp.router.gate.weight", "BF16", (8, H), "router"),
     ("mlp.shared_expert_gate.weight", "BF16", (1, H), "router"),
+    ("mlp.router_weights.weight", "F32", (8, H), "router"),  # names that no table has
+    ("mlp.experts_gate.weight", "F32", (8, H), "router"),
+    ("moe.gating_network.weight", "F32", (8, H), "router"),
     ("mlp.moe_statics.e_score_correction_bias", "F32", (2, 8), "other"),
     ("self_attn.k_scale", "BF16", (8, 1, 1), "other"),  # KV scales per head, from llm-compressor
     ("self_attn.v_scale", "BF16", (8, 1, 1), "other"),
     ("self_attn.q_scale", "BF16", (8, 1, 1), "other"),
     ("self_attn.k_proj.k_scale", "F32", (), "other"),  # ModelOpt
+    ("self_attn.k_bmm_quantizer._amax", "F32", (8, 1, 1), "other"),
+    ("self_attn.k_cache.scale", "F32", (8, 1, 1), "other"),
+    ("self_attn.kv_cache_scaling_factor", "F32", (2, 1), "other"),
+    ("self_attn.rotary_emb.cos_cached", "F32", (1, 1, H, H), "other"),
     ("attn.compressor.ape", "F32", (4, H), "embedding"),
     ("self_attn.o_proj.lora_A.vision.weight", "BF16", (8, H), "vision"),  # Phi-4-multimodal
     ("self_attn.o_proj.lora_B.speech.weight", "BF16", (H, 8), "vision"),
@@ -301,6 +347,8 @@ def test_weight_in_a_layer_that_is_left_out(
         ("self_attn.gate.weight", (8, H)),  # scales the attention's output
         ("mlp.gate.weight", (I, H)),  # a gated MLP, too large for a router
         ("altup.modality_router.weight", (4, H)),  # Gemma 3n
+        ("mlp.shared_expert.gate_proj.weight", (I, H)),
+        ("mlp.experts_gate_up_proj.weight", (I, H)),
         ("linear_attn.conv1d.weight", (H, 1, 4)),
         ("mlp.experts.w13_weight", (4, I, H)),
     ],
