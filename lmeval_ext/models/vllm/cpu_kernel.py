@@ -20,6 +20,8 @@ import importlib
 import logging
 from typing import Any
 
+from lmeval_ext.models.vllm import cpu_experts, cpu_rotary
+
 logger = logging.getLogger(__name__)
 
 _USERS = (
@@ -30,11 +32,16 @@ _INIT = "init_nvfp4_linear_kernel"
 
 
 def register() -> None:
-    """Entry point of `vllm.general_plugins`: offers the emulated kernel on a platform that has no other."""
+    """Entry point of `vllm.general_plugins`: offers the emulated kernel on a platform that has no other.
+
+    Offers emulated experts (cpu_experts.py) and repairs vLLM's rotary embeddings (cpu_rotary.py) there, too.
+    """
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
         return
+    cpu_rotary.register()
+    cpu_experts.register()
     for name in _USERS:
         try:
             module = importlib.import_module(name)
@@ -72,6 +79,7 @@ def emulated_kernel() -> Any:
         """Decodes NVFP4 weights at load; quantizes and decodes activations of W4A4 layers at every call."""
 
         label = "reference"  # in result files, where it stays as it was
+        quantizes_activations = True  # where the checkpoint asks for it
 
         @classmethod
         def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:

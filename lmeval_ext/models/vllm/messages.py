@@ -8,8 +8,11 @@ from lmeval_ext.errors import UserError, first_line
 from lmeval_ext.models.loading import explain_load
 
 
-def check_checkpoint(pretrained: str) -> None:
-    """Raises UserError for a path that is not a checkpoint folder; hub ids pass."""
+def check_checkpoint(pretrained: str, load_format: str | None = None) -> None:
+    """Raises UserError for a path that is not a checkpoint folder, or a folder without weights; hub ids pass.
+
+    load_format: vLLM's argument. Formats other than the usual ones may have other files, or none.
+    """
     path = Path(pretrained).expanduser()
     looks_local = path.is_absolute() or pretrained.startswith((".", "~")) or path.exists()
     if looks_local and not (path / "config.json").is_file():
@@ -17,6 +20,15 @@ def check_checkpoint(pretrained: str) -> None:
             f"pretrained={pretrained!r}: no config.json there; give a checkpoint folder (config.json, safetensors, "
             "tokenizer files) or a hub id"
         )
+    usual = load_format in (None, "auto", "hf", "safetensors", "pt")
+    if looks_local and usual and not any(file.suffix in _WEIGHTS for file in path.iterdir()):
+        raise UserError(
+            f"pretrained={pretrained!r}: no weights there (expected *.safetensors beside config.json); complete the "
+            "folder"
+        )
+
+
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth"}  # that vLLM reads
 
 
 # Substrings of vLLM's messages (0.26–0.32), and the user's next step.
@@ -33,6 +45,8 @@ _HINTS = (
     (("Can't load the configuration", "not a valid model identifier", "couldn't connect", "Repo id must be",
       "cannot find the requested files", "LocalEntryNotFound", "offline mode is enabled"),
      "give a checkpoint folder or a hub id that can be reached"),
+    (("torchvision", "Torchvision", "Could not load the processor", "image processor", "ImageProcessor"),
+     "text alone needs no parts for images: leave language_model_only=False out, or install torchvision"),
     (("does not recognize this architecture",), "this vLLM's Transformers does not know the model"),
     (("Engine core initialization failed",),
      "the engine's own error is printed above; if it is about memory, lower max_model_len or gpu_memory_utilization"),

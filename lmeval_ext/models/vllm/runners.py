@@ -11,6 +11,7 @@ changes; scoring then falls back to `prompt_logprobs`.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -148,6 +149,10 @@ def logits_device(runner: Any) -> torch.device | None:
     return torch.device(runner.device) if alone or get_pp_group().is_last_rank else None
 
 
+class _SeenError(Exception):
+    """Ends a call of which only the arguments are of interest."""
+
+
 def output_head(runner: Any) -> OutputHead:
     """The output matrix, and what vLLM's LogitsProcessor does after it. Raises UserError if quantized or split."""
     processor = _logits_processor(runner)
@@ -156,11 +161,12 @@ def output_head(runner: Any) -> OutputHead:
     def keep(_: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         given = dict(zip(("lm_head", "hidden_states", "embedding_bias"), arguments, strict=False)) | keywords
         seen.append((given.get("lm_head"), given.get("embedding_bias")))
+        raise _SeenError  # before the product: the head may be narrower than the model (OPT's word_embed_proj_dim)
 
     handle = processor.register_forward_pre_hook(keep, with_kwargs=True)
     try:  # only a model knows which of its layers is the head, and passes it to the processor
         width = int(runner.model_config.get_hidden_size())
-        with torch.inference_mode():
+        with torch.inference_mode(), contextlib.suppress(_SeenError):
             runner.model.compute_logits(torch.zeros(1, width, dtype=runner.model_config.dtype, device=runner.device))
     finally:
         handle.remove()
