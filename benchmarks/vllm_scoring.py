@@ -80,6 +80,7 @@ class Bench:
         self.model = ours.VLLMQuantized(
             options.model, **{"max_model_len": options.length + 1, **engine_arguments(options.engine)}
         )
+        self.model.start_engine()
         self.model.batch_size = "auto"
         self.random = random.Random(0)
         self.stock_class = ours.VLLM

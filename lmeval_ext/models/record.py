@@ -28,8 +28,10 @@ class Quantization:
     draft_bytes: bytes of draft layers (MTP) among weight_bytes, which no engine loads. kv_cache: bytes of a KV cache of
     kv_cache_dtype at any context (`lmeval_ext.storage.kv_cache.KVCache.to_dict`). kv_bytes_per_token: the same per
     token, where every token takes the same. bos: the rule by which texts of the harness' own requests become tokens
-    (`Adapter.bos_rule`); token windows have their own, in the task's metadata. nan_loglikelihoods: log-likelihoods that
-    were NaN, from which the harness computes accuracies nevertheless. None: unknown; `notes` says why.
+    (`Adapter.bos_rule`); token windows have their own, in the task's metadata. execution: "eager", "compiled"
+    (torch.compile or graph capture), or which of them for what; None where the engine has no such choice.
+    nan_loglikelihoods: log-likelihoods that were NaN, from which the harness computes accuracies nevertheless.
+    None: unknown; `notes` says why.
     """
 
     label: str
@@ -52,6 +54,7 @@ class Quantization:
     device: str | None = None
     revision: str | None = None
     scoring: str | None = None
+    execution: str | None = None
     bos: dict[str, Any] | None = None
     tokens_per_second: float | None = None
     weight_vram_gb: float | None = None

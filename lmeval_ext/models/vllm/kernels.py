@@ -1,36 +1,58 @@
-"""Whether vLLM's NVFP4 kernels quantize the activations of a W4A4 checkpoint, by vLLM's class names (0.26–0.32).
+"""Whether vLLM's kernels quantize activations, by the names of their classes (0.26 to 0.33).
 
-Native kernels need Blackwell's FP4 units and have not been tested here. A kernel that is not listed is reported by its
-name alone.
+Native FP4 kernels need Blackwell and have not been run here. A kernel that no row knows is reported as unknown.
 """
 
 from __future__ import annotations
 
-WEIGHT_ONLY = (
-    "weight-only: this kernel does not quantize activations, as the checkpoint asks for; their error is not in the "
-    "figures (emulate it with linear_backend=emulation)"
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+# The first match counts
+_KERNELS: tuple[tuple[str, bool], ...] = (
+    # 16-bit activations whatever the checkpoint asks for
+    (r"marlin|humming", False),
+    (r"W(4|8|N|Na)A16", False),
+    (r"^(CPUFp8BlockScaledMM|CPUFp8PerTensorScaledMM|Machete|Exllama|Conch|EmulationMxfp8|CPUExpertsFp8$)", False),
+    # Emulated: quantized and decoded at every call
+    (r"^EmulationNvFp4|^EmulationMxfp[46]|^Nvfp4QuantizationEmulation|^NvFp4MoeBackend\.EMULATION$", True),
+    # Native FP4 and FP8 units, and integer kernels
+    (r"^(B12x|Cutlass|Fbgemm|FlashInfer|Torch)\w*(NvFp4|MxFp4|Mxfp8)LinearKernel$", True),
+    (r"^CutlassExperts|^TrtLlmNvFp4|W4A8|W8A8|ScaledMM", True),
 )
-NATIVE = "activations quantized, by native FP4 units"
-EMULATED = "activations quantized, emulated"
+_EMULATED = re.compile(r"emulation", re.IGNORECASE)
 
-ACTIVATIONS: dict[str, str] = {
-    "MarlinNvFp4LinearKernel": WEIGHT_ONLY,
-    "HummingNvFp4LinearKernel": WEIGHT_ONLY,
-    "B12xNvFp4W4A16LinearKernel": WEIGHT_ONLY,
-    "FlashInferCuteDslNvFp4W4A16LinearKernel": WEIGHT_ONLY,
-    "EmulationNvFp4LinearKernel": EMULATED,
-    "B12xNvFp4LinearKernel": NATIVE,
-    "CutlassNvFp4LinearKernel": NATIVE,
-    "FbgemmNvFp4LinearKernel": NATIVE,
-    "FlashInferB12xNvFp4LinearKernel": NATIVE,
-    "FlashInferCudnnNvFp4LinearKernel": NATIVE,
-    "FlashInferCuteDslNvFp4LinearKernel": NATIVE,
-    "FlashInferCutlassNvFp4LinearKernel": NATIVE,
-    "FlashInferTrtllmNvFp4LinearKernel": NATIVE,
-    "TorchNvFp4LinearKernel": NATIVE,
+
+class Activations(NamedTuple):
+    """Whether the checkpoint asks for quantized activations, and whether the kernel quantizes them; None if unknown."""
+
+    asked: bool | None
+    ran: bool | None
+
+
+def quantizes_activations(name: str) -> bool | None:
+    """Whether the kernel of this name quantizes activations; None if unknown."""
+    return next((ran for pattern, ran in _KERNELS if re.search(pattern, name, re.IGNORECASE)), None)
+
+
+def activation_notes(kernels: Mapping[str, Activations]) -> list[str]:
+    """Notes on activations that the checkpoint wants quantized, one for each thing that happened to them.
+
+    kernels: as `layer_kernels` returns them.
+    """
+    notes = []
+    for ran, text in _TEXTS.items():
+        names = [name for name, (asked, did) in kernels.items() if asked and did is ran]
+        if names:
+            emulated = ran is True and all(_EMULATED.search(name) or name == "reference" for name in names)
+            notes.append(text.format(names=", ".join(names), how="emulated" if emulated else "natively"))
+    return notes
+
+
+_TEXTS: dict[bool | None, str] = {
+    False: "weight-only: {names} does not quantize activations, as the checkpoint asks for; their error is not in the "
+    "figures (NVFP4: emulate it with linear_backend=emulation, for experts moe_backend=emulation)",
+    True: "activations quantized by {names}, {how}",
+    None: "unknown whether activations are quantized, as the checkpoint asks for, by {names}",
 }
-
-
-def activation_notes(kernels: set[str]) -> list[str]:
-    """Notes on the activations, one per kind of kernel that a W4A4 checkpoint runs on."""
-    return sorted({ACTIVATIONS[name] for name in kernels if name in ACTIVATIONS})

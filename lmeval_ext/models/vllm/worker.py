@@ -15,7 +15,8 @@ from lmeval_ext.divergence.head import OutputHead
 from lmeval_ext.divergence.observer import Saving
 from lmeval_ext.divergence.plan import ObservationPlan, cut_head, head_facts
 from lmeval_ext.divergence.store import ReferenceStore
-from lmeval_ext.models.vllm import runners
+from lmeval_ext.models.vllm import long_rope, runners
+from lmeval_ext.models.vllm.layer_kernels import layer_kernels as _kernels
 from lmeval_ext.models.vllm.scoring import PromptScorer
 
 
@@ -35,6 +36,15 @@ class WorkerExtension:
         except (AttributeError, TypeError) as error:
             return f"{type(error).__name__}: {error}"
         return None
+
+    def lmeval_ext_long_rope(self) -> list[int]:
+        """Original contexts of the rotary embeddings that have two sets of factors."""
+        modules = long_rope.rotary_modules(self.model_runner.model)
+        return sorted({int(module.original_max_position_embeddings) for module in modules})
+
+    def lmeval_ext_switch_long_rope(self, long: bool | None) -> None:
+        """Takes long or short factors from now on; None: vLLM's own choice."""
+        long_rope.switch(self.model_runner.model, long)
 
     def lmeval_ext_observe(self, plan: dict[str, Any] | None) -> dict[str, Any]:
         """Observes the logits of windows by an `ObservationPlan` (as a dictionary); None stops observing.
@@ -75,16 +85,16 @@ class WorkerExtension:
     def lmeval_ext_report(self) -> dict[str, Any]:
         """Facts about kernels and memory.
 
-        kernels: names of the kernels (or quantization methods) of the model's linear layers, sorted. dtype: of the
-        weights that are not quantized. kv_pool_bytes: size of the preallocated KV cache. weight_bytes: memory that
-        loading took, None if unknown. peak_bytes: most GPU memory allocated since start or `lmeval_ext_reset_peak`,
-        None on a CPU.
+        kernels: `layer_kernels` of the model, with lists for tuples. dtype: of the weights that are not quantized.
+        kv_pool_bytes: size of the preallocated KV cache. weight_bytes: memory that loading took, None if unknown.
+        peak_bytes: most GPU memory allocated since start or `lmeval_ext_reset_peak`, None on a CPU.
         """
         runner = self.model_runner
+        model = runner.get_model() if hasattr(runner, "get_model") else runner.model
         # The layers of hybrid models are views of one buffer, so each storage counts once
         pool = {s.data_ptr(): s.nbytes() for s in map(_storage, runners.kv_cache_tensors(runner))}
         return {
-            "kernels": sorted(_kernels(runner.get_model() if hasattr(runner, "get_model") else runner.model)),
+            "kernels": {name: list(activations) for name, activations in _kernels(model).items()},
             "dtype": str(runner.model_config.dtype).removeprefix("torch."),
             "kv_pool_bytes": sum(pool.values()),
             "weight_bytes": runners.weight_bytes(runner),
@@ -100,26 +110,3 @@ class WorkerExtension:
 
 def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
     return tensor.untyped_storage()
-
-
-def _kernels(model: Any) -> set[str]:
-    from vllm.model_executor.layers.linear import LinearBase
-
-    names: set[str] = set()
-    for module in model.modules():
-        method = getattr(module, "quant_method", None)
-        if method is None or not (isinstance(module, LinearBase) or "MoE" in type(module).__name__):
-            continue  # attention and embeddings have methods too, but are not quantized layers
-        holders = [h for h in (getattr(module, "scheme", None), method) if h is not None]
-        kernels = {_name(v) for h in holders for v in vars(h).values() if _is_kernel(v)}
-        unquantized = type(method).__name__.startswith("Unquantized")
-        names |= kernels or (set() if unquantized else {type(holders[0]).__name__})
-    return names
-
-
-def _is_kernel(value: Any) -> bool:
-    return any("Kernel" in base.__name__ for base in type(value).__mro__)
-
-
-def _name(kernel: Any) -> str:
-    return getattr(kernel, "label", None) or type(kernel).__name__

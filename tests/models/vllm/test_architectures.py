@@ -75,9 +75,10 @@ def test_rotary_embedding_of_3d_queries_equals_vllms_native_code() -> None:
                 positions, query, key = torch.arange(5), torch.randn(5, 4, 192)[..., 128:], torch.randn(5, 1, 64)
                 expected = rope.forward_native(positions, query.clone(), key.clone())
                 got = rope.forward_cpu(positions, query, key)
-                for a, b, in_place in zip(got, expected, (query, key), strict=True):
+                for a, b in zip(got, expected, strict=True):
                     torch.testing.assert_close(a, b)
-                    torch.testing.assert_close(in_place, b)
+                if rope_parameters is parameters:  # yarn's class has no kernel on a CPU
+                    torch.testing.assert_close((query, key), expected)
 
 
 def test_latent_attention_is_refused_where_the_repair_is_missing(
