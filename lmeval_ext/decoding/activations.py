@@ -29,6 +29,11 @@ def notes(method: str, quantization: Mapping[str, Any]) -> list[str]:
         method.startswith("modelopt") and str(settings.get("quant_algo") or "").upper() not in _WEIGHTS_ALONE
     ):
         said.append(WEIGHT_ONLY)
+    elif method == "compressed-tensors":
+        groups = quantization.get("config_groups")
+        parts = groups.values() if isinstance(groups, Mapping) else ()
+        if any(isinstance(part, Mapping) and part.get("input_activations") for part in parts):
+            said.append(WEIGHT_ONLY)
     if settings.get("kv_cache_quant_algo") or settings.get("kv_cache_scheme"):
         said.append(CACHE)
     return said

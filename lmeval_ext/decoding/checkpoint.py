@@ -26,13 +26,16 @@ from lmeval_ext.storage.checkpoint import read_checkpoint, read_config
 from lmeval_ext.storage.roles import BUFFERS, CACHE_SCALE
 from lmeval_ext.storage.safetensors_header import FLOAT8, FLOATS
 from lmeval_ext.storage.schemes import method_of
+from lmeval_ext.storage.tensors import StoredTensor
 
 # Matrices that some Transformers models join (Phi-3, GLM-4), and the checkpoints' names of their parts
 FUSED = {".qkv_proj": (".q_proj", ".k_proj", ".v_proj"), ".gate_up_proj": (".gate_proj", ".up_proj")}
 
-# Methods whose layout the tensors decide: "fp8" names one that Transformers runs and one that it misreads, and a
-# checkpoint without a quantization config ("none") may be dense.
-_BY_TENSORS = frozenset({"fp8", "none"})
+# Methods of which Transformers runs some checkpoints and misreads others, by the tensors: "fp8" names two layouts, a
+# checkpoint without a quantization config ("none") may be dense, and of NVFP4 experts in compressed-tensors, which it
+# joins, it has no use for the divisors (5.19 and 5.24).
+_BY_TENSORS = frozenset({"fp8", "none", "compressed-tensors"})
+_EXPERT_DIVISOR = re.compile(r"\.experts\.[0-9]+\..*\.weight_global_scale$")
 _NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.|$)")
 
 
@@ -49,12 +52,20 @@ def decoding_method(folder: str | Path) -> str | None:
     return None if source is None else source.method
 
 
+def tensors_decide(folder: Path) -> bool:
+    """Whether a quantized checkpoint's config leaves open if it is decoded here, so that its tensors are needed."""
+    try:
+        return method_of(read_config(folder).quantization) in _BY_TENSORS
+    except (StorageError, OSError):
+        return False
+
+
 def source_of(folder: Path) -> Source | None:
     """The method and the quantization config of a checkpoint that is decoded here; None for any other."""
     try:
         quantization = read_config(folder).quantization
         method = method_of(quantization) or "none"
-        if method not in METHODS or (method in _BY_TENSORS and not _misread(folder, quantization)):
+        if method not in METHODS or (method in _BY_TENSORS and not _is_misread(folder, method, quantization)):
             return None
     except (StorageError, OSError):
         return None  # loading the checkpoint reports the problem
@@ -82,14 +93,27 @@ def checked_precision(folder: Path, precision: object) -> int | None:
     return precision
 
 
-def _misread(folder: Path, quantization: Mapping[str, Any]) -> bool:
+def _is_misread(folder: Path, method: str, quantization: Mapping[str, Any]) -> bool:
+    """Whether the tensors are of a layout that Transformers loads without its scales, or with the wrong ones."""
+    tensors = read_checkpoint(folder).tensors
+    if method == "compressed-tensors":
+        sparsity = quantization.get("sparsity_config")
+        sparse = isinstance(sparsity, Mapping) and sparsity.get("format") not in (None, "dense")
+        if sparse or quantization.get("transform_config"):
+            return False  # neither is decoded here
+        return any(map(_EXPERT_DIVISOR.search, tensors))
+    packed = (name.removesuffix("_packed") for name in tensors if name.endswith(".weight_packed"))
+    if method == "none" and any(f"{name}_scale" in tensors for name in packed):
+        return True
+    return _has_misread_floats(tensors, quantization.get("weight_block_size"))
+
+
+def _has_misread_floats(tensors: Mapping[str, StoredTensor], block: Any) -> bool:
     """Whether a float8 weight is stored in a way that Transformers misreads.
 
     With a `weight_scale` beside it (the layout of AutoFP8, vLLM and ModelOpt), which Transformers drops; or in blocks
     that do not divide the matrix, which it spreads evenly over the matrix where it decodes them (5.19, 5.24).
     """
-    tensors = read_checkpoint(folder).tensors
-    block = quantization.get("weight_block_size")
     for name in tensors:
         weight = name.removesuffix("_scale").removesuffix("_scale_inv")
         if weight == name or weight not in tensors or tensors[weight].dtype not in FLOAT8:

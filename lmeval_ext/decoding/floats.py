@@ -7,8 +7,10 @@ inputs (MXFP8: 2^(byte − 127), [out, in / 32]). It is called `weight_scale` by
 compressed-tensors, and `weight_scale_inv` by DeepSeek and Transformers; either way the code is multiplied by it.
 
 FP4 (E2M1: ±0, 0.5, 1, 1.5, 2, 3, 4, 6) is stored as two codes per byte, the first in the low half, [out, in / 2].
-NVFP4 has one float8 scale per 16 inputs and one scale per matrix (ModelOpt: `weight_scale` × `weight_scale_2`;
-modelopt/torch/quantization/qtensor/nvfp4_tensor.py), MXFP4 one exponent byte per 32 inputs.
+NVFP4 has one float8 scale per 16 inputs and one number per matrix: ModelOpt multiplies, `weight_scale` ×
+`weight_scale_2` (modelopt/torch/quantization/qtensor/nvfp4_tensor.py); compressed-tensors, where the codes are called
+`weight_packed`, divides, `weight_scale` / `weight_global_scale` (quantization/lifecycle/forward.py). MXFP4 has one
+exponent byte per 32 inputs.
 
 ModelOpt's `pre_quant_scale` [in] multiplies the activations before the matrix, so it multiplies the weight's inputs.
 """
@@ -33,22 +35,29 @@ def fp8(parts: Parts, dtype: torch.dtype, matrix: Matrix) -> torch.Tensor:
 
 
 def nvfp4(parts: Parts, dtype: torch.dtype, matrix: Matrix) -> torch.Tensor:
-    """One NVFP4 matrix of ModelOpt, dtype [out, in], computed in float32. Raises ValueError for other shapes."""
-    expect(parts[".weight_scale_2"].numel() == 1, "weight_scale_2 is not one number")
-    values = _e2m1(parts[".weight"])
-    expect_shape(parts, ".weight_scale", len(values), values.shape[1] // NV_GROUP)
-    expect(values.shape[1] % NV_GROUP == 0, f"{values.shape[1]} inputs are not groups of {NV_GROUP}")
-    scale = parts[".weight_scale"].float() * parts[".weight_scale_2"].float().reshape(())
+    """One NVFP4 matrix, dtype [out, in], computed in float32. Raises ValueError for other shapes."""
+    name = ".weight_global_scale" if ".weight_global_scale" in parts else ".weight_scale_2"
+    expect(parts[name].numel() == 1, f"{name[1:]} is not one number")
+    number = parts[name].float().reshape(())
+    values = _grouped(parts, NV_GROUP)
+    scale = parts[".weight_scale"].float()
+    scale = scale / number if name == ".weight_global_scale" else scale * number
     return _with_pre_scale(values * scale.repeat_interleave(NV_GROUP, 1), parts).to(dtype)
 
 
 def mxfp4(parts: Parts, dtype: torch.dtype, matrix: Matrix) -> torch.Tensor:
     """One MXFP4 matrix, dtype [out, in]: exact in float32. Raises ValueError for other shapes."""
-    values = _e2m1(parts[".weight"])
-    expect_shape(parts, ".weight_scale", len(values), values.shape[1] // MX_GROUP)
-    expect(values.shape[1] % MX_GROUP == 0, f"{values.shape[1]} inputs are not groups of {MX_GROUP}")
+    values = _grouped(parts, MX_GROUP)
     scale = exponents(parts[".weight_scale"]).repeat_interleave(MX_GROUP, 1)
     return _with_pre_scale(values * scale, parts).to(dtype)
+
+
+def _grouped(parts: Parts, group: int) -> torch.Tensor:
+    """The values of packed FP4 codes, float32 [out, in]. Raises ValueError unless each group of inputs has a scale."""
+    values = _e2m1(parts[".weight_packed" if ".weight_packed" in parts else ".weight"])
+    expect(values.shape[1] % group == 0, f"{values.shape[1]} inputs are not groups of {group}")
+    expect_shape(parts, ".weight_scale", len(values), values.shape[1] // group)
+    return values
 
 
 def exponents(bytes_: torch.Tensor) -> torch.Tensor:

@@ -81,13 +81,17 @@ FORMATS: tuple[Format, ...] = (
              unused=f".q_group_map {other}", multiple=32)
         for order, other in ((".q_invperm", ".q_perm"), (".q_perm", ".q_invperm"))
     ),
-    _row(f"fp8 {_MODELOPT} none", ".weight", _FLOAT8, f".weight_scale:{_FLOAT},U8,F8_E8M0", floats.fp8,
-         optional=".pre_quant_scale", unused=_ACTIVATIONS),
+    _row(f"fp8 {_MODELOPT} compressed-tensors none", ".weight", _FLOAT8, f".weight_scale:{_FLOAT},U8,F8_E8M0",
+         floats.fp8, optional=".pre_quant_scale", unused=_ACTIVATIONS),
     _row("fp8", ".weight", _FLOAT8, f".weight_scale_inv:{_FLOAT},U8,F8_E8M0", floats.fp8, unused=_ACTIVATIONS),
     _row(_MODELOPT, ".weight", "U8", f".weight_scale:F8_E4M3 .weight_scale_2:{_FLOAT}", floats.nvfp4,
          optional=".pre_quant_scale", unused=_ACTIVATIONS),
     _row(_MODELOPT, ".weight", "U8", ".weight_scale:U8,F8_E8M0", floats.mxfp4,
          optional=".pre_quant_scale", unused=_ACTIVATIONS),
+    _row("compressed-tensors none", ".weight_packed", "U8", f".weight_scale:F8_E4M3 .weight_global_scale:{_FLOAT}",
+         floats.nvfp4, unused=_ACTIVATIONS),
+    _row("compressed-tensors none", ".weight_packed", "U8", ".weight_scale:U8,F8_E8M0", floats.mxfp4,
+         unused=_ACTIVATIONS),
     _row("aqlm", ".codes", "I8,I16,I32", f".codebooks:{_FLOAT} .scales:{_FLOAT}", aqlm.decode),
     _row("vptq", ".indices", "I32,I16,U16", f".centroids.weight:{_FLOAT}", vptq.decode,
          optional=".res_centroids.weight .res_indices .outlier_indices .outlier_centroids.weight .perm .weight_scale "

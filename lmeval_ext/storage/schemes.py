@@ -230,7 +230,8 @@ def method_of(config: Config) -> str | None:
     method = config.get("quant_method")
     if isinstance(method, str):
         return FORMER_NAMES.get(method.lower(), method.lower())
-    if isinstance(config.get("producer"), dict) or "quant_algo" in config:
+    inner = config.get("quantization")  # of hf_quant_config.json
+    if isinstance(config.get("producer"), dict) or "quant_algo" in (inner if isinstance(inner, dict) else config):
         return "modelopt"
     if config.get("load_in_4bit") or config.get("load_in_8bit"):
         return "bitsandbytes"

@@ -107,6 +107,16 @@ def nvfp4(seed: int, out: int, size: int, pre_scale: bool = False) -> Packed:
     return Packed(tensors, {"quant_method": "modelopt", "quant_algo": "NVFP4_AWQ" if pre_scale else "NVFP4"}, weights)
 
 
+def nvfp4_packed(seed: int, out: int, size: int) -> Packed:
+    """NVFP4 as compressed-tensors stores it: the codes have another name, and the scales one divisor."""
+    packed = nvfp4(seed, out, size)
+    tensors = {suffix: packed.tensors[suffix] for suffix in (".weight_scale",)}
+    divisor = torch.tensor([800.0 + seed])
+    tensors |= {".weight_packed": packed.tensors[".weight"], ".weight_global_scale": divisor}
+    weights = packed.weights / float(packed.tensors[".weight_scale_2"]) / float(divisor)
+    return Packed(tensors, {"quant_method": "compressed-tensors"}, weights)
+
+
 def mxfp4(seed: int, out: int, size: int) -> Packed:
     rng = np.random.default_rng(seed)
     codes = rng.integers(0, 16, (out, size))
@@ -378,7 +388,7 @@ def quantized_checkpoint(folder: Path, kind: str, **settings: Any) -> dict[str, 
     names = [name for name in stored if name.endswith("_proj.weight")]
     for seed, name in enumerate(sorted(names)):
         base = name.removesuffix(".weight")
-        packed = PACKERS[kind](seed, *stored.pop(name).shape, **settings)
+        packed = (PACKERS.get(kind) or globals()[kind])(seed, *stored.pop(name).shape, **settings)
         stored |= {base + suffix: tensor.contiguous() for suffix, tensor in packed.tensors.items()}
         dense[name], quantization = packed.weights, dict(packed.config)
         layers[base] = quantization.pop("layer", None)

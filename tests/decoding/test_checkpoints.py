@@ -107,8 +107,10 @@ def test_old_modelopt_export_is_decoded(llama: Path) -> None:
     assert any("KV cache" in note for note in notes)
 
 
-def test_scaled_floats_without_a_config_are_decoded(llama: Path) -> None:
-    dense = quantized_checkpoint(llama, "fp8", scale="row")
+@pytest.mark.parametrize(("kind", "settings"), [("fp8", {"scale": "row"}), ("nvfp4_packed", {})])
+def test_scaled_floats_without_a_config_are_decoded(llama: Path, kind: str, settings: dict[str, Any]) -> None:
+    """As compressed-tensors stores them, in a checkpoint whose config.json lost its quantization_config."""
+    dense = quantized_checkpoint(llama, kind, **settings)
     edit_config(llama, lambda config: config.pop("quantization_config"))
     rewrite(llama, lambda t: [t.pop(name) for name in list(t) if name.endswith("input_scale")])
     assert decoding_method(llama) == "none"
@@ -120,6 +122,36 @@ def test_formats_of_transformers_are_left_to_it(llama: Path) -> None:
     quantized_checkpoint(llama, "fp8", scale="block")
     rewrite(llama, lambda t: t.update({n + "_inv": t.pop(n) for n in list(t) if n.endswith("weight_scale")}))
     assert decoding_method(llama) is None  # DeepSeek's and Transformers' own FP8
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("old", [False, True])
+def test_hub_checkpoint_is_complete_before_the_format_is_judged(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: bool
+) -> None:
+    """Of a hub checkpoint, config.json alone is there at first; the tensors, or another file, name the layout."""
+    from lmeval_ext.models.hf import decoded as module
+
+    dense = quantized_checkpoint(llama, "fp8-modelopt" if old else "fp8")
+    if old:
+        edit_config(llama, lambda config: config.pop("quantization_config"))
+        (llama / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "FP8"}}))
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    shutil.copy(llama / "config.json", snapshot)
+
+    def fetch(name: str, file: str, **_: Any) -> str:
+        return str(shutil.copy(llama / file, snapshot))
+
+    def fetch_all(name: str, **_: Any) -> str:
+        return str(shutil.copytree(llama, snapshot, dirs_exist_ok=True))
+
+    monkeypatch.setattr(module, "hf_hub_download", fetch)
+    monkeypatch.setattr(module, "snapshot_download", fetch_all)
+    folder = Path(module.with_deciding_files("someone/model", None, str(snapshot), ""))
+    assert decoding_method(folder) == ("modelopt" if old else "fp8")
+    fetch_all("someone/model")
+    assert_weights(decoded(folder, torch.float32, quiet=True), dense)
 
 
 # Any-Precision: each precision of one file is a model of its own

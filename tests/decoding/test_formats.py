@@ -15,7 +15,8 @@ from tests.decoding import packers
 from tests.decoding.packers import Packed
 
 DECODERS: dict[str, Callable[..., torch.Tensor]] = {
-    "fp8": floats.fp8, "nvfp4": floats.nvfp4, "mxfp4": floats.mxfp4, "aqlm": aqlm.decode, "vptq": vptq.decode,
+    "fp8": floats.fp8, "nvfp4": floats.nvfp4, "nvfp4_packed": floats.nvfp4,
+    "mxfp4": floats.mxfp4, "aqlm": aqlm.decode, "vptq": vptq.decode,
     "anyprecision": anyprecision.decode, "hqq": hqq.decode, "qtip": qtip.decode,
 }  # fmt: skip
 NAME = "model.layers.0.mlp.down_proj"
@@ -26,6 +27,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     *(("fp8", {"scale": scale}) for scale in ("tensor", "number", "row", "vector", "block", "mx")),
     ("nvfp4", {}),
     ("nvfp4", {"pre_scale": True}),
+    ("nvfp4_packed", {}),
     ("mxfp4", {}),
     ("aqlm", {"books": 2, "bits": 8}),
     ("aqlm", {"books": 1, "bits": 12}),
@@ -95,6 +97,7 @@ BREAKAGES: list[tuple[str, Callable[[Any, Any], Any], str]] = [
     ("fp8", lambda t, c: t.update({".weight_scale": torch.full((64, 3), 255).byte()}), "a scale is NaN"),
     ("nvfp4", lambda t, c: t.update({".weight_scale": t[".weight_scale"][:, :3]}), r"expected \[64, 6\]"),
     ("nvfp4", lambda t, c: t.update({".weight_scale_2": torch.ones(2)}), "weight_scale_2 is not one number"),
+    ("nvfp4_packed", lambda t, c: t.update({".weight_global_scale": torch.ones(2)}), "global_scale is not one number"),
     ("aqlm", lambda t, c: t.update({".codes": t[".codes"].int()}), "codes of 8 bits are stored in 32"),
     ("aqlm", lambda t, c: t.update({".codebooks": t[".codebooks"][:1]}), "codes of 2 codebooks, but codebooks has 1"),
     ("aqlm", lambda t, c: t.update({".codebooks": t[".codebooks"][:, :99]}), "99 vectors, expected a power of two"),

@@ -139,6 +139,12 @@ CASES: dict[str, tuple[Matrix, dict[str, Any], str, str, Callable[[int, int], in
     "torchao": (lambda o, i: {"._weight_qdata": ("I8", (o, i)), "._weight_scale": ("F16", (o, 1))},
                 method("torchao", quant_type={"default": {"_type": "Int8WeightOnlyConfig", "_version": 2}}),
                 "torchao", "torchao-Int8WeightOnly", lambda o, i: 8 * o * i + 16 * o),
+    "autofp8": (lambda o, i: {".weight": ("F8_E4M3", (o, i)), ".weight_scale": ("F16", (1,)),
+                              ".input_scale": ("F16", (1,))},
+                method("fp8", activation_scheme="static"), "FP8", "fp8", lambda o, i: 8 * o * i + 32),
+    "fp8-block": (lambda o, i: {".weight": ("F8_E4M3", (o, i)), ".weight_scale_inv": ("F32", (o // 32, i // 32))},
+                  method("fp8", weight_block_size=[32, 32]), "FP8", "fp8-block",
+                  lambda o, i: 8 * o * i + 32 * (o // 32) * (i // 32)),
     "mxfp8": (lambda o, i: {".weight": ("F8_E4M3", (o, i)), ".weight_scale_inv": ("U8", (o, i // 32))},
               method("mxfp8", weight_block_size=[1, 32]), "FP8", "mxfp8", lambda o, i: 8 * o * i + 8 * o * i // 32),
 }  # fmt: skip

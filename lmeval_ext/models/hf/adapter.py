@@ -34,7 +34,7 @@ try:
     from lmeval_ext.decoding.stored import has_only_pickles, header_of, load_pickles
     from lmeval_ext.divergence.head import OutputHead
     from lmeval_ext.models.hf.checks import some
-    from lmeval_ext.models.hf.decoded import DecodingClass, dense_config
+    from lmeval_ext.models.hf.decoded import DecodingClass, dense_config, with_deciding_files
     from lmeval_ext.models.hf.dtypes import FLOATS, main_dtype, other_dtypes, unify_dtype
     from lmeval_ext.models.hf.first_forward import PROBE, first_forward
     from lmeval_ext.models.hf.kernels import kernel_name, prefer_exact
@@ -123,6 +123,8 @@ class HFQuantized(Observed, HFLM):
         super()._get_config(pretrained, **kwargs)
         folder = None if kwargs.get("gguf_file") else local_checkpoint(pretrained, kwargs.get("revision"))
         place = kwargs.get("subfolder") or ""
+        if folder and not Path(pretrained).exists():
+            folder = with_deciding_files(pretrained, kwargs.get("revision"), folder, place)
         if folder and decoding_method(Path(folder, place)):
             if not Path(pretrained).exists():  # a hub id, of which only the config has been fetched so far
                 folder = snapshot_download(pretrained, revision=kwargs.get("revision"))

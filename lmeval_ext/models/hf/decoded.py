@@ -8,18 +8,21 @@ Transformers renames, stacks experts and places tensors as it does for the unqua
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download, snapshot_download
 
 from lmeval_ext.decoding import activations
-from lmeval_ext.decoding.checkpoint import decoded, source_of
+from lmeval_ext.decoding.checkpoint import decoded, source_of, tensors_decide
 from lmeval_ext.errors import UserError
 from lmeval_ext.models.hf.checks import beside_the_model, some
 from lmeval_ext.storage.roles import BUFFERS, CACHE_SCALE
 
+QUANTIZER_FILE = "hf_quant_config.json"
 NOTE = "decoded to dense weights at load: sizes are those of the checkpoint, not of what ran"
 
 
@@ -67,6 +70,16 @@ class DecodingClass:
         if source := source_of(Path(folder)):
             self.notes += activations.notes(*source)
         return model
+
+
+def with_deciding_files(name: str, revision: str | None, folder: str, place: str) -> str:
+    """The folder of a hub checkpoint, of which config.json is there, with all files that decide if it is decoded.
+
+    name: of the checkpoint on the hub. folder: its snapshot in the cache. place: subfolder of it.
+    """
+    with contextlib.suppress(Exception):  # most have none; ModelOpt's older exports have nothing in config.json
+        hf_hub_download(name, QUANTIZER_FILE, revision=revision, subfolder=place or None)
+    return str(snapshot_download(name, revision=revision)) if tensors_decide(Path(folder, place)) else folder
 
 
 def dense_config(config: Any) -> Any:
