@@ -21,7 +21,7 @@ _KERNELS: tuple[tuple[str, bool], ...] = (
     (r"^(B12x|Cutlass|Fbgemm|FlashInfer|Torch)\w*(NvFp4|MxFp4|Mxfp8)LinearKernel$", True),
     (r"^CutlassExperts|^TrtLlmNvFp4|W4A8|W8A8|ScaledMM", True),
 )
-_EMULATED = re.compile(r"emulation", re.IGNORECASE)
+_EMULATED = re.compile(r"emulation|^reference", re.IGNORECASE)  # vLLM's kernels, and ours
 
 
 class Activations(NamedTuple):
@@ -41,18 +41,18 @@ def activation_notes(kernels: Mapping[str, Activations]) -> list[str]:
 
     kernels: as `layer_kernels` returns them.
     """
-    notes = []
-    for ran, text in _TEXTS.items():
-        names = [name for name, (asked, did) in kernels.items() if asked and did is ran]
-        if names:
-            emulated = ran is True and all(_EMULATED.search(name) or name == "reference" for name in names)
-            notes.append(text.format(names=", ".join(names), how="emulated" if emulated else "natively"))
-    return notes
+    names: dict[str, list[str]] = {}
+    for name, (asked, ran) in kernels.items():
+        if asked:
+            happened = {True: "emulated" if _EMULATED.search(name) else "native", False: "no", None: "unknown"}[ran]
+            names.setdefault(happened, []).append(name)
+    return [text.format(names=", ".join(names[key])) for key, text in _TEXTS.items() if key in names]
 
 
-_TEXTS: dict[bool | None, str] = {
-    False: "weight-only: {names} does not quantize activations, as the checkpoint asks for; their error is not in the "
+_TEXTS = {
+    "no": "weight-only: {names} does not quantize activations, as the checkpoint asks for; their error is not in the "
     "figures (NVFP4: emulate it with linear_backend=emulation, for experts moe_backend=emulation)",
-    True: "activations quantized by {names}, {how}",
-    None: "unknown whether activations are quantized, as the checkpoint asks for, by {names}",
+    "native": "activations quantized by {names}, natively",
+    "emulated": "activations quantized by {names}, emulated",
+    "unknown": "unknown whether activations are quantized, as the checkpoint asks for, by {names}",
 }

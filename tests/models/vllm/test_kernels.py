@@ -48,7 +48,8 @@ def test_notes_follow_what_kernels_did_to_each_kind_of_layer() -> None:
     assert weight_only.startswith("weight-only: MarlinExperts does not quantize activations")
     assert native == "activations quantized by CutlassFP8ScaledMMLinearKernel, natively"
     assert activation_notes({"MarlinNvFp4LinearKernel": Activations(False, False)}) == []
-    assert activation_notes({"reference": Activations(True, True)}) == ["activations quantized by reference, emulated"]
+    both = {"reference": Activations(True, True), "reference experts": Activations(True, True)}
+    assert activation_notes(both) == ["activations quantized by reference, reference experts, emulated"]
     (unknown,) = activation_notes({"KernelOfNextYear": Activations(True, None)})
     assert unknown.startswith("unknown whether activations are quantized")
 
