@@ -14,7 +14,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.utils import handle_stop_sequences, maybe_truncate, normalize_gen_kwargs, postprocess_generated_text
 from tqdm import tqdm
 
-from lmeval_ext.models.llamacpp.arguments import switch, translated
+from lmeval_ext.models.llamacpp.arguments import cache_label, switch, translated
 from lmeval_ext.models.llamacpp.binding import ENGINE_VERSION
 from lmeval_ext.models.llamacpp.contexts import Contexts, original_context
 from lmeval_ext.models.llamacpp.generation import generate, sampling_arguments
@@ -65,8 +65,8 @@ class LlamaCpp(Observed, TokenLM):
         super().__init__()
         self.take_reference_arguments(arguments)
         self.path = find_gguf(pretrained)
-        self.label = label or Path(self.path).stem
         settings = translated(arguments)
+        self.label = label or Path(self.path).stem + cache_label(settings.get("type_k"), settings.get("type_v"))
         add_bos_token = None if add_bos_token is None else switch("add_bos_token", add_bos_token)
         trust_remote_code = switch("trust_remote_code", trust_remote_code)
         model = GGUFModel.read(self.path, settings.get("kv_overrides"))

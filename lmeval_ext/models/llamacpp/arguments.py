@@ -211,6 +211,15 @@ def cache_block(number: int | None) -> int:
     return 1 if number is None else int(GGML_QUANT_SIZES[GGMLQuantizationType(number)][0])
 
 
+def cache_label(type_k: int | None, type_v: int | None) -> str:
+    """Returns what a model's label says of the types of its KV cache; nothing if both are left at their default."""
+    if type_k is None and type_v is None:
+        return ""
+    words = {number: word for word, number in CACHE_TYPES.items()} | {None: "f16"}  # llama.cpp's default
+    k, v = words[type_k], words[type_v]
+    return f" KV {k}" if k == v else f" K {k} V {v}"
+
+
 def _check_together(values: Mapping[str, Any]) -> None:
     """Raises UserError for values that exclude each other or have no meaning for scores."""
     if values.get("attention_type") == llama_cpp.LLAMA_ATTENTION_TYPE_NON_CAUSAL:

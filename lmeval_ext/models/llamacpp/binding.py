@@ -30,7 +30,7 @@ _OF_NO_CONSEQUENCE = re.compile(
     r"using full-size SWA cache|sharing with layer|compute buffer|pipeline parallelism|mmap|madvise|fadvise|mlock"
     r"|munmap|not recommended|[Ff]alling back to buffered"
 )
-_FUNCTION = re.compile(r"^[A-Za-z_][\w:~]*: +")  # most lines begin with the name of the function that logs them
+_FUNCTION = re.compile(r"^[A-Za-z_][\w:~]*:(?: +|$)")  # most lines begin with the name of the function that logs them
 _DETAIL = re.compile(r"'[^']*'|\d+")
 
 

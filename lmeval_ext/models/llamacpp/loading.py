@@ -143,7 +143,7 @@ def _check_layers(header: GGUFHeader) -> None:
 def load_vocabulary(path: str) -> Any:
     """Returns a `llama_cpp.Llama` without weights. Raises UserError with the likely cause if it cannot be loaded."""
     llama, messages = _load(path, False, vocab_only=True)
-    _warn(path, messages.warnings())
+    _warn(path, [line for line in messages.warnings() if "n_ctx_seq" not in line])  # its context is never used
     return llama
 
 

@@ -149,6 +149,8 @@ def test_every_cache_type_that_is_taken_scores(tmp_path: Path) -> None:
     for name in CACHE_TYPES:
         types = {"type_k": name, "type_v": name, "flash_attn": "on"}
         model = get_model("llamacpp")(pretrained=str(path), max_length=64, **ONE_THREAD, **types)
+        assert model.label == f"wide KV {name}"
+        assert model.get_model_info()["quantization"]["kv_cache_dtype"] == name.upper()
         (found,) = model._loglikelihood_tokens([window_request("", ids, 1, {}, (None, None, None))])
         scores[name] = found.logprobs
     for name in ("f16", "bf16", "q8_0"):
@@ -156,6 +158,11 @@ def test_every_cache_type_that_is_taken_scores(tmp_path: Path) -> None:
     # llama.cpp's flash attention reads a float32 cache as float16
     assert len({tuple(found) for found in scores.values()}) == len(CACHE_TYPES) - 1
     assert np.isfinite(list(scores.values())).all()
+
+
+def test_label_names_cache_types_that_were_given(model_file: Path) -> None:
+    for given, label in (({}, "llama"), ({"type_k": "bf16"}, "llama K bf16 V f16"), ({"type_v": 1}, "llama KV f16")):
+        assert get_model("llamacpp")(pretrained=str(model_file), max_length=64, **given).label == label
 
 
 @pytest.mark.parametrize("flash_attn", ["on", "off"])

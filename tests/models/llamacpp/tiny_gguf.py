@@ -168,7 +168,7 @@ def gemma2(path: Path) -> Path:
 
 
 def gemma3(path: Path) -> Path:
-    """A sliding window in every layer but each sixth."""
+    """A sliding window in every layer but each sixth; an output matrix of its own, so that texts vary."""
     random = Random()
 
     def metadata(writer: gguf.GGUFWriter) -> None:
@@ -179,7 +179,7 @@ def gemma3(path: Path) -> Path:
         norms = {f"{prefix}attn_q_norm.weight": np.ones(HEAD), f"{prefix}attn_k_norm.weight": np.ones(HEAD)}
         return norms | _post_norms(prefix)
 
-    return write(path, "gemma3", random.embeddings(tied=True) | random.layers(extra), metadata)
+    return write(path, "gemma3", random.embeddings() | random.layers(extra), metadata)
 
 
 ORIGINAL = 256  # context up to which a LongRoPE model's short factors hold
