@@ -104,13 +104,15 @@ def test_mixture_has_the_scores_of_its_dense_twin(style: str, attention: bool, t
     right = scores(folder.with_name("mixture-twin"))
     model = get_model("hf_quant")(pretrained=str(folder), dtype="float32", device="cpu")
     found = np.array([s.logprobs for s in model._loglikelihood_tokens(windows(1, length=24, context=1))])
+    model = get_model("hf_quant")(pretrained=str(folder), dtype="float32", device="cpu")
+    found = np.array([s.logprobs for s in model._loglikelihood_tokens(windows(1, length=24, context=1))])
     if style == "nvfp4-pack-quantized":  # decoded by us: Transformers 5.19 and 5.24 have no use for experts' divisors
         np.testing.assert_allclose(found, right, rtol=1e-5, atol=1e-5)
         assert model.get_model_info()["quantization"]["kernel"] == "decoded"
         return
-    if attention:  # whose activations are quantized
+    if attention and style == "float-quantized":  # whose activations are quantized
         assert 0.01 < np.abs(found - right).mean() < 0.3
     else:
         np.testing.assert_allclose(found, right, rtol=5e-3, atol=5e-3)
     notes = model.get_model_info()["quantization"]["notes"]
-    assert len([note for note in notes if note.startswith("weight-only")]) == 1
+    assert len([note for note in notes if note.startswith("weight-only")]) == (style == "float-quantized")
