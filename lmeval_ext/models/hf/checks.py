@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from lmeval_ext.errors import UserError
 from lmeval_ext.models.hf.landing import Landing
-from lmeval_ext.models.hf.layouts import ACTIVATION, SIDE, codes_without_sides, payloads
+from lmeval_ext.models.hf.layouts import ACTIVATION, SIDE, codes_without_sides, payloads, sides_of_dense_weights
 from lmeval_ext.storage.roles import BUFFERS, CACHE_SCALE, DRAFTS, of_another_modality
 from lmeval_ext.storage.safetensors_header import FLOATS
 from lmeval_ext.storage.tensors import StoredTensor
@@ -110,6 +110,9 @@ class LoadedModel:
             raise self._error(
                 f"{name} is stored as {dtype}, which is not how {self.stored} checkpoints store a weight", _OTHER_WAYS
             )
+
+        if scales := sides_of_dense_weights(self.tensors, self.stored):
+            raise self._error(f"{some(scales)} is stored beside a dense weight, which has no scale", _OTHER_WAYS)
 
     # ------------------------------------------------------------------ places without a tensor
 

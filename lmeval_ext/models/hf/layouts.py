@@ -84,6 +84,9 @@ LAYOUTS: dict[str | None, tuple[Layout, ...]] = {
     "bitnet": (_row(".weight:U8", ".weight_scale"),),
 }
 
+# Whose weights Transformers joins with all side tensors of the same base name, whatever they are
+JOINING = ("fp8", "mxfp8", "bitsandbytes")
+
 # Last parts of the names of tensors that quantize another one
 SIDE = re.compile(
     r"(^|[._])(scales?|scale_inv|scale_2|scale_ub|zeros?|zero_points?|qzeros|biases|absmax|quant_map|SCB|g_idx|perm|"
@@ -125,6 +128,22 @@ def codes_without_sides(tensors: Mapping[str, StoredTensor], method: str | None)
         for name in tensors
         if name not in complete and tensors[name].dtype not in DENSE and len(tensors[name].shape) >= 1
     }
+
+
+def sides_of_dense_weights(tensors: Mapping[str, StoredTensor], method: str | None) -> list[str]:
+    """Side tensors beside a weight that is stored dense: Transformers would multiply the weight by such a scale.
+
+    Of the methods in `JOINING` alone: of others, it reports such a tensor as unused.
+    """
+    found = []
+    for row in LAYOUTS.get(method, ()) if method in JOINING else ():
+        for name, tensor in tensors.items():
+            if name.endswith(row.payload) and tensor.dtype in DENSE:
+                base = name[: len(name) - len(row.payload)]
+                sides = [base + suffix for suffix in row.required if base + suffix in tensors]
+                if len(sides) < len(row.required) or tensor.dtype not in row.dtypes:
+                    found += sides
+    return found
 
 
 def payloads(tensors: Mapping[str, StoredTensor], method: str | None) -> list[str]:
