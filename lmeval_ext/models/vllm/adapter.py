@@ -97,7 +97,7 @@ class VLLMQuantized(Observed, VLLM):
         kwargs.setdefault("worker_extension_cls", WORKER_EXTENSION)
         if kwargs.get("enforce_eager") is None:
             kwargs.pop("enforce_eager", None)
-        if "language_model_only" in vllm.EngineArgs.__dataclass_fields__:  # requests are text; no torchvision needed
+        if "language_model_only" in vllm.EngineArgs.__dataclass_fields__:  # requests are text
             kwargs.setdefault("language_model_only", True)
         if self._on_cpu:
             kwargs.setdefault("enforce_eager", True)

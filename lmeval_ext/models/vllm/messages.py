@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from lmeval_ext.errors import UserError, first_line
@@ -45,8 +46,6 @@ _HINTS = (
     (("Can't load the configuration", "not a valid model identifier", "couldn't connect", "Repo id must be",
       "cannot find the requested files", "LocalEntryNotFound", "offline mode is enabled"),
      "give a checkpoint folder or a hub id that can be reached"),
-    (("torchvision", "Torchvision", "Could not load the processor", "image processor", "ImageProcessor"),
-     "text alone needs no parts for images: leave language_model_only=False out, or install torchvision"),
     (("does not recognize this architecture",), "this vLLM's Transformers does not know the model"),
     (("Engine core initialization failed",),
      "the engine's own error is printed above; if it is about memory, lower max_model_len or gpu_memory_utilization"),
@@ -56,6 +55,12 @@ _HINTS = (
 def explain(error: Exception, pretrained: str) -> Exception:
     """Turns vLLM's error into one line that ends with the user's next step."""
     text = str(error)
+    if "failed to be inspected" in text and find_spec("torchvision") is None:  # the cause is in vLLM's log alone
+        return UserError(
+            f"pretrained={pretrained!r}: vLLM could not import its code for this architecture, and torchvision is not "
+            "installed, which its multimodal models import even for text; install the torchvision built for this "
+            "torch, or run --model hf_quant"
+        )
     for needles, hint in _HINTS:
         if any(needle in text for needle in needles) and not isinstance(error, UserError):
             line = next((x for x in text.splitlines() if any(n in x for n in needles)), first_line(error))

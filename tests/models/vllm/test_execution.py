@@ -178,3 +178,14 @@ def test_data_parallel_engines_of_each_call_get_the_same_choice() -> None:
     vars(model).update(_decided=True, _executions=set(), model_args={"enforce_eager": True})
     model.start_engine("compiled")
     assert (model.model_args["enforce_eager"], model._execution()) == (True, "eager")
+
+
+def test_missing_torchvision_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's own error says only that inspecting failed; the import that failed is in its log."""
+    from lmeval_ext.models.vllm import messages
+
+    error = ValueError("Value error, Model architectures ['Gemma3ForConditionalGeneration'] failed to be inspected.")
+    monkeypatch.setattr(messages, "find_spec", lambda name: None)
+    assert "install the torchvision built for this torch" in str(messages.explain(error, "/models/gemma"))
+    monkeypatch.setattr(messages, "find_spec", lambda name: object())
+    assert "torchvision" not in str(messages.explain(error, "/models/gemma"))
