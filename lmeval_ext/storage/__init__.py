@@ -11,7 +11,8 @@ Files, in the order in which data flows:
     measure             from a path to a StorageInfo: chooses the reader, names family and scheme
     checkpoint          a Hugging Face folder: its config.json, its quantization config, its tensors
     shards              which safetensors files belong to it; shard_index: model.safetensors.index.json
-    safetensors_header  the header of one safetensors file; json_file: strict JSON for it and for configs
+    safetensors_header  the header of one safetensors file; header_runs: collects its repeating entries
+    json_file           strict JSON for headers and configs
     gguf_checkpoint     GGUF files, split ones included; gguf_header: the header of one of them
     grouping            from stored tensors to logical weights, by the tables below
     decoder             where the decoder is, and with it the role of each weight

@@ -12,7 +12,7 @@ from lmeval_ext.storage.files import path_inside
 from lmeval_ext.storage.info import DOWNLOAD_AGAIN, StorageError
 from lmeval_ext.storage.json_file import read_object
 from lmeval_ext.storage.roles import of_another_modality
-from lmeval_ext.storage.shards import read_headers
+from lmeval_ext.storage.shards import read_tensors
 from lmeval_ext.storage.tensors import Header, TensorTable
 
 # Keys by which a config says that the token embedding is the output matrix (Mamba, OLMo and Molmo have their own).
@@ -109,7 +109,7 @@ def read_checkpoint(path: Path, headers: Sequence[Header] | None = None) -> Chec
     """
     folder = path if path.is_dir() else path.parent
     notes: list[str] = []
-    tensors = TensorTable(read_headers(path, notes) if headers is None else headers)
+    tensors = read_tensors(path, notes) if headers is None else TensorTable(headers)
     if not tensors:
         raise StorageError(f"{path} holds no tensors. Give the folder of a complete checkpoint.")
     config: dict[str, Any] = {}

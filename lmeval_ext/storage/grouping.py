@@ -77,14 +77,13 @@ def group_tensors(tensors: TensorTable, facts: Facts) -> list[Weight]:
 def _collect(tensors: TensorTable) -> dict[str | None, _Names]:
     """Collect the tensors of all files by stack of layers, name below the layer, and form."""
     stacks: dict[str | None, _Names] = {}
-    for header in tensors.headers:
-        for run in header.runs:
-            forms = stacks.setdefault(run.stack, {}).setdefault(run.rest, {})
-            group = forms.get(run.form)
-            if group is None:
-                forms[run.form] = _Group(header[run.index], run.numbers.copy())
-            else:
-                group.numbers += run.numbers
+    for run in tensors.runs:
+        forms = stacks.setdefault(run.stack, {}).setdefault(run.rest, {})
+        group = forms.get(run.form)
+        if group is None:
+            forms[run.form] = _Group(tensors.headers[run.file][run.index], run.numbers.copy())
+        else:
+            group.numbers += run.numbers
     return stacks
 
 

@@ -26,7 +26,7 @@ from lmeval_ext.storage.kv_families import (
     Fields,
 )
 from lmeval_ext.storage.kv_layers import LayerCache, Layout, UnknownCache
-from lmeval_ext.storage.shards import read_headers
+from lmeval_ext.storage.shards import read_tensors
 
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "attention_heads")
@@ -82,7 +82,7 @@ def _dtype(path: Path, checkpoint: Checkpoint, given: bool) -> str:
         return ""
     # gpt-oss names none: engines then take the 16-bit type that tensors are stored in.
     try:
-        stored = {form.dtype for header in read_headers(path, []) for form in header.forms} & set(_STORED)
+        stored = {form.dtype for header in read_tensors(path, []).headers for form in header.forms} & set(_STORED)
     except StorageError:
         stored = set()
     if len(stored) != 1:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from lmeval_ext.storage.files import path_inside
 from lmeval_ext.storage.info import DOWNLOAD_AGAIN, StorageError, parts_missing
-from lmeval_ext.storage.safetensors_header import read_header
-from lmeval_ext.storage.shard_index import INDEX, index_files
-from lmeval_ext.storage.tensors import Header
+from lmeval_ext.storage.safetensors_header import new_runs, read_header
+from lmeval_ext.storage.shard_index import INDEX, index_files, index_lines
+from lmeval_ext.storage.tensors import Header, TensorTable
 
 SHARD = re.compile(r"^(.*)-(\d{5,})-of-(\d{5,})\.safetensors$")
 # The files that ExLlamaV2's converter writes (0.3.2, conversion/compile.py). The converter also copies every other file
@@ -28,8 +28,8 @@ def _only_file(path: Path, notes: list[str]) -> Path | None:
     return path
 
 
-def read_headers(path: Path, notes: list[str]) -> list[Header]:
-    """Read the headers of the files that belong to a checkpoint. Raises StorageError for missing or damaged files.
+def read_tensors(path: Path, notes: list[str]) -> TensorTable:
+    """Read the headers of all files that belong to a checkpoint. Raises StorageError for missing or damaged files.
 
     path: its folder, or one of its files. notes: remarks are added to it.
     """
@@ -88,21 +88,24 @@ def _present(folder: Path, names: list[str]) -> list[Path]:
     return paths
 
 
-def _indexed(folder: Path, notes: list[str]) -> list[Header]:
+def _indexed(folder: Path, notes: list[str]) -> TensorTable:
     """Read the shards that the index names; each tensor comes from the shard that the index gives for it."""
+    if (usual := _usually_indexed(folder)) is not None:
+        return usual
     index, files = folder / INDEX, index_files(folder)
     names = sorted(set(files.values()))
     if others := [name for name in names if not name.endswith(".safetensors")]:
         path_inside(folder, others[0])
         raise StorageError(f"{index} names {others[0][:200]!r}, which is not a safetensors file. {DOWNLOAD_AGAIN}")
-    headers = []
+    headers, runs, selected = [], new_runs(), False
     unlisted = 0
     for path in _present(folder, names):
-        header = read_header(path)
+        header = read_header(path, runs)
         shards = list(map(files.get, header.names))
         if shards.count(path.name) != len(shards):
             unlisted += shards.count(None)
             header = _selected(header, [shard in (None, path.name) for shard in shards])
+            selected = True
         headers.append(header)
     if unlisted or sum(map(len, headers)) != len(files):
         stored = _check_unique(headers)
@@ -113,7 +116,37 @@ def _indexed(folder: Path, notes: list[str]) -> list[Header]:
             )
     if unlisted:
         notes.append(f"{unlisted} tensors stand in the shards but not in {INDEX}; they are counted")
-    return headers
+    return TensorTable(headers, runs.all if runs.complete and not selected else None)
+
+
+def _usually_indexed(folder: Path) -> TensorTable | None:
+    """Read the shards of an index that names all tensors of all shards and nothing else; None for any other index.
+
+    The entries that an index must have are written from the headers, and compared with it as texts.
+    """
+    lines = index_lines(folder)
+    match = SHARD.match(lines.file) if lines else None
+    if lines is None or match is None or int(match[3]) > len(lines.entries):
+        return None
+    count = int(match[3])
+    names = [f"{match[1]}-{number:0{len(match[3])}d}-of-{match[3]}.safetensors" for number in range(1, count + 1)]
+    paths = [path_inside(folder, name) for name in names]
+    if not all(path.exists() for path in paths):
+        return None
+    headers, runs, total = [], new_runs(), 0
+    unique: set[str] = set()
+    for path in paths:
+        header = read_header(path, runs)
+        end = lines.middle + path.name
+        if not lines.entries.issuperset([name + end for name in header.names]):
+            return None
+        headers.append(header)
+        unique.update(header.names)
+        total += len(header)
+    # Only a compact header is known to have no name that looks like several entries.
+    if not runs.complete or not total == len(unique) == len(lines.entries):
+        return None
+    return TensorTable(headers, runs.all)
 
 
 def _selected(header: Header, chosen: list[bool]) -> Header:
@@ -126,11 +159,12 @@ def _selected(header: Header, chosen: list[bool]) -> Header:
     return Header(header.path, names, forms, offsets)
 
 
-def _merge(paths: list[Path]) -> list[Header]:
-    headers = [read_header(path) for path in paths]
+def _merge(paths: list[Path]) -> TensorTable:
+    runs = new_runs()
+    headers = [read_header(path, runs) for path in paths]
     if len(headers) > 1:
         _check_unique(headers)
-    return headers
+    return TensorTable(headers, runs.all if runs.complete else None)
 
 
 def _check_unique(headers: list[Header]) -> set[str]:

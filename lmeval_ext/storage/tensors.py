@@ -61,17 +61,18 @@ class Form(NamedTuple):
 
 
 class Run:
-    """Tensors of one file that differ in their layer's number alone.
+    """Tensors that differ in their layer's number alone.
 
     stack: the numbered list that they are in ("model.layers"); None for a tensor outside any. rest: their name below
-    the number (".mlp.up_proj.weight"), or the full name. form: dtype, shape and bytes of each. index: the place of
-    the first in the header. numbers: the layers, in the order of the file; [""] outside any stack.
+    the number (".mlp.up_proj.weight"), or the full name. form: dtype, shape and bytes of each. file, index: the place
+    of the first, among the headers and in its header. numbers: the layers, in the order of the files; [""] outside any
+    stack.
     """
 
-    __slots__ = ("form", "index", "numbers", "rest", "stack")
+    __slots__ = ("file", "form", "index", "numbers", "rest", "stack")
 
-    def __init__(self, stack: str | None, rest: str, form: Form, index: int) -> None:
-        self.stack, self.rest, self.form, self.index = stack, rest, form, index
+    def __init__(self, stack: str | None, rest: str, form: Form, index: int, file: int = 0) -> None:
+        self.stack, self.rest, self.form, self.index, self.file = stack, rest, form, index, file
         self.numbers: list[str] = []
 
 
@@ -140,11 +141,26 @@ class Header(Sequence[StoredTensor]):
 
 
 class TensorTable(Mapping[str, StoredTensor]):
-    """All tensors of a checkpoint by name. headers: those of its files, whose names are all different."""
+    """All tensors of a checkpoint by name.
 
-    def __init__(self, headers: Sequence[Header]) -> None:
+    headers: those of its files, whose names are all different. runs: of all headers, if the reader has collected them.
+    """
+
+    def __init__(self, headers: Sequence[Header], runs: list[Run] | None = None) -> None:
         self.headers = headers
+        self._runs = runs
         self._places: dict[str, tuple[Header, int]] | None = None
+
+    @property
+    def runs(self) -> list[Run]:
+        """Return the tensors, collected by stack, name below the layer and form; one may be there once per file."""
+        if self._runs is None:
+            self._runs = []
+            for file, header in enumerate(self.headers):
+                for run in header.runs:
+                    run.file = file
+                self._runs += header.runs
+        return self._runs
 
     def __len__(self) -> int:
         return sum(map(len, self.headers))

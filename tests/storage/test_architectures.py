@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lmeval_ext.storage import StorageInfo, inspect
+from lmeval_ext.storage import StorageError, StorageInfo, inspect
 from lmeval_ext.storage.safetensors_header import _compact, _parsed
 from tests.storage.builders import header_of, write_checkpoint, write_raw
 
@@ -661,3 +661,83 @@ def test_quick_reader_leaves_unusual_headers_to_the_strict_one(tmp_path: Path, e
     path = write_raw(tmp_path / "model.safetensors", ("{" + entry + "}").encode(), 16)
     raw = path.read_bytes()
     assert _compact(path, raw[8:-16], len(raw)) is None
+
+
+def mixture(layers: int, experts: int) -> Spec:
+    """Return a mixture with enough experts that the reader foresees the entries of all layers but the first."""
+    spec = decoder()
+    for layer in range(layers):
+        for expert in range(experts):
+            module = f"model.layers.{layer}.mlp.experts.{expert}.up_proj"
+            spec[f"{module}.weight_packed"] = ("U8", (I, H // 2))
+            spec[f"{module}.weight_scale"] = ("F8_E4M3", (I, H // 16))
+            spec[f"{module}.weight_global_scale"] = ("F32", (1,))
+    return spec
+
+
+def shards_of(spec: Spec, count: int) -> dict[str, Spec]:
+    names = list(spec)
+    size = -(-len(names) // count)
+    return {
+        f"model-{number + 1:05d}-of-{count:05d}.safetensors": {
+            name: spec[name] for name in names[number * size : (number + 1) * size]
+        }
+        for number in range(count)
+    }
+
+
+def write_compact(folder: Path, shards: dict[str, Spec], indent: int | None = 2) -> Path:
+    """Write shards as the library writes them, with an index as `save_pretrained` writes it."""
+    for name, spec in shards.items():
+        header, size = header_of(spec)
+        write_raw(folder / name, json.dumps(header, separators=(",", ":")).encode(), size)
+    weight_map = {tensor: name for name, spec in shards.items() for tensor in spec}
+    index = json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}, indent=indent, sort_keys=True) + "\n"
+    (folder / "model.safetensors.index.json").write_text(index)
+    (folder / "config.json").write_text(json.dumps(TEXT | {"num_hidden_layers": 4}))
+    return folder
+
+
+@pytest.mark.parametrize("indent", [2, None])
+@pytest.mark.parametrize("order", ["by layer", "by dtype, as safetensors sorts"])
+def test_mixture_in_shards_has_the_figures_of_one_file(tmp_path: Path, indent: int | None, order: str) -> None:
+    spec = mixture(4, 70)
+    if order != "by layer":
+        spec = dict(sorted(spec.items(), key=lambda item: (item[1][0], item[0])))
+    spec["model.layers.2.mlp.experts.33.up_proj.weight_scale"] = ("F8_E4M3", (I, H // 32))  # not like the others
+    whole = measure(tmp_path / "whole", spec, TEXT | {"num_hidden_layers": 4})
+    for count in (2, 3, 7):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        assert inspect(write_compact(folder, shards_of(spec, count), indent)) == whole
+    assert whole.layer_elements is None, "the odd scale contradicts its codes"
+    assert "experts.33" in " ".join(whole.notes)
+
+
+def test_quick_and_strict_reader_agree_on_a_mixture(tmp_path: Path) -> None:
+    (name, spec), *_ = shards_of(mixture(3, 70), 1).items()
+    write_compact(tmp_path, {name: spec})
+    quick, strict = read_both(tmp_path / name)
+    assert quick is not None
+    assert list(quick[0]) == list(strict[0])
+    assert [(run.stack, run.rest, run.form, run.numbers) for run in quick[0].runs] == [
+        (run.stack, run.rest, run.form, run.numbers) for run in strict[0].runs
+    ]
+
+
+@pytest.mark.parametrize("change", ["renamed", "left out", "twice", "in another shard"])
+def test_index_that_differs_from_the_shards_is_noticed(tmp_path: Path, change: str) -> None:
+    shards = shards_of(mixture(2, 70), 2)
+    write_compact(tmp_path, shards)
+    index = tmp_path / "model.safetensors.index.json"
+    first, second = shards
+    name = next(tensor for tensor in shards[first] if tensor.endswith("weight_packed"))
+    line = f'"{name}": "{first}"'
+    text = index.read_text()
+    assert line in text
+    index.write_text(text.replace(line, {
+        "renamed": f'"{name}x": "{first}"', "left out": f'"{name[:-1]}": "{first}"', "twice": f"{line}, {line}",
+        "in another shard": f'"{name}": "{second}"',
+    }[change]))  # fmt: skip
+    with pytest.raises(StorageError, match="twice" if change == "twice" else "lacks"):
+        inspect(tmp_path)
