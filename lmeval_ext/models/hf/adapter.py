@@ -113,7 +113,8 @@ class HFQuantized(Observed, HFLM):
         if self._length_decides:
             forget_lengths(self.model)
         ids = [i for i in self.tok_encode(PROBE) if i < self.config.get_text_config().vocab_size]
-        name, seq2seq = f"pretrained={pretrained!r}", self.backend != "causal"
+        seq2seq = self.backend != "causal"
+        name = f"pretrained={pretrained!r}" if isinstance(pretrained, str) else type(pretrained).__name__
         first = first_forward(self.model, ids or [0], name, kwargs.get("attn_implementation"), seq2seq)
         self._settings, self._notes = first.settings, first.notes
 
