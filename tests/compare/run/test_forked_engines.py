@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,7 @@ def test_imports_start_no_threads_and_touch_no_gpu(model: str, tmp_path: Path) -
 
 def test_forked_engines_find_one_perplexity(tmp_path: Path) -> None:
     """One checkpoint in three engines, each forked from its own server."""
+    signal.alarm(600)  # three engines, where conftest.py allows three minutes
     bench = Bench(tmp_path)
     folder, gguf = str(bench.folder()), str(bench.gguf())
     engines = [
