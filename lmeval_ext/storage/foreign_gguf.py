@@ -59,8 +59,8 @@ def foreign_type(number: int, newest: int) -> str:
     if number >= FIRST_OF_IK_LLAMA:
         name = f"{IK_LLAMA[number]} " if number in IK_LLAMA else ""
         return (
-            f"{name}of the fork ik_llama.cpp or one built on it: llama.cpp and gguf count up to {newest} and do not "
-            "read it. Get a file with llama.cpp's own types."
+            f"{name}of the fork ik_llama.cpp or one built on it, which neither llama.cpp nor gguf reads. Get a file "
+            "with llama.cpp's own types."
         )
     return (
         f"which the installed gguf package does not know (it knows up to {newest}): of a newer llama.cpp, or of a "

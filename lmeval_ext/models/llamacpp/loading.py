@@ -109,6 +109,12 @@ class GGUFModel:
             )
         for argument, kind in (("type_k", "key"), ("type_v", "value")):
             block, values = cache_block(arguments.get(argument)), self.head_dimension(kind)
+            if block > 1 and values is None and self.integer("attention.head_count") != 0:  # 0: no attention
+                raise UserError(
+                    f"{argument}={_word(argument, arguments[argument])}: the header of {self.path!r} does not say how "
+                    f"many values a head has, and llama.cpp aborts where blocks of {block} do not divide them; use "
+                    "f16, bf16 or f32"
+                )
             if block > 1 and values and values % block:
                 name = _word(argument, arguments[argument])
                 raise UserError(

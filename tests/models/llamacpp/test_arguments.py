@@ -172,6 +172,15 @@ def test_blocks_that_do_not_divide_a_head_are_refused(model_file: Path, flash_at
         get_model("llamacpp")(pretrained=str(model_file), type_k="q8_0", flash_attn=flash_attn)
 
 
+def test_block_type_of_a_head_of_unknown_size_is_refused() -> None:
+    from lmeval_ext.models.llamacpp.loading import GGUFModel
+
+    settings = translated(type_k="q8_0")
+    with pytest.raises(UserError, match="does not say how many values a head has"):
+        GGUFModel("x.gguf", "deci", {"embedding_length": 64}, frozenset()).check(settings, 64)
+    GGUFModel("x.gguf", "mamba", {"embedding_length": 64, "attention.head_count": 0}, frozenset()).check(settings, 64)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
