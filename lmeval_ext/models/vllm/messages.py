@@ -65,4 +65,9 @@ def explain(error: Exception, pretrained: str) -> Exception:
         if any(needle in text for needle in needles) and not isinstance(error, UserError):
             line = next((x for x in text.splitlines() if any(n in x for n in needles)), first_line(error))
             return UserError(f"pretrained={pretrained!r}: {line.strip()}; {hint}")
+    first, *others = text.splitlines() or [""]
+    if "validation error" in first and others:  # pydantic's first line says only how many there are
+        said = [line.split(" [type=")[0].strip().removeprefix("Value error, ") for line in others]
+        reason = ": ".join(line for line in said if line and not line.startswith("For further information"))
+        return UserError(f"pretrained={pretrained!r} could not be loaded: {reason}; correct the argument or the file")
     return explain_load(error, pretrained)

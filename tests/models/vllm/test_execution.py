@@ -189,3 +189,24 @@ def test_missing_torchvision_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "install the torchvision built for this torch" in str(messages.explain(error, "/models/gemma"))
     monkeypatch.setattr(messages, "find_spec", lambda name: object())
     assert "torchvision" not in str(messages.explain(error, "/models/gemma"))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "1 validation error for ModelConfig\n  Value error, Model architectures ['X'] broke. [type=value_error, …]",
+            "loaded: Model architectures ['X'] broke.; correct",
+        ),
+        (
+            "1 validation error for CacheConfig\nblock_size\n  Input should be 8, 16 or 32 [type=literal]",
+            "loaded: block_size: Input should be 8, 16 or 32; correct",
+        ),
+    ],
+)
+def test_validation_errors_name_what_is_wrong(text: str, expected: str) -> None:
+    from lmeval_ext.models.vllm.messages import explain
+
+    message = str(explain(ValueError(text), "/models/x"))
+    assert expected in message
+    assert "\n" not in message
