@@ -18,4 +18,5 @@ point          `Point`: one record on the chosen metric and axis
 reruns         One record per model and task: the latest re-run counts, and labels become unique
 significance   Whether the difference between two models is more than chance, from pairs of the same windows or
                questions
+task_hashes    Hashes of the scored prompts, which a result file has only with --log_samples
 """

@@ -1,8 +1,9 @@
 """Records to comparisons: one metric, one axis, and which results may be compared.
 
-Two figures are comparable only if they are over the same tokens under the same protocol, and a divergence only if it is
-also from the same reference (`Record.comparability`). The largest such group is the comparison; the other points are
-kept apart: listed and drawn, but never joined or ranked.
+Two figures are comparable only if they are over the same tokens under the same protocol, or of the same task with the
+same settings; a divergence only if it is also from the same reference (`Record.comparability`). The largest such group
+is the comparison; the other points are kept apart: listed and
+drawn, but never joined or ranked.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from compare.comparison.mean import Part, average
 from compare.comparison.model_sizes import size_clusters, size_text
 from compare.comparison.point import Point
 from compare.comparison.reruns import distinct_labels, newest
+from compare.comparison.task_hashes import settle_hashes
 from compare.errors import NOTHING_USABLE, CompareError
 from compare.families import family_order
 from compare.results.records import Record
@@ -35,9 +37,9 @@ def build_comparisons(records: list[Record], options: Options) -> list[Compariso
 
     Raises CompareError when a metric is unknown or ambiguous, or nothing is left to show.
     """
-    records, notices = newest(records)
+    records, notices = newest(records, across_settings=options.mean)
     records = distinct_labels(records, across_tasks=options.mean)
-    records = _masked(records, options.mask, notices)
+    records = settle_hashes(_masked(records, options.mask, notices))
     metrics = choose_metrics(records, options.metrics, options.subtasks, notices)
     axis = axis_of(options.axis, options.context)
     if options.mean:
@@ -124,8 +126,7 @@ def _grouped(points: list[Point], metric: ChosenMetric, allow_mixed: bool, notic
     order = sorted(sizes, key=lambda key: (-sizes[key], key not in with_baseline, key))
     if len(order) == 1:
         return points
-    same_tokens = len({point.record.protocol.fingerprint for point in points}) == 1
-    over = "against the same reference" if same_tokens else "over the same tokens"
+    over = _differing(points, metric)
     for number, key in enumerate(order):
         members = [point.record for point, own in zip(points, keys, strict=True) if own == key]
         which = members[0].scored_on(metric.metric)
@@ -139,6 +140,14 @@ def _grouped(points: list[Point], metric: ChosenMetric, allow_mixed: bool, notic
     if allow_mixed:
         return points
     return [replace(point, group=order.index(key)) for point, key in zip(points, keys, strict=True)]
+
+
+def _differing(points: list[Point], metric: ChosenMetric) -> str:
+    """What the points do not all share: ``over the same tokens``, ``with the same settings``."""
+    protocols = [point.record.protocol for point in points]
+    if metric.row.needs_reference and len({protocol.fingerprint for protocol in protocols}) == 1:
+        return "against the same reference"
+    return "over the same tokens" if any(p.has_windows for p in protocols) else "with the same settings"
 
 
 def _sized(points: list[Point], notices: list[str]) -> list[Point]:

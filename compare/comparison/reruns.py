@@ -10,27 +10,41 @@ from datetime import datetime, timezone
 from compare.results.records import Record
 
 
-def newest(records: list[Record]) -> tuple[list[Record], list[str]]:
-    """The latest record of each identity, in the order of first occurrence, and a line for each replaced one."""
-    latest: dict[tuple[str, ...], Record] = {}
+def newest(records: list[Record], across_settings: bool = False) -> tuple[list[Record], list[str]]:
+    """The latest record of each identity, in the order of first occurrence, and a line for each replaced one.
+
+    Runs of a harness task with different settings (shots, limit …) are no re-runs of each other, unless
+    across_settings, as a mean needs: one record per model and task.
+    """
+    latest: dict[tuple[object, ...], Record] = {}
     notices: list[str] = []
     for record in records:
-        other = latest.setdefault(record.identity, record)
+        key = (record.identity, () if across_settings else _settings(record))
+        other = latest.setdefault(key, record)
         if other is record:
             continue
         old, new = sorted((other, record), key=lambda r: (r.date, str(r.file)))
-        latest[record.identity] = new
-        changed = "" if old.protocol.fingerprint == new.protocol.fingerprint else _token_change(old, new)
-        changed += _reference_change(old, new)
+        latest[key] = new
+        changed = _change(old, new) + _reference_change(old, new)
         notices.append(
             f"re-run: {new.label}, {new.task}: {new.file} ({_day(new)}) replaces {old.file} ({_day(old)}){changed}"
         )
     return list(latest.values()), notices
 
 
-def _token_change(old: Record, new: Record) -> str:
-    before, after = old.protocol.describe(), new.protocol.describe()
-    return f"; other tokens: {after or 'settings unknown'}, before {before or 'unknown'}"
+def _settings(record: Record) -> tuple[str, ...]:
+    protocol = record.protocol
+    return () if protocol.has_windows else (*protocol.harness, protocol.configuration)
+
+
+def _change(old: Record, new: Record) -> str:
+    """What the newer run was scored on, where that differs; empty where it does not."""
+    before, after = old.protocol, new.protocol
+    if before.fingerprint == after.fingerprint and _settings(old) == _settings(new):
+        return ""
+    if before.has_windows or after.has_windows:
+        return f"; other tokens: {after.describe() or 'settings unknown'}, before {before.describe() or 'unknown'}"
+    return f"; other settings: {', '.join(_settings(new))}; before: {', '.join(_settings(old))}"
 
 
 def _reference_change(old: Record, new: Record) -> str:
@@ -69,7 +83,40 @@ def distinct_labels(records: list[Record], across_tasks: bool = False) -> list[R
     for group in homonyms.values():
         if len(group) > 1:
             distinctions = [d for d in _DISTINCTIONS if len({d(r) for r in group}) > 1]
-            for record in group:
-                added = ", ".join(filter(None, (d(record) for d in distinctions)))
-                renamed[id(record)] = replace(record, label=f"{record.label} ({added})" if added else record.label)
+            added = [", ".join(filter(None, (d(record) for d in distinctions))) for record in group]
+            for more in (_different_arguments, _different_settings):
+                if len(set(zip(added, (record.task for record in group), strict=True))) < len(group):
+                    added = [", ".join(filter(None, parts)) for parts in zip(added, more(group), strict=True)]
+            for record, text in zip(group, added, strict=True):
+                renamed[id(record)] = replace(record, label=f"{record.label} ({text})" if text else record.label)
     return [renamed.get(id(record), record) for record in records]
+
+
+def _different_arguments(group: list[Record]) -> list[str]:
+    """Per record, the model arguments that not all have alike; paths by the parts that differ."""
+    arguments = [dict(record.chosen_by) for record in group]
+    names = sorted({name for own in arguments for name in own})
+    texts: list[list[str]] = [[] for _ in group]
+    for name in names:
+        values = [own.get(name, "") for own in arguments]
+        if len(set(values)) > 1:
+            for text, value, short in zip(texts, values, _without_common_start(values), strict=True):
+                if value:
+                    text.append(short if "/" in value else f"{name}={value}")
+    return [", ".join(text) for text in texts]
+
+
+def _without_common_start(paths: list[str]) -> list[str]:
+    """Paths without the folders that all of them begin with."""
+    parts = [path.split("/") for path in paths]
+    common = 0
+    while all(len(own) > common + 1 for own in parts) and len({own[common] for own in parts}) == 1:
+        common += 1
+    return ["/".join(own[common:]) for own in parts]
+
+
+def _different_settings(group: list[Record]) -> list[str]:
+    """Per record of a harness task, the settings that not all have."""
+    settings = [record.protocol.harness for record in group]
+    shared = set(settings[0]).intersection(*settings)
+    return [", ".join(setting for setting in own if setting not in shared) for own in settings]

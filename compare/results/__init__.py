@@ -17,6 +17,7 @@ records                The content of harness result files, one `Record` per tas
                        only
 samples                Reads what the harness logs per document (--log_samples), as far as a paired comparison
                        needs it
+settings               The settings of a harness task that decide its figure, from the files of lm-eval 0.3 to 0.4.13
 values                 Values of an untrusted JSON file: each as the expected type, or empty or None where it has
                        another type
 """

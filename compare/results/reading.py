@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,16 +16,28 @@ from typing import Any
 from compare.families import canonical_family
 from compare.results.discover import Problem, find_result_files
 from compare.results.divergence import read_divergence
-from compare.results.groups import Tree, common, group_tree, leaves, total
+from compare.results.groups import Tree, common, group_tree, leaves
 from compare.results.inferred_quantization import infer_quantization
 from compare.results.label_index import Relabelling
 from compare.results.provenance import Run
 from compare.results.records import KVCacheSize, MetricValue, ProtocolRecord, Quantization, Record
-from compare.results.values import count, flag, integer, mapping, mapping_or_none, number, positive, scalar, text
+from compare.results.settings import model_arguments, read_settings
+from compare.results.values import count, flag, integer, mapping, mapping_or_none, number, positive, text
 from compare.text import clean, split_colour_tag
 
 # A harness result file has about 10 kB per task; samples are in separate files.
 MAX_BYTES = 64 * 1024 * 1024
+_CHECKPOINT_ARGUMENTS = ("pretrained", "model", "path", "gguf_file", "filename")
+# Model arguments that neither choose the weights nor change how they are stored or computed. Those that change the
+# prompt or the windows are settings (`compare.results.settings`). An argument that is not here makes another model.
+_NOT_THE_MODEL = {
+    "label", "batch_size", "max_batch_size", "device", "device_map", "device_map_option", "parallelize",
+    "max_memory_per_gpu", "max_cpu_memory", "offload_folder", "tensor_parallel_size", "data_parallel_size",
+    "pipeline_parallel_size", "gpu_memory_utilization", "swap_space", "max_num_seqs", "max_num_batched_tokens",
+    "enforce_eager", "cache_dir", "gpus", "n_threads", "threads", "num_concurrent", "max_retries", "timeout",
+    "disable_log_stats", "low_cpu_mem_usage", "max_length", "max_model_len", "max_gen_toks", "reference",
+    "save_reference",
+}  # fmt: skip
 _LOGLIKELIHOODS = {"multiple_choice", "loglikelihood", "loglikelihood_rolling"}
 _NOT_METRICS = {"alias", "name", "sample_len", "sample_count", "samples"}
 
@@ -117,6 +129,7 @@ def _record(
         protocol=_protocol(content, tree, task),
         model=model,
         checkpoint=checkpoint,
+        chosen_by=_chosen_by(arguments),
         run=Run.of(content, task),
         date=number(content.get("date")) or modified,
         file=path,
@@ -208,6 +221,7 @@ def _kv_cache(block: object) -> KVCacheSize | None:
 
 def _protocol(content: dict[str, Any], tree: Tree, task: str) -> ProtocolRecord:
     metadata = mapping(mapping(mapping(content, "configs"), task), "metadata")
+    settings = read_settings(content, tree, task)
     return ProtocolRecord(
         name=text(metadata.get("protocol")),
         eval_len=integer(metadata.get("eval_len")),
@@ -217,46 +231,23 @@ def _protocol(content: dict[str, Any], tree: Tree, task: str) -> ProtocolRecord:
         tokens_sha256=text(metadata.get("tokens_sha256")) or None,
         text=text(metadata.get("text")),
         tokenizer=text(metadata.get("tokenizer")),
-        harness=tuple(_harness_settings(content, tree, task)),
+        harness=settings.stated,
+        configuration=settings.configuration,
+        task_hash=settings.task_hash,
+        unknown=settings.unknown,
     )
 
 
-def _harness_settings(content: dict[str, Any], tree: Tree, task: str) -> Iterator[str]:
-    """The settings that must be equal for two figures of a task without token windows to be comparable."""
-    counts = mapping(content, "n-samples")
-    yield f"version {scalar(mapping(content, 'versions').get(task))}"
-    samples = total(tree, task, lambda t: integer(mapping(counts, t).get("effective")))
-    yield f"{samples if samples is not None else 'unknown'} samples"
-    shots = common(tree, task, lambda t: mapping(content, "n-shot").get(t))
-    yield f"{scalar(shots) or 'unknown'}-shot"
-    if task in tree:
-        yield f"{len(leaves(tree, task))} subtasks"
-    if content.get("chat_template"):
-        yield "chat template"
-    if content.get("system_instruction"):
-        yield f"system prompt {text(content.get('system_instruction_sha'))[:8]}".strip()
-    config = mapping(content, "config")
-    kinds = [mapping(mapping(content, "configs"), leaf).get("output_type") for leaf in [task, *leaves(tree, task)]]
-    bos = mapping(mapping(config, "quantization"), "bos").get("add_bos_token")
-    if isinstance(bos, bool):
-        yield f"add_bos_token {bos}"
-    if config.get("gen_kwargs") and "generate_until" in kinds:
-        yield f"gen_kwargs {clean(json.dumps(config['gen_kwargs'], sort_keys=True, ensure_ascii=False))}"
-
-
-def model_arguments(value: object) -> dict[str, str]:
-    """``config.model_args``, a dict or ``"key=value,key=value"``, as a dict of strings."""
-    if isinstance(value, dict):
-        return {str(key): scalar(argument) for key, argument in value.items()}
-    if not isinstance(value, str):
-        return {}
-    pairs = (part.split("=", 1) for part in value.split(",") if "=" in part)
-    return {key.strip(): argument.strip() for key, argument in pairs}
+def _chosen_by(arguments: dict[str, str]) -> tuple[tuple[str, str], ...]:
+    """The arguments that choose the model, by name; those that only place or speed it up, or are settings, are not."""
+    kept = {name: value for name, value in arguments.items() if name not in _NOT_THE_MODEL and value}
+    kept |= {name: kept[name].replace("\\", "/").rstrip("/") for name in _CHECKPOINT_ARGUMENTS if name in kept}
+    return tuple(sorted((clean(name), clean(value)) for name, value in kept.items()))
 
 
 def _checkpoint_name(arguments: dict[str, str]) -> str:
     """The last part of the checkpoint's path; empty where no argument names one."""
-    for key in ("pretrained", "model", "path", "gguf_file", "filename"):
+    for key in _CHECKPOINT_ARGUMENTS:
         if arguments.get(key):
             path = PurePosixPath(arguments[key].replace("\\", "/"))
             return clean(path.name)

@@ -98,7 +98,8 @@ class Quantization:
 class ProtocolRecord:
     """The tokens that a figure is over. Two figures are comparable only if `fingerprint` is equal.
 
-    harness: for tasks without token windows, the task version, the number of samples, the few-shot examples.
+    harness: for tasks without token windows, the settings that decide the figure (`compare.results.settings`), as are
+    configuration, task_hash and unknown: the settings that the file does not have.
     """
 
     name: str = ""
@@ -110,6 +111,29 @@ class ProtocolRecord:
     text: str = ""
     tokenizer: str = ""
     harness: tuple[str, ...] = ()
+    configuration: str = ""
+    task_hash: str = ""
+    unknown: tuple[str, ...] = ()
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether the figure is over token windows, which the task's metadata describes."""
+        return bool(self.tokens_sha256 or self.name)
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Names of settings that decide the figure and that the file does not have."""
+        if self.tokens_sha256:
+            return ()
+        return ("checksum of the tokens",) if self.name else self.unknown
+
+    @property
+    def configured(self) -> tuple[str, ...]:
+        """Digests of the task's configuration and prompts, for tasks without token windows."""
+        if self.has_windows:
+            return ()
+        named = (("task configuration", self.configuration), ("task hash", self.task_hash))
+        return tuple(f"{name} {digest}" for name, digest in named if digest)
 
     @property
     def fingerprint(self) -> tuple[str, ...]:
@@ -132,7 +156,8 @@ class Record:
     """One model on one task.
 
     alias: the task's name in the harness' own table. groups: direct subtasks by group, of the whole file.
-    stated_baseline: a spec of `compare run` says that others are compared with this model.
+    stated_baseline: a spec of `compare run` says that others are compared with this model. chosen_by: the model
+    arguments that choose the weights and how they are loaded, the checkpoint's whole path among them.
     """
 
     label: str
@@ -143,6 +168,7 @@ class Record:
     colour: str | None = None
     model: str = ""
     checkpoint: str = ""
+    chosen_by: tuple[tuple[str, str], ...] = ()
     run: Run = field(default_factory=Run, hash=False)
     date: float = 0.0
     file: Path = Path()
@@ -155,10 +181,11 @@ class Record:
     def identity(self) -> tuple[str, ...]:
         """Equal for the same model on the same task: the later record is then a re-run.
 
-        The checkpoint counts by its name, not its folder, which may have moved.
+        The checkpoint counts by its whole path: training runs have many folders of one name.
         """
         q = self.quantization
-        return (self.task, self.label, self.checkpoint, q.family, q.scheme, q.engine or self.model, q.arithmetic)
+        chosen_by = [f"{name}={value}" for name, value in self.chosen_by]
+        return (self.task, self.label, *chosen_by, q.family, q.scheme, q.engine or self.model, q.arithmetic, q.revision)
 
     @property
     def is_baseline(self) -> bool:
@@ -168,16 +195,20 @@ class Record:
     def comparability(self, metric: str) -> tuple[str, ...]:
         """What a figure of this metric is over; two figures are comparable only if it is equal.
 
-        For a divergence this includes the stored reference. A reference that the file does not name equals no other.
+        For a divergence this includes the stored reference. A setting or reference that the file does not name equals
+        no other, not even another unknown one.
         """
+        protocol = self.protocol
+        unknown = (f"unknown in {self.file}",) if protocol.missing else ()
+        key = (*protocol.fingerprint, *protocol.configured, *unknown)
         if not needs_reference(metric):
-            return self.protocol.fingerprint
+            return key
         identity = self.divergence.reference.id if self.divergence is not None else ""
-        return (*self.protocol.fingerprint, f"reference {identity or f'not named in {self.file}'}")
+        return (*key, f"reference {identity or f'not named in {self.file}'}")
 
     def scored_on(self, metric: str) -> str:
         """`comparability` for a reader: ``20 × 2048 tokens, stride 512, tokens 1a2b3c4d, reference BF16 in vllm``."""
-        parts = [self.protocol.describe() or ", ".join(self.protocol.fingerprint)]
+        parts = [self.protocol.describe() or ", ".join(self.protocol.fingerprint), *self.protocol.configured]
         if self.protocol.tokens_sha256:
             parts.append(f"tokens {self.protocol.tokens_sha256[:8]}")
         if needs_reference(metric):
@@ -185,6 +216,8 @@ class Record:
             parts.append(
                 f"reference {self.divergence.reference.describe() if self.divergence and named else 'not named'}"
             )
+        if self.protocol.missing:
+            parts.append(f"its file does not say: {', '.join(self.protocol.missing)}")
         return ", ".join(parts)
 
     def metric(self, key: str) -> MetricValue:

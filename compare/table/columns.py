@@ -147,10 +147,12 @@ def _task_column(comparison: Comparison, index: int) -> Column:
 def _caption(comparison: Comparison, point: Point) -> str:
     """What the rows of a section were scored on, and with what they are compared. point: one of the section."""
     protocol, metric = point.record.protocol, comparison.metric
-    about = protocol.harness if not (protocol.name or protocol.tokens_sha256 or metric.averaged) else ()
+    about = (*protocol.harness, *protocol.configured) if not (protocol.has_windows or metric.averaged) else ()
     parts = [metric.task, protocol.text, protocol.describe(), *about]
     if metric.averaged:
         parts.append(f"over {and_more([m.label for m in metric.averaged], 20)}, each counting alike")
+    if protocol.missing and not metric.averaged:
+        parts.append(f"its file does not say: {', '.join(protocol.missing)}")
     if protocol.scored_tokens:
         parts.append(f"{protocol.scored_tokens:,} tokens scored")
     if point.comparable and comparison.baseline is not None:

@@ -49,6 +49,7 @@ def suite(
         },
         "date": 1_790_000_000.0,
         "chat_template": None,
+        "max_length": 4096,
         "lm_eval_version": "0.4.13",
     }  # fmt: skip
     for task in tasks:

@@ -213,3 +213,61 @@ def test_a_file_written_by_the_harness(tmp_path, monkeypatch):
     assert record.metric("acc,none").higher_is_better is True
     assert record.protocol.fingerprint == ("version 2.0", "3 samples", "0-shot")
     assert record.date == results["date"]
+
+
+def stock(arguments: object, figure: float = 0.7, **config: object) -> dict:
+    """A result of a harness task with a stock model."""
+    content = result(quantized=False, task="arc_easy")
+    content["results"]["arc_easy"] = {"alias": "arc_easy", "acc,none": figure, "acc_stderr,none": 0.01}
+    content["configs"]["arc_easy"] = {"task": "arc_easy", "output_type": "multiple_choice"}
+    content["higher_is_better"]["arc_easy"] = {"acc": True}
+    content["config"] |= {"model": "hf", "model_args": arguments} | config
+    return content
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "labels"),
+    [
+        (
+            "pretrained=/train/llama/checkpoint-1000,dtype=bfloat16",
+            "pretrained=/train/qwen/checkpoint-1000,dtype=bfloat16",
+            {"hf checkpoint-1000 (llama/checkpoint-1000)", "hf checkpoint-1000 (qwen/checkpoint-1000)"},
+        ),
+        (
+            "pretrained=org/pythia,revision=step1000",
+            "pretrained=org/pythia,revision=step2000",
+            {"hf pythia (revision=step1000)", "hf pythia (revision=step2000)"},
+        ),
+        ({"pretrained": "org/m"}, {"pretrained": "org/m", "peft": "org/lora"}, {"hf m", "hf m (org/lora)"}),
+        (
+            {"pretrained": "org/m", "gguf_file": "a.gguf"},
+            {"pretrained": "org/m", "gguf_file": "b.gguf"},
+            {"hf m (gguf_file=a.gguf)", "hf m (gguf_file=b.gguf)"},
+        ),
+        ({"pretrained": "org/m"}, {"pretrained": "org/m", "load_in_4bit": True}, {"hf m", "hf m (load_in_4bit=True)"}),
+    ],
+)
+def test_models_that_differ_in_an_argument_are_two_models(folder, compare, first, second, labels):
+    folder.write(stock(first, 0.8))
+    folder.write(stock(second, 0.6))
+    out = compare("table", folder.path, "--metric", "arc_easy/acc", "--format", "json")
+    assert {row["label"] for row in out.json} == labels
+    assert "re-run" not in out.err
+
+
+def test_arguments_of_speed_and_a_trailing_slash_make_no_other_model(folder, compare):
+    folder.write(stock("pretrained=/m/a,batch_size=1,device=cuda:0", 0.8) | {"date": 1.0})
+    folder.write(stock("pretrained=/m/a/,batch_size=8,device=cuda:1", 0.6) | {"date": 2.0})
+    out = compare("table", folder.path, "--metric", "arc_easy/acc", "--format", "json")
+    assert [row["value"] for row in out.json] == [0.6]
+    assert "re-run" in out.err
+
+
+def test_runs_of_one_model_with_other_shots_are_both_shown(folder, compare):
+    for shots in (0, 25):
+        content = stock("pretrained=/m/a")
+        content["n-shot"]["arc_easy"] = shots
+        folder.write(content)
+    out = compare("table", folder.path, "--metric", "arc_easy/acc", "--format", "json")
+    assert {(row["label"], row["group"]) for row in out.json} == {("hf a (0-shot)", 0), ("hf a (25-shot)", 1)}
+    assert "kept apart" in out.err
