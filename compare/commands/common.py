@@ -15,7 +15,7 @@ from compare.write import PICTURE_SUFFIXES
 def add_selection(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments that select what is compared."""
     parser.add_argument(
-        "paths", nargs="+", type=Path, metavar="PATH", help="result files, or folders searched for results_*.json"
+        "paths", nargs="+", type=Path, metavar="PATH", help="result files of the harness, or folders searched for them"
     )
     parser.add_argument(
         "--metric",

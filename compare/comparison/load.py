@@ -35,5 +35,7 @@ def load_records(paths: Sequence[Path], note: Callable[[str], None] = say) -> li
     for problem in reading.problems:
         note(f"skipped: {problem.path}: {problem.reason}")
     if not reading.records:
-        raise CompareError("no usable result file (results_*.json) in the paths given", NOTHING_USABLE)
+        raise CompareError(
+            "no usable result file (results_*.json, NAME_DATE.json …) in the paths given", NOTHING_USABLE
+        )
     return reading.records

@@ -2,7 +2,8 @@
 
 arithmetic             Whether a result was computed weight-only or with quantized activations, from scheme,
                        kernel and notes
-discover               Which files to read: the files given, and every ``results_*.json`` below the folders given
+discover               Which files to read: the files given, and every result file of the harness below the folders
+                       given
 divergence             Reads ``configs.TASK.metadata.divergence``: how far a model is from a stored reference
 groups                 Groups of the harness, such as mmlu: values that a result file has only for their subtasks
 inferred_quantization  Quantization of results without such a block (the harness' own models), inferred from the
@@ -11,8 +12,7 @@ label_index            How results of `compare run` are shown: labels and figure
                        results, not in them
 provenance             How a result was produced: the run as its file records it, and the harness command that
                        repeats it
-reading                Reads a ``results_*.json`` into records. The file is not trusted; errors name what does not
-                       fit
+reading                Reads a result file into records. The file is not trusted; errors name what does not fit
 records                The content of harness result files, one `Record` per task: plain data, standard library
                        only
 samples                Reads what the harness logs per document (--log_samples), as far as a paired comparison

@@ -1,14 +1,23 @@
-"""Which files to read: the files given, and every ``results_*.json`` below the folders given."""
+"""Which files to read: the files given, and every result file of the harness below the folders given.
+
+The harness writes ``results_DATE.json`` into a folder, and beside ``--output_path NAME.json`` a ``NAME_DATE.json``
+(lm_eval/loggers/evaluation_tracker.py, 0.4.13). lm-eval 0.4.0 to 0.4.2 write ``results.json`` or ``NAME.json``, 0.3
+only the latter. So any ``.json`` file may be one; those without such a name are recognized by their keys.
+"""
 
 from __future__ import annotations
 
-import fnmatch
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-PATTERN = "results_*.json"
+# A harness result file has about 10 kB per task; samples are in separate files.
+MAX_BYTES = 64 * 1024 * 1024
+_NAME = re.compile(r"results(_.*)?\.json|.*_\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d(\.\d+)?\.json")
+# Keys at the top of every result file, from 0.3 to 0.4.13.
+_KEYS = (b'"results"', b'"versions"')
 
 
 @dataclass(frozen=True)
@@ -41,8 +50,19 @@ def _walk(folder: Path, problems: list[Problem]) -> Iterator[Path]:
     for root, folders, files in os.walk(folder, onerror=unreadable):
         folders.sort()
         problems.extend(
-            Problem(Path(root, name), "is a folder, not a result file")
-            for name in folders
-            if fnmatch.fnmatchcase(name, PATTERN)
+            Problem(Path(root, name), "is a folder, not a result file") for name in folders if _NAME.fullmatch(name)
         )
-        yield from (Path(root, name) for name in sorted(files) if fnmatch.fnmatchcase(name, PATTERN))
+        for name in sorted(files):
+            if _NAME.fullmatch(name) or (name.lower().endswith(".json") and _has_keys(Path(root, name))):
+                yield Path(root, name)
+
+
+def _has_keys(file: Path) -> bool:
+    """Whether a JSON file of another name has the keys of a result file; not those that cannot be read."""
+    try:
+        if not file.is_file() or file.stat().st_size > MAX_BYTES:
+            return False
+        content = file.read_bytes()
+    except OSError:
+        return False
+    return all(key in content for key in _KEYS)

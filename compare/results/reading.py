@@ -1,4 +1,4 @@
-"""Reads a ``results_*.json`` into records. The file is not trusted; errors name what does not fit.
+"""Reads a result file into records. The file is not trusted; errors name what does not fit.
 
 The file format is the harness' own (``EvaluationTracker.save_results_aggregated``), plus ``config.quantization``
 and the ``configs.TASK.metadata`` of this project's perplexity tasks.
@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from compare.families import canonical_family
-from compare.results.discover import Problem, find_result_files
+from compare.results.discover import MAX_BYTES, Problem, find_result_files
 from compare.results.divergence import read_divergence
 from compare.results.groups import Tree, common, group_tree, leaves
 from compare.results.inferred_quantization import infer_quantization
@@ -25,8 +25,6 @@ from compare.results.settings import model_arguments, read_settings
 from compare.results.values import count, flag, integer, mapping, mapping_or_none, number, positive, text
 from compare.text import clean, split_colour_tag
 
-# A harness result file has about 10 kB per task; samples are in separate files.
-MAX_BYTES = 64 * 1024 * 1024
 _CHECKPOINT_ARGUMENTS = ("pretrained", "model", "path", "gguf_file", "filename")
 # Model arguments that neither choose the weights nor change how they are stored or computed. Those that change the
 # prompt or the windows are settings (`compare.results.settings`). An argument that is not here makes another model.
