@@ -99,14 +99,16 @@ def figure_text(value: float | None, digits: str) -> str:
 
 
 def metric_text(value: float | None, stderr: float | None = None) -> str:
-    """``25.0648 ± 0.87``: four decimals (four digits below 0.1), the error to two digits; a dash for None."""
+    """``25.0648 ± 0.87``: four decimals (four digits below 0.1 and from a million on), the error to two digits; a dash
+    for None.
+    """
     if value is None:
         return "–"
-    text = f"{value:.4f}" if abs(value) >= 0.1 or value == 0 else f"{value:.4g}"
+    text = f"{value:.4f}" if 0.1 <= abs(value) < 1e6 or value == 0 else f"{value:.4g}"
     return text if stderr is None else f"{text} ± {_two_digits(stderr)}"
 
 
 def _two_digits(value: float) -> str:
-    if value < 1e-4:
+    if value < 1e-4 or value >= 1e6:
         return f"{value:.2g}"
     return f"{value:.{max(0, 1 - math.floor(math.log10(value)))}f}"

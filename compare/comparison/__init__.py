@@ -2,6 +2,7 @@
 
 axis           The quantities of the x axis: bits per weight, or the size of a model
 best           Which models are worth a look: the Pareto frontier, and the best model that fits a memory budget
+broken         Models with a figure that is NaN or infinite: marked in every comparison
 build          Records to comparisons: one metric, one axis, and which results may be compared
 chosen_metric  Which figures to compare: ``--metric TASK/METRIC`` or ``METRIC``, or the perplexity of the only
                task that has one

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from compare.comparison.axis import Axis, axis_of
+from compare.comparison.broken import mark_broken, warnings
 from compare.comparison.chosen_metric import ChosenMetric, choose_metrics
 from compare.comparison.comparison import Comparison, Options
 from compare.comparison.mean import Part, average
@@ -38,6 +39,7 @@ def build_comparisons(records: list[Record], options: Options) -> list[Compariso
     Raises CompareError when a metric is unknown or ambiguous, or nothing is left to show.
     """
     records, notices = newest(records, across_settings=options.mean)
+    records = mark_broken(records)
     records = distinct_labels(records, across_tasks=options.mean)
     records = settle_hashes(_masked(records, options.mask, notices))
     metrics = choose_metrics(records, options.metrics, options.subtasks, notices)
@@ -75,6 +77,7 @@ def _comparison(
         raise CompareError("nothing left to show: --max-x or --max-y leaves out every point", NOTHING_USABLE)
     points = _grouped(points, metric, options.allow_mixed, notices)
     points = _sized(points, notices)
+    notices += warnings(points)
     points.sort(key=_sort_key(options.sort, metric))
     comparison = Comparison(metric, axis, points, notices, options)
     if comparison.in_noise:

@@ -79,6 +79,7 @@ def arrange(comparison: Comparison, log_y: bool | None) -> Drawing:
         else:
             placed.append(point)
     with_x = [point for point in drawing.references if point.x is not None]
+    drawing.left_out += _suggest_log(drawing, placed, comparison, log_y)
     if not placed and with_x:  # full precision only: they are what is compared, not the baseline
         placed, drawing.references = with_x, [point for point in drawing.references if point.x is None]
     _colour(drawing, placed + drawing.references)
@@ -91,6 +92,20 @@ def arrange(comparison: Comparison, log_y: bool | None) -> Drawing:
         drawing.best = comparison.verdict.best
         drawing.limit = comparison.verdict.budget.gib if comparison.axis.key == MEMORY else None
     return drawing
+
+
+_DECADES = 100  # a factor beyond which most points of a linear axis lie on one line
+
+
+def _suggest_log(drawing: Drawing, placed: list[Point], comparison: Comparison, log_y: bool | None) -> list[str]:
+    """A line that offers --log-y where the figures span decades and the user did not choose the scale."""
+    values = [point.y for point in [*placed, *drawing.references] if point.y is not None]
+    if log_y is not None or drawing.log_y or not values or min(values) <= 0 or max(values) < _DECADES * min(values):
+        return []
+    return [
+        f"note: {comparison.metric.name.lower()} from {min(values):.4g} to {max(values):.4g}: --log-y draws it on a "
+        "logarithmic axis"
+    ]
 
 
 def drawing_of(points: list[Point]) -> Drawing:

@@ -18,6 +18,7 @@ from typing import Any
 
 from compare.errors import CompareError
 from compare.families import canonical_family
+from compare.results.inferred_quantization import TOLD
 from compare.results.records import Record
 from compare.results.values import positive
 from compare.text import split_colour_tag
@@ -49,7 +50,7 @@ class Presentation:
             changes["family"] = canonical_family(self.family)
         if changes:
             notes = ", ".join(f"{name} {value}" for name, value in changes.items())
-            changes["notes"] = (*record.quantization.notes, f"told by the spec, not measured: {notes}")
+            changes["notes"] = (*record.quantization.notes, f"{TOLD}: {notes}")
         return replace(
             record,
             label=label or self.label,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -22,7 +22,7 @@ from compare.results.label_index import Relabelling
 from compare.results.provenance import Run
 from compare.results.records import KVCacheSize, MetricValue, ProtocolRecord, Quantization, Record
 from compare.results.settings import model_arguments, read_settings
-from compare.results.values import count, flag, integer, mapping, mapping_or_none, number, positive, text
+from compare.results.values import count, flag, integer, mapping, mapping_or_none, not_a_number, number, positive, text
 from compare.text import clean, split_colour_tag
 
 _CHECKPOINT_ARGUMENTS = ("pretrained", "model", "path", "gguf_file", "filename")
@@ -74,8 +74,9 @@ def read_file(path: Path) -> list[Record]:
     if content is None or not isinstance(content.get("results"), dict):
         raise ValueError('is not a harness result file (expected an object with "results")')
     tree = group_tree(content)
+    broken = tuple(_not_numbers(content))
     records = [
-        record
+        replace(record, not_numbers=broken)
         for task, figures in (mapping(content, "groups") | content["results"]).items()
         if isinstance(figures, dict) and (record := _record(path, content, tree, task, figures, status.st_mtime))
     ]
@@ -111,7 +112,9 @@ def _record(
     arguments = model_arguments(config.get("model_args"))
     checkpoint = _checkpoint_name(arguments)
     quantization = _quantization(config, arguments, checkpoint)
-    if quantization.nan_loglikelihoods and _rests_on_loglikelihoods(content, tree, task):
+    if (quantization.nan_loglikelihoods and _rests_on_loglikelihoods(content, tree, task)) or _has_nan(
+        content, tree, task
+    ):
         metrics = {key: replace(metric, value=None, stderr=None) for key, metric in metrics.items()}
     raw_label = mapping(config, "quantization").get("label")
     fallback = " ".join(part for part in (model, checkpoint) if part) or text(content.get("model_name"))
@@ -140,7 +143,7 @@ def _metrics(figures: dict[str, Any], direction: Callable[[str], bool | None]) -
     metrics: dict[str, MetricValue] = {}
     for key, value in figures.items():
         name, _, filter_name = key.partition(",")
-        if name in _NOT_METRICS or name.endswith("_stderr") or not _is_figure(value):
+        if not _is_figure_key(key) or not _is_figure(value):
             continue
         stderr = number(figures.get(f"{name}_stderr,{filter_name}" if filter_name else f"{name}_stderr"))
         metrics[clean(key)] = MetricValue(
@@ -161,9 +164,47 @@ def _rests_on_loglikelihoods(content: dict[str, Any], tree: Tree, task: str) -> 
     )
 
 
+def _has_nan(content: dict[str, Any], tree: Tree, task: str) -> bool:
+    """Whether a figure of a harness task, or of one of a group's, is NaN.
+
+    The others come from the same log-likelihoods: the largest of several NaN is the first, an arbitrary answer.
+    """
+    results = mapping(content, "results") | mapping(content, "groups")
+    for name in [task, *leaves(tree, task)]:
+        if mapping(mapping(mapping(content, "configs"), name), "metadata").get("protocol"):
+            continue  # a window task leaves out what it could not compute, and counts it
+        if any(_is_nan(figure) for key, figure in mapping(results, name).items() if _is_figure_key(key)):
+            return True
+    return False
+
+
+def _is_nan(figure: object) -> bool:
+    return not_a_number(figure) and "nan" in str(figure).lower()
+
+
+def _is_figure_key(key: str) -> bool:
+    name = key.partition(",")[0]
+    return name not in _NOT_METRICS and not name.endswith("_stderr")
+
+
+def _not_numbers(content: dict[str, Any]) -> Iterator[str]:
+    """The figures of a run that are NaN or infinite, and its NaN log-probabilities where the file counts them."""
+    for task, figures in (mapping(content, "groups") | mapping(content, "results")).items():
+        for key, figure in figures.items() if isinstance(figures, dict) else ():
+            if _is_figure_key(key) and not_a_number(figure):
+                yield clean(f"{task}/{key.removesuffix(',none')}")
+        metadata = mapping(mapping(mapping(content, "configs"), task), "metadata")
+        nonfinite = count(metadata.get("nonfinite_logprobs"))
+        if nonfinite:
+            yield clean(f"{task}: {nonfinite:,} log-probabilities")
+    loglikelihoods = count(mapping(mapping(content, "config"), "quantization").get("nan_loglikelihoods"))
+    if loglikelihoods:
+        yield f"{loglikelihoods:,} log-likelihoods"
+
+
 def _is_figure(value: object) -> bool:
-    """Whether a value is a number, or null, which stands for a number that could not be computed."""
-    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+    """Whether a value is a number, or null or "nan", which stand for a number that could not be computed."""
+    return value is None or not_a_number(value) or (isinstance(value, (int, float)) and not isinstance(value, bool))
 
 
 def _quantization(config: dict[str, Any], arguments: dict[str, str], checkpoint: str) -> Quantization:

@@ -157,7 +157,8 @@ class Record:
 
     alias: the task's name in the harness' own table. groups: direct subtasks by group, of the whole file.
     stated_baseline: a spec of `compare run` says that others are compared with this model. chosen_by: the model
-    arguments that choose the weights and how they are loaded, the checkpoint's whole path among them.
+    arguments that choose the weights and how they are loaded, the checkpoint's whole path among them. not_numbers: the
+    figures of the whole run, ``"lambada_openai/perplexity"``, that are NaN or infinite.
     """
 
     label: str
@@ -175,6 +176,7 @@ class Record:
     alias: str = ""
     groups: Tree = field(default_factory=dict, hash=False)
     stated_baseline: bool = False
+    not_numbers: tuple[str, ...] = ()
     divergence: Divergence | None = None
 
     @property

@@ -184,6 +184,7 @@ class _Reader:
             yield f"description {_digest(descriptions)}"
 
     def _chat(self, shots: str) -> Iterator[str]:
+        # without a chat template, the harness ignores fewshot_as_multiturn (lm_eval/api/task.py, fewshot_context)
         template, multiturn = self.content.get("chat_template"), self.content.get("fewshot_as_multiturn")
         sha = text(self.content.get("chat_template_sha"))
         if template or sha:
@@ -195,8 +196,6 @@ class _Reader:
                 yield f"few-shot examples as {'turns' if multiturn else 'one message'}"
             elif shots != "0":
                 yield f"few-shot examples in {self._missing('few-shot form')} form"
-        elif multiturn:
-            yield "few-shot examples as turns"
         prompt, sha = self.content.get("system_instruction"), text(self.content.get("system_instruction_sha"))
         if prompt or sha:
             yield f"system prompt {sha[:8] or _digest(prompt)}"

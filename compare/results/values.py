@@ -43,6 +43,13 @@ def number(value: object) -> float | None:
     return figure if math.isfinite(figure) else None
 
 
+def not_a_number(value: object) -> bool:
+    """Whether a value is NaN or infinite: as a number, or as the text that JSON writers make of one."""
+    if isinstance(value, str):
+        return value.strip().lower().lstrip("+-") in ("nan", "inf", "infinity")
+    return isinstance(value, float) and not math.isfinite(value)
+
+
 def positive(value: object) -> float | None:
     figure = number(value)
     return figure if figure is not None and figure > 0 else None

@@ -10,6 +10,7 @@ from compare.comparison.axis import MEMORY
 from compare.comparison.comparison import Comparison
 from compare.comparison.memory import GIB, fit, memory_bytes
 from compare.comparison.point import Point
+from compare.results.inferred_quantization import ASSUMPTIONS
 from compare.results.records import Quantization
 from compare.table import divergence_columns, pair_columns
 from compare.table.column import Column
@@ -48,6 +49,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("", lambda c, p: _axis_text(c, p), lambda c, p: _axis_number(c, p)),
     Column("Fits", lambda c, p: _fit_text(c, p)),
     Column("Metric", lambda c, p: metric_text(p.y, p.stderr), lambda c, p: p.y, always=True),
+    Column("Not a number", lambda c, p: and_more(list(p.record.not_numbers), 2)),
     Column("vs. ref.", relative_text, relative),
     Column("Pareto", lambda c, p: "●" if id(p) in c.on_frontier else ""),
     Column("Engine", lambda c, p: p.record.quantization.engine),
@@ -119,8 +121,21 @@ def sections(comparison: Comparison) -> Iterator[Section]:
             rows=[[cell for cell, keep in zip(line, used, strict=True) if keep] for line in texts],
             columns=columns,
             points=points,
-            note=comparison.pairs.about if comparison.pairs is not None else "",
+            note="\n".join(_notes(comparison, points)),
         )
+
+
+def _notes(comparison: Comparison, points: list[Point]) -> Iterator[str]:
+    """The lines below a section: how pairs were formed, and what is assumed of a model or told by the user."""
+    if comparison.pairs is not None:
+        yield comparison.pairs.about
+    assumed: dict[str, list[str]] = {}
+    for point in points:
+        for note in point.record.quantization.notes:
+            if note.startswith(ASSUMPTIONS):
+                assumed.setdefault(note, []).append(point.record.label)
+    for note, labels in assumed.items():
+        yield f"{and_more(labels)}: {note}"
 
 
 def _candidates(comparison: Comparison) -> list[Column]:

@@ -27,7 +27,8 @@ def render_csv(comparisons: Sequence[Comparison], title: str | None = None) -> s
     """One line per model and metric; each task of a mean has its own column."""
     records = _records(comparisons)
     for record in records:
-        record["notes"] = "; ".join(record["notes"])
+        for name in ("notes", "not_numbers"):
+            record[name] = "; ".join(record[name])
         for label, figure in record.pop("tasks", {}).items():
             record |= {label: figure["value"], f"{label} stderr": figure["stderr"]}
         if "averaged" in record:
@@ -50,6 +51,6 @@ def render_markdown(comparisons: Sequence[Comparison], title: str | None = None)
         lines.append(f"|{'|'.join('---:' if right else '---' for right in section.right)}|")
         lines += [f"| {' | '.join(map(markdown, cells))} |" for cells in section.rows]
         if section.note:
-            lines += ["", markdown(section.note)]
+            lines += [text for line in section.note.splitlines() for text in ("", markdown(line))]
         lines.append("")
     return "\n".join(lines)

@@ -27,6 +27,7 @@ def row(comparison: Comparison, point: Point) -> dict[str, Any]:
         "stderr": point.stderr,
         "higher_is_better": comparison.metric.higher_is_better,
         "relative_to_reference": relative(comparison, point),
+        "not_numbers": list(record.not_numbers),
         "comparable": point.comparable,
         "group": point.group,
         "family": q.family,

@@ -271,3 +271,78 @@ def test_runs_of_one_model_with_other_shots_are_both_shown(folder, compare):
     out = compare("table", folder.path, "--metric", "arc_easy/acc", "--format", "json")
     assert {(row["label"], row["group"]) for row in out.json} == {("hf a (0-shot)", 0), ("hf a (25-shot)", 1)}
     assert "kept apart" in out.err
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["Llama-3.3-70B-Instruct-int3-sym-inc", "m-AWQ", "llama-nvfp4", "m-3bit", "m-w4a16", "m-FP8", "m-AutoRound",
+     "m-GPTQ-Int4", "m-mxfp4", "m-fp4", "m-2.5bpw", "m-HIGGS", "m-uint4", "m-Q4_0"],
+)  # fmt: skip
+def test_names_of_quantized_stock_models_are_not_full_precision(folder, name):
+    (record,) = read_file(folder.write(stock({"pretrained": f"org/{name}", "dtype": "bfloat16"})))
+    assert record.quantization.family == "unknown"
+
+
+@pytest.mark.parametrize("name", ["llama-bf16", "m-fp16", "m-fp32", "mint-8B", "Qwen3-8B", "m-float16"])
+def test_names_of_other_stock_models_do_not_indicate_quantization(folder, name):
+    (record,) = read_file(folder.write(stock({"pretrained": f"org/{name}", "dtype": "bfloat16"})))
+    assert record.quantization.family == "full precision"
+
+
+def test_dtype_that_a_stock_model_computes_in_does_not_make_it_full_precision(folder, compare):
+    folder.write(stock({"pretrained": "org/Llama-3.3-70B"}, model_dtype="torch.bfloat16"))
+    (record,) = read_file(folder.write(stock({"pretrained": "org/m-HIGGS-x"}, model_dtype="torch.bfloat16")))
+    assert (record.quantization.family, record.quantization.dtype) == ("unknown", "bfloat16")
+    out = compare("table", folder.path, "--metric", "arc_easy/acc", "--format", "json")
+    assert {row["relative_to_reference"] for row in out.json} == {None}
+
+
+def test_model_with_fewer_elements_than_its_name_says_is_not_full_precision(folder):
+    arguments = {"pretrained": "org/Llama-3.3-70B", "dtype": "bfloat16"}
+    (packed,) = read_file(folder.write(stock(arguments, model_num_parameters=11e9)))
+    (whole,) = read_file(folder.write(stock(arguments, model_num_parameters=70.6e9)))
+    assert (packed.quantization.family, whole.quantization.family) == ("unknown", "full precision")
+
+
+@pytest.mark.parametrize("table_format", ["terminal", "md", "json"])
+def test_assumed_full_precision_is_said_in_the_table(folder, compare, table_format):
+    folder.write(stock({"pretrained": "org/m", "dtype": "bfloat16"}))
+    out = compare("table", folder.path, "--metric", "arc_easy/acc", "--format", table_format)
+    assert "assumed full precision from its dtype argument" in out.out
+
+
+def lambada(name: str, perplexity: object, accuracy: float, arc: float = 0.5) -> dict:
+    content = stock({"pretrained": f"org/{name}", "dtype": "auto"}, arc)
+    content["results"]["lambada"] = {"perplexity,none": perplexity, "perplexity_stderr,none": perplexity,
+                                     "acc,none": accuracy, "acc_stderr,none": 0.0}  # fmt: skip
+    content["configs"]["lambada"] = {"task": "lambada", "output_type": "loglikelihood"}
+    for key in ("versions", "n-shot", "n-samples"):
+        content[key]["lambada"] = content[key]["arc_easy"]
+    content["higher_is_better"]["lambada"] = {"perplexity": False, "acc": True}
+    return content
+
+
+@pytest.mark.parametrize("broken", [float("nan"), "nan", "NaN"])
+def test_nan_perplexity_takes_the_accuracy_of_its_task_and_marks_the_model_in_all(folder, compare, broken):
+    folder.write(lambada("good", 4.1, 0.64))
+    folder.write(lambada("bad", broken, 1.0, arc=0.9))
+    separate = stock({"pretrained": "org/bad", "dtype": "auto"}, 0.9)
+    separate["results"] = {"piqa": separate["results"]["arc_easy"]}
+    separate["configs"] = {"piqa": separate["configs"]["arc_easy"]}
+    for key in ("versions", "n-shot", "n-samples", "higher_is_better"):
+        separate[key]["piqa"] = separate[key].pop("arc_easy")
+    folder.write(separate)
+    own = compare("table", folder.path, "--metric", "lambada/acc", "--sort", "metric", "--format", "json")
+    assert [(row["label"], row["value"]) for row in own.json] == [("hf good", 0.64), ("hf bad", None)]
+    for task in ("lambada", "arc_easy", "piqa"):
+        out = compare("table", folder.path, "--metric", f"{task}/acc", "--format", "json")
+        assert out.by_label()["hf bad"]["not_numbers"] == ["lambada/perplexity"]
+        assert "hf bad: not a finite number: lambada/perplexity" in out.err
+        assert "hf good: not" not in out.err
+    assert "lambada/perplexity" in compare("table", folder.path, "--metric", "arc_easy/acc", "--format", "md").out
+
+
+def test_infinite_figure_marks_the_model_and_keeps_its_others(folder, compare):
+    folder.write(lambada("bad", float("inf"), 0.3))
+    out = compare("table", folder.path, "--metric", "lambada/acc", "--format", "json")
+    assert [(row["value"], row["not_numbers"]) for row in out.json] == [(0.3, ["lambada/perplexity"])]

@@ -8,6 +8,7 @@ import json
 
 import pytest
 
+from compare.text import metric_text
 from tests.compare.conftest import fill_with_ladders
 
 
@@ -144,3 +145,25 @@ def test_table_imports_no_engine_and_no_matplotlib(folder):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_huge_figures_are_readable_and_a_log_scale_is_offered(folder, compare, tmp_path):
+    folder.add("BF16", "full precision", "bfloat16", 16.0, 6.2)
+    folder.add("W2", "EXL3", "exl3-2.0bpw", 2.0, 3.4e37, 1e37)
+    out = compare("table", folder.path)
+    assert "3.4e+37 ± 1e+37" in out.out
+    plotted = compare("plot", folder.path, "-o", tmp_path / "p.png")
+    assert "perplexity from 6.2 to 3.4e+37: --log-y draws it on a logarithmic axis" in plotted.err
+    assert "--log-y" not in compare("plot", folder.path, "-o", tmp_path / "p.png", "--log-y").err
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "expected"),
+    [
+        (999_999.0, 12.3, "999999.0000 ± 12"),
+        (1_234_567.0, 3_200_000.0, "1.235e+06 ± 3.2e+06"),
+        (8.5, 0.11, "8.5000 ± 0.11"),
+    ],
+)
+def test_figures_from_a_million_on_have_four_digits(value, error, expected):
+    assert metric_text(value, error) == expected
