@@ -101,7 +101,8 @@ class _Reader:
         shots = self._shots()
         yield f"{shots}-shot"
         if self.task in self.tree:
-            yield f"{len(leaves(self.tree, self.task))} subtasks"
+            below = self._over_leaves(self._version_of) or self._missing("versions of the subtasks")
+            yield f"{len(leaves(self.tree, self.task))} subtasks of version {below}"
         yield from self._fewshot_form(shots)
         yield from self._chat(shots)
         yield from self._prompt_arguments()
@@ -122,20 +123,16 @@ class _Reader:
         return distinct.pop() if len(distinct) == 1 else f"mixed ({_digest(values)})"
 
     def _version(self) -> str:
-        versions = mapping(self.content, "versions")
+        return self._version_of(self.task) or (self._over_leaves(self._version_of) if self.task in self.tree else "")
 
-        def version(name: str) -> str:
-            metadata = mapping(mapping(self.content, "configs"), name).get("metadata")
-            if isinstance(metadata, list):  # lm-eval 0.4.0
-                metadata = next((entry for entry in metadata if isinstance(entry, dict)), None)
-            stated = scalar(versions.get(name)) or scalar(metadata.get("version") if metadata else None)
-            return "" if stated in ("N/A", "Yaml") else stated
-
-        own = version(self.task)
-        if self.task not in self.tree:
-            return own
-        below = self._over_leaves(version)
-        return ", subtasks ".join(dict.fromkeys(part for part in (own, below) if part)) if below else ""
+    def _version_of(self, name: str) -> str:
+        metadata = mapping(mapping(self.content, "configs"), name).get("metadata")
+        if isinstance(metadata, list):  # lm-eval 0.4.0
+            metadata = next((entry for entry in metadata if isinstance(entry, dict)), None)
+        stated = scalar(mapping(self.content, "versions").get(name))
+        if not stated and isinstance(metadata, dict):
+            stated = scalar(metadata.get("version"))
+        return "" if stated in ("N/A", "Yaml") else stated
 
     def _samples(self) -> str:
         counts, results = mapping(self.content, "n-samples"), mapping(self.content, "results")
