@@ -101,8 +101,7 @@ class _Reader:
         shots = self._shots()
         yield f"{shots}-shot"
         if self.task in self.tree:
-            below = self._over_leaves(self._version_of) or self._missing("versions of the subtasks")
-            yield f"{len(leaves(self.tree, self.task))} subtasks of version {below}"
+            yield f"{len(leaves(self.tree, self.task))} subtasks"
         yield from self._fewshot_form(shots)
         yield from self._chat(shots)
         yield from self._prompt_arguments()
@@ -239,6 +238,10 @@ class _Reader:
             }
             for leaf, config in zip(leaves(self.tree, self.task), self.configs, strict=True)
         }  # fmt: skip
+        if self.task in self.tree:
+            fields["versions"] = {
+                "of": self._over_leaves(self._version_of) or self._missing("versions of the subtasks")
+            }
         return _digest(fields) if any(fields.values()) else ""
 
     def task_hash(self) -> str:

@@ -42,14 +42,13 @@ def suite(
         "higher_is_better": {}, "n-samples": {},
         "config": {
             "model": "vllm_nvfp4",
-            "model_args": {"pretrained": f"models/{label.replace(' ', '-')}"},
+            "model_args": {"pretrained": f"models/{label.replace(' ', '-')}", "max_length": 4096},
             "limit": limit,
             "gen_kwargs": {},
             "quantization": quantization(label, family, changes.pop("scheme", label), bpw, **changes),
         },
         "date": 1_790_000_000.0,
         "chat_template": None,
-        "max_length": 4096,
         "lm_eval_version": "0.4.13",
     }  # fmt: skip
     for task in tasks:

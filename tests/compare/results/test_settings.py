@@ -217,3 +217,16 @@ def test_address_of_a_function_in_a_configuration_does_not_count():
 
 def test_nested_model_arguments_are_kept_as_text():
     assert model_arguments({"chat_template_args": {"b": 1, "a": None}}) == {"chat_template_args": '{"a": null, "b": 1}'}
+
+
+def test_version_of_a_subtask_is_part_of_its_groups_settings(folder):
+    def group_of(version: float | None) -> tuple[str, tuple[str, ...]]:
+        content = changed(today(), "versions.arc_easy", version)
+        content["group_subtasks"] = {"suite": ["arc_easy"]}
+        content["versions"]["suite"] = 2
+        settings = read_settings(content, {"suite": ("arc_easy",)}, "suite")
+        return settings.configuration, settings.unknown
+
+    assert group_of(1.0) == group_of(1.0)
+    assert group_of(1.0) != group_of(2.0)
+    assert group_of(None)[1] == ("versions of the subtasks",)
