@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 TASKS = ROOT / "lmeval_ext" / "tasks"
 VOCABULARY = 384
 # Folders whose tests all have one marker
-FOLDER_MARKERS = {"gpu": "gpu", "conformance": "engine"}
+FOLDER_MARKERS = {"gpu": "gpu", "conformance": "engine", "demo": "engine"}
 # Pictures are drawn as SVG in every test of them; these formats repeat the same test, more slowly
 SLOW_FORMATS = {"png", "pdf"}
 
@@ -51,9 +51,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """`--fast` does not even import the folders that it would leave out."""
-    left_out = FOLDER_MARKERS.keys() if config.getoption("--fast") else ()
-    return True if collection_path.parent == Path(__file__).parent and collection_path.name in left_out else None
+    """`--fast` does not even import the folders and files that it would leave out as a whole."""
+    if not config.getoption("--fast"):
+        return None
+    left_out = collection_path.parent == Path(__file__).parent and collection_path.name in FOLDER_MARKERS
+    return True if left_out or fast_guard.leaves_out(collection_path) else None
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -119,6 +121,15 @@ def make_llama(folder: Path, dtype: str = "float32", vocabulary: int = VOCABULAR
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_llama(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tokenizer of `tiny_llama` and its context length: all that a task reads, without weights."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-tokenizer"
+    make_tokenizer(folder)
+    (folder / "config.json").write_text('{"model_type": "llama", "max_position_embeddings": 256}')
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -12,12 +12,23 @@ from typing import Any
 
 # Tests that `make fast` leaves out
 MARKERS = ("gpu", "engine", "browser", "ray", "slow")
-MODULES = frozenset({"vllm", "llama_cpp", "exllamav2", "exllamav3", "ray", "selenium"})
+MODULES = frozenset({"vllm", "llama_cpp", "exllamav2", "exllamav3", "transformers.modeling_utils", "ray", "selenium"})
 COMMANDS = frozenset({"chromium", "chromium-browser", "google-chrome", "chromedriver", "ray", "raylet"})
+
+# A file with one of these lines has no test for `make fast`
+FILE_MARKERS = tuple(f"\npytestmark = pytest.mark.{marker}\n" for marker in MARKERS)
 
 started: list[str] = []  # forbidden commands, in the order of their start
 known: set[str] = set()  # forbidden modules that were reported, so that one test is blamed for each
 watching: list[bool] = []
+
+
+def leaves_out(path: Path) -> bool:
+    """Returns whether every test of the file has one of MARKERS. Reads the source: importing it may load an engine."""
+    if not (path.name.startswith("test_") and path.suffix == ".py"):
+        return False
+    source = path.read_text(encoding="utf-8")
+    return any(line in source for line in FILE_MARKERS)
 
 
 def watch_commands() -> None:

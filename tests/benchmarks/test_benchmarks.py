@@ -67,6 +67,7 @@ def test_script_prints_its_help(script: str) -> None:
 # ------------------------------------------------------------------ without an engine
 
 
+@pytest.mark.slow
 def test_compare_scale_prints_seconds_and_growth(capsys: pytest.CaptureFixture[str]) -> None:
     assert compare_scale.main(["3", "6", "--repeats", "1"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]

@@ -15,6 +15,8 @@ from lmeval_ext.models.exllama.generation import GenerationJob
 from tests.benchmarks.test_benchmarks import TOY, TOY_TASKS, assert_positive
 from tests.models.exllama.tiny_engine import TinyExLlama, TinyGenerator
 
+pytestmark = pytest.mark.engine
+
 
 def test_exllama_scoring_compares_its_ways(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

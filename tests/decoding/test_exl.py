@@ -293,6 +293,7 @@ def load(folder: Path, **arguments: Any) -> Any:
     return get_model("hf_quant")(pretrained=str(folder), **arguments)
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("method", ["exl3", "exl2"])
 def test_hf_quant_has_the_decoded_weights(method: str, tmp_path: Path) -> None:
     """Also with a separate output matrix in a model whose config ties it, and with a padded vocabulary."""
@@ -312,6 +313,7 @@ def test_hf_quant_has_the_decoded_weights(method: str, tmp_path: Path) -> None:
     assert np.isfinite(logits[0].logprobs).all()
 
 
+@pytest.mark.engine
 def test_requested_dtype_and_tied_weights_are_kept(tmp_path: Path) -> None:
     dense = quantized_llama(tmp_path, "exl3", head=False)
     model = load(tmp_path, device="cpu", dtype="bfloat16").model
@@ -348,6 +350,7 @@ BREAKAGES: dict[str, tuple[Any, str]] = {
 }
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("name", BREAKAGES)
 def test_checkpoints_that_cannot_be_decoded_are_refused(name: str, tmp_path: Path) -> None:
     quantized_llama(tmp_path, "exl3")
@@ -357,6 +360,7 @@ def test_checkpoints_that_cannot_be_decoded_are_refused(name: str, tmp_path: Pat
         load(tmp_path, device="cpu")
 
 
+@pytest.mark.engine
 def test_tensors_without_a_place_in_the_model_are_noted(tmp_path: Path) -> None:
     quantized_llama(tmp_path, "exl3")
     rewrite(tmp_path, lambda tensors: tensors.update({"mtp.fc.weight": torch.ones(2, 2)}))
@@ -364,6 +368,7 @@ def test_tensors_without_a_place_in_the_model_are_noted(tmp_path: Path) -> None:
     assert "1 tensors have no place in Transformers' model: mtp.fc.weight" in notes
 
 
+@pytest.mark.engine
 def test_experts_are_stacked(tmp_path: Path) -> None:
     """ExLlama stores a mixture's experts separately, as the original checkpoint does; Transformers 5 joins them."""
     from transformers import MixtralConfig, MixtralForCausalLM
@@ -382,6 +387,7 @@ def test_experts_are_stacked(tmp_path: Path) -> None:
     assert load_file(tmp_path / "model.safetensors").keys() & dense.keys()
 
 
+@pytest.mark.engine
 def test_matrices_that_transformers_joins_are_joined(tmp_path: Path) -> None:
     """ExLlama stores q, k, v and gate, up of Phi-3 separately; the model has qkv_proj and gate_up_proj."""
     dense = quantized_llama(tmp_path, "exl3")
@@ -393,6 +399,7 @@ def test_matrices_that_transformers_joins_are_joined(tmp_path: Path) -> None:
     assert f"{layer}q_proj.weight" not in state
 
 
+@pytest.mark.engine
 def test_decoding_method_is_read_from_the_config(tmp_path: Path) -> None:
     make_llama(tmp_path)
     assert decoding_method(tmp_path) is None

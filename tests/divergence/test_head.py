@@ -131,6 +131,7 @@ MODELS = {
 }
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_equal_those_of_transformers_models(name: str) -> None:
     """The input of the output matrix and the config are enough to compute the model's own logits."""

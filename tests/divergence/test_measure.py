@@ -249,6 +249,7 @@ assert fused(p, q, zero[:3], 200).agree.tolist() == [True, False, False]
 """
 
 
+@pytest.mark.slow
 def test_fused_kernel_in_the_interpreter_equals_scipy() -> None:
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed; its interpreter runs the GPU kernel without a GPU")

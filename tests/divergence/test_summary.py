@@ -98,7 +98,7 @@ def test_means_weight_tokens_equally_not_windows() -> None:
 
 
 def bootstrap(
-    values: list[WindowDivergence], block_windows: int, statistic: Any, draws: int = 4000, seed: int = 1
+    values: list[WindowDivergence], block_windows: int, statistic: Any, draws: int = 1500, seed: int = 1
 ) -> float:
     """Standard error from resamples that are really built, with pandas alone.
 
@@ -108,9 +108,10 @@ def bootstrap(
     tokens = table(values)
     blocks = len(values) // block_windows
     tokens["block"] = (tokens.window // block_windows).clip(upper=blocks - 1)
-    parts = [part for _, part in tokens.groupby("block")]
+    parts = list(tokens.groupby("block").indices.values())  # positions of each block's tokens
     rng = np.random.default_rng(seed)
-    figures = [statistic(pd.concat([parts[i] for i in rng.integers(blocks, size=blocks)])) for _ in range(draws)]
+    drawn = (np.concatenate([parts[i] for i in rng.integers(blocks, size=blocks)]) for _ in range(draws))
+    figures = [statistic(tokens.take(positions)) for positions in drawn]
     return float(np.std(figures, ddof=1) * math.sqrt(blocks / (blocks - 1)))
 
 
@@ -128,7 +129,7 @@ def bootstrap(
 def test_errors_of_means_equal_a_bootstrap_with_pandas(name: str, statistic: Any) -> None:
     values = made(windows=26)
     error = metrics.standard_error([v.sums()[name] for v in values], metrics.statistic_of(name), 2)
-    assert error == pytest.approx(bootstrap(values, 2, statistic), rel=0.06)  # 4,000 draws scatter by 1.1 %
+    assert error == pytest.approx(bootstrap(values, 2, statistic), rel=0.06)  # 1,500 draws scatter by 1.8 %
 
 
 def test_error_of_ppl_ratio_is_smaller_than_that_of_a_perplexity() -> None:
@@ -184,7 +185,7 @@ def test_errors_of_quantiles_equal_resamples_that_are_built(percent: float, wind
 
 def test_errors_of_quantiles_agree_between_seeds() -> None:
     values = made(windows=40)
-    other = bootstrap(values, 2, lambda t: t.kld.quantile(0.9), draws=1500, seed=9)
+    other = bootstrap(values, 2, lambda t: t.kld.quantile(0.9), seed=9)
     assert summary.quantile_error(values, 90.0, 2) == pytest.approx(other, rel=0.12)
 
 
@@ -246,7 +247,7 @@ def test_buckets_equal_pandas() -> None:
         assert bucket["top1_agreement"] == pytest.approx(group.agree.mean())
         low, high = bucket["from"], bucket["to"]
         expected = bootstrap(
-            values, 2, lambda t, a=low, b=high: t[(t.confidence >= a) & (t.confidence < b)].kld.mean(), draws=1000
+            values, 2, lambda t, a=low, b=high: t.kld[(t.confidence >= a) & (t.confidence < b)].mean(), draws=1000
         )
         assert bucket["kld_stderr"] == pytest.approx(expected, rel=0.12)
 

@@ -16,12 +16,15 @@ EXAMPLES = {"result": 60, "spec": 80}
 
 
 @pytest.mark.parametrize("reader", READERS.values(), ids=list(READERS))
-def test_damaged_files_are_read_or_refused_in_one_line(reader: Reader, tmp_path: Path) -> None:
+def test_damaged_files_are_read_or_refused_in_one_line(
+    reader: Reader, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    examples = EXAMPLES.get(reader.name, 150) // (3 if request.config.getoption("--fast") else 1)
     reader.prepare(tmp_path, Random(0))
     reader.read(tmp_path)  # imports: they are not a case's time
 
     @settings(
-        max_examples=EXAMPLES.get(reader.name, 150), deadline=5000, derandomize=True,
+        max_examples=examples, deadline=5000, derandomize=True,
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     )  # fmt: skip
     @given(random=st.randoms(use_true_random=False))

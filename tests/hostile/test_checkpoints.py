@@ -100,6 +100,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_transformers_checkpoint_is_refused(checkpoint: Path, damage: str) -> None:
     apply, words = DAMAGES[damage]
@@ -109,6 +110,7 @@ def test_damaged_transformers_checkpoint_is_refused(checkpoint: Path, damage: st
     assert str(checkpoint) in message
 
 
+@pytest.mark.engine
 def test_tokenizer_from_another_folder_is_accepted(checkpoint: Path, tiny_llama: Path) -> None:
     no_tokenizer(checkpoint)
     model = get_model("hf_quant")(pretrained=str(checkpoint), tokenizer=str(tiny_llama), device="cpu")

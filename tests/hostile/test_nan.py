@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from compare.results.reading import read_file
 from tests.conftest import TASKS
 
+pytestmark = pytest.mark.engine
+
 
 @pytest.fixture(scope="module")
 def nan_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -23,6 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lmeval_ext.storage import inspect
 from tests.storage.builders import LLAMA, write_checkpoint
 
+pytestmark = pytest.mark.engine
+
 HIDDEN, INNER, LAYERS, VOCAB = 96, 160, 2, 256
 KV = HIDDEN // 2
 # (out, in) of the seven matrices of a layer: q, k, v, o, gate, up, down.

@@ -371,6 +371,7 @@ def test_missing_config_gives_the_reason(tmp_path):
     assert "no config.json" in kv_cache(tmp_path).note
 
 
+@pytest.mark.engine
 def test_figure_matches_a_real_cache(tiny_llama):
     """The keys and values that transformers keeps after 17 tokens."""
     import torch
@@ -382,6 +383,7 @@ def test_figure_matches_a_real_cache(tiny_llama):
     assert kv_cache(tiny_llama).bytes_per_token * 17 == sum(t.numel() * t.element_size() for t in tensors)
 
 
+@pytest.mark.engine
 def test_quantization_record_has_the_figure(tiny_llama):
     """Two layers of width 64: queries and outputs 64 × 64, keys and values 64 × 32 (two heads), MLP 3 × 64 × 128."""
     from lmeval_ext.models.record import from_storage

@@ -72,8 +72,8 @@ def test_unreachable_hub_error_names_text_path() -> None:
         load_hub_corpus("nobody/no-such-data-set", None, "test", "text")
 
 
-def test_bos_modes_follow_the_tokenizer(tiny_llama: Path, bos_tokenizer: Path) -> None:
-    plain, with_bos = HFTokenizer(str(tiny_llama)), HFTokenizer(str(bos_tokenizer))
+def test_bos_modes_follow_the_tokenizer(tiny_tokenizer: Path, bos_tokenizer: Path) -> None:
+    plain, with_bos = HFTokenizer(str(tiny_tokenizer)), HFTokenizer(str(bos_tokenizer))
     assert (plain.prefix, with_bos.prefix) == ([], [0])
     text = "Iceland is an island."
     ids = plain.encode(text).ids.tolist()
@@ -94,9 +94,9 @@ def test_bos_modes_follow_the_tokenizer(tiny_llama: Path, bos_tokenizer: Path) -
         tokenize(text, plain, "first", False)
 
 
-def test_byte_ends_count_utf8(tiny_llama: Path) -> None:
+def test_byte_ends_count_utf8(tiny_tokenizer: Path) -> None:
     text = "Ísland – 東京 🙂 end"
-    encoded = HFTokenizer(str(tiny_llama)).encode(text)
+    encoded = HFTokenizer(str(tiny_tokenizer)).encode(text)
     assert encoded.byte_ends is not None
     assert encoded.byte_ends[-1] == len(text.encode())
     assert (np.diff(encoded.byte_ends) >= 0).all()

@@ -18,10 +18,10 @@ TEMPLATE = "{% for m in messages %}" + _TURN + "{% endfor %}{% if add_generation
 
 
 @pytest.fixture(scope="module")
-def chat_tokenizer(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def chat_tokenizer(tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "chat"
     folder.mkdir()
-    for file in tiny_llama.glob("tokenizer*"):
+    for file in tiny_tokenizer.glob("tokenizer*"):
         shutil.copy(file, folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     return folder
@@ -66,18 +66,18 @@ def test_template_counts_towards_the_context(chat_tokenizer: Path) -> None:
         )
 
 
-def test_tokenizer_without_a_template_raises_and_is_named(tiny_llama: Path) -> None:
+def test_tokenizer_without_a_template_raises_and_is_named(tiny_tokenizer: Path) -> None:
     with pytest.raises(UserError, match=r"chat_template=true: the tokenizer .* renders none"):
-        load_task("sample_strided", tokenizer=str(tiny_llama), chat_template=True, eval_len=64, stride=64)
+        load_task("sample_strided", tokenizer=str(tiny_tokenizer), chat_template=True, eval_len=64, stride=64)
     with pytest.raises(UserError, match="expected true or false"):
-        load_task("sample_strided", tokenizer=str(tiny_llama), chat_template="yes")
+        load_task("sample_strided", tokenizer=str(tiny_tokenizer), chat_template="yes")
 
 
-def test_max_text_rows_counts_blank_rows(tiny_llama: Path, tmp_path: Path) -> None:
+def test_max_text_rows_counts_blank_rows(tiny_tokenizer: Path, tmp_path: Path) -> None:
     """compare_q takes the first rows, and then drops blank ones."""
     text = tmp_path / "t.txt"
     text.write_text("One line of some length about nothing.\n\nAnother line, of no more importance.\nA third one.\n")
-    settings: dict[str, Any] = {"eval_len": 16, "stride": 8, "tokenizer": str(tiny_llama), "text_path": str(text)}
+    settings: dict[str, Any] = {"eval_len": 16, "stride": 8, "tokenizer": str(tiny_tokenizer), "text_path": str(text)}
     for rows, blank, expected in (
         (3, "drop", "One line of some length about nothing.\n\n\nAnother line, of no more importance.\n"),
         (3, "keep", "One line of some length about nothing.\n\n\n\n\nAnother line, of no more importance.\n"),

@@ -65,8 +65,8 @@ def test_harness_still_has_the_method_that_scores_tokens() -> None:
     assert hasattr(TemplateLM, REQUEST_TYPE)  # ours, added to LM
 
 
-def test_metrics_and_record_match_figures_by_hand(tiny_llama: Path) -> None:
-    metrics, record = run_task(Uniform(), tokenizer=str(tiny_llama), **SMALL)
+def test_metrics_and_record_match_figures_by_hand(tiny_tokenizer: Path) -> None:
+    metrics, record = run_task(Uniform(), tokenizer=str(tiny_tokenizer), **SMALL)
     assert metrics["token_perplexity,none"] == pytest.approx(4, rel=1e-6)
     assert metrics["token_perplexity_stderr,none"] == pytest.approx(0, abs=1e-6)
     assert metrics["top1_accuracy,none"] == pytest.approx(1 / 63)
@@ -78,21 +78,21 @@ def test_metrics_and_record_match_figures_by_hand(tiny_llama: Path) -> None:
     assert record["standard_error"]["blocks"] == 12
     assert record["protocol"] == "exllama"
     assert record["nonfinite_logprobs"] == 0
-    assert record["tokenizer"] == str(tiny_llama)
+    assert record["tokenizer"] == str(tiny_tokenizer)
     assert len(record["tokens_sha256"]) == len(record["text_sha256"]) == 64
 
 
-def test_limit_scores_and_records_the_first_windows(tiny_llama: Path) -> None:
-    metrics, record = run_task(Uniform(), limit=3, tokenizer=str(tiny_llama), **SMALL)
-    _, three = run_task(Uniform(), tokenizer=str(tiny_llama), **(SMALL | {"max_rows": 3}))
+def test_limit_scores_and_records_the_first_windows(tiny_tokenizer: Path) -> None:
+    metrics, record = run_task(Uniform(), limit=3, tokenizer=str(tiny_tokenizer), **SMALL)
+    _, three = run_task(Uniform(), tokenizer=str(tiny_tokenizer), **(SMALL | {"max_rows": 3}))
     assert record["windows"] == 3
     assert record["tokens_sha256"] == three["tokens_sha256"]
     assert metrics["token_perplexity_stderr,none"] == "N/A"  # one block
     assert record["standard_error"]["token_perplexity"] is None
 
 
-def test_samples_hold_the_logprobs(tiny_llama: Path) -> None:
-    result = evaluate(Uniform(), "sample_strided", limit=2, metadata={"tokenizer": str(tiny_llama), **SMALL})
+def test_samples_hold_the_logprobs(tiny_tokenizer: Path) -> None:
+    result = evaluate(Uniform(), "sample_strided", limit=2, metadata={"tokenizer": str(tiny_tokenizer), **SMALL})
     sample = json.loads(json.dumps(result["samples"]["sample_strided"][1]))
     total, all_greedy, logprobs, greedy, divergence = sample["resps"][0][0]
     assert divergence is None  # no reference
@@ -102,19 +102,19 @@ def test_samples_hold_the_logprobs(tiny_llama: Path) -> None:
     assert sample["doc"] == {"window": 1, "start": 32, "end": 96, "first_target": 33}
 
 
-def test_harness_models_have_no_top1_accuracy(tiny_llama: Path) -> None:
-    metrics, _ = run_task(HarnessModel(), tokenizer=str(tiny_llama), **SMALL)
+def test_harness_models_have_no_top1_accuracy(tiny_tokenizer: Path) -> None:
+    metrics, _ = run_task(HarnessModel(), tokenizer=str(tiny_tokenizer), **SMALL)
     assert metrics["token_perplexity,none"] == pytest.approx(4)
     assert not any(key.startswith("top1") for key in metrics)
 
 
-def test_bits_per_byte_exists_if_tokens_are_scored_once(tiny_llama: Path) -> None:
+def test_bits_per_byte_exists_if_tokens_are_scored_once(tiny_tokenizer: Path) -> None:
     """Two bits per token: bits per byte = 2 × scored tokens / UTF-8 bytes of the text after its first token."""
-    metrics, record = run_task(Uniform(), "wiki2_sliding", text_path=_text(), tokenizer=str(tiny_llama), **_ALL)
+    metrics, record = run_task(Uniform(), "wiki2_sliding", text_path=_text(), tokenizer=str(tiny_tokenizer), **_ALL)
     from transformers import AutoTokenizer
 
     text = "\n\n".join(_rows())
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     n_bytes = len(text.encode()) - len(tokenizer.decode(ids[:1]).encode())
     assert record["scored_tokens"] == record["distinct_tokens"] == len(ids) - 1
@@ -136,10 +136,10 @@ def _rows() -> list[str]:
 
 
 @pytest.mark.parametrize("planted", [math.nan, -math.inf])
-def test_nonfinite_logprob_is_counted_and_gives_null(tiny_llama: Path, planted: float, caplog: Any) -> None:
+def test_nonfinite_logprob_is_counted_and_gives_null(tiny_tokenizer: Path, planted: float, caplog: Any) -> None:
     model = Uniform()
     model.planted = planted
-    result = evaluate(model, "sample_strided", metadata={"tokenizer": str(tiny_llama), **SMALL})
+    result = evaluate(model, "sample_strided", metadata={"tokenizer": str(tiny_tokenizer), **SMALL})
     metrics, record = result["results"]["sample_strided"], result["configs"]["sample_strided"]["metadata"]
     assert "N/A" in make_table(result)  # the harness prints it
     assert record["nonfinite_logprobs"] == 1
@@ -149,8 +149,8 @@ def test_nonfinite_logprob_is_counted_and_gives_null(tiny_llama: Path, planted: 
     assert "1 log-probabilities were NaN or infinite" in caplog.text
 
 
-def test_llamacpp_protocol_puts_bos_first_if_the_vocabulary_adds_it(tiny_llama: Path, bos_tokenizer: Path) -> None:
-    for folder, first in ((bos_tokenizer, 0), (tiny_llama, None)):
+def test_llamacpp_protocol_puts_bos_first_if_the_vocabulary_adds_it(tiny_tokenizer: Path, bos_tokenizer: Path) -> None:
+    for folder, first in ((bos_tokenizer, 0), (tiny_tokenizer, None)):
         task = load_task("wiki2_llamacpp", text_path=_text(), tokenizer=str(folder), eval_len=64)
         task.build_all_requests(limit=3)
         heads = {request.ids[0] for request in task.instances}
@@ -171,18 +171,18 @@ def test_llamacpp_protocol_puts_bos_first_if_the_vocabulary_adds_it(tiny_llama: 
         ({"blank_rows": "some"}, "blank_rows"),
     ],
 )
-def test_unusable_settings_raise(tiny_llama: Path, metadata: dict[str, Any], words: str) -> None:
+def test_unusable_settings_raise(tiny_tokenizer: Path, metadata: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        load_task("sample_strided", **({"tokenizer": str(tiny_llama)} | metadata))
+        load_task("sample_strided", **({"tokenizer": str(tiny_tokenizer)} | metadata))
 
 
-def test_context_is_read_from_config_before_the_model_loads(tiny_llama: Path) -> None:
+def test_context_is_read_from_config_before_the_model_loads(tiny_tokenizer: Path) -> None:
     with pytest.raises(UserError, match="max_position_embeddings=256"):
-        load_task("sample_strided", pretrained=str(tiny_llama), eval_len=257, stride=64)
+        load_task("sample_strided", pretrained=str(tiny_tokenizer), eval_len=257, stride=64)
 
 
-def test_misspelt_setting_logs_a_suggestion(tiny_llama: Path, caplog: Any) -> None:
-    load_task("sample_strided", tokenizer=str(tiny_llama), eval_lenn=64, **SMALL)
+def test_misspelt_setting_logs_a_suggestion(tiny_tokenizer: Path, caplog: Any) -> None:
+    load_task("sample_strided", tokenizer=str(tiny_tokenizer), eval_lenn=64, **SMALL)
     assert "did you mean 'eval_len'" in caplog.text
 
 
@@ -234,8 +234,8 @@ def test_scores_print_ten_digits() -> None:
     assert max(len(repr(v)) for v in WindowScores.of(values, values > 0).logprobs) <= len("-0.00012345678901")
 
 
-def test_samples_option_records_the_scored_windows(tiny_llama: Path) -> None:
-    task = load_task("sample_strided", tokenizer=str(tiny_llama), **SMALL)
+def test_samples_option_records_the_scored_windows(tiny_tokenizer: Path) -> None:
+    task = load_task("sample_strided", tokenizer=str(tiny_tokenizer), **SMALL)
     task.build_all_requests(samples=[4, 1, 1])
     record = task.dump_config()["metadata"]
     assert [r.doc["window"] for r in task.instances] == [1, 4]
@@ -245,18 +245,18 @@ def test_samples_option_records_the_scored_windows(tiny_llama: Path) -> None:
         task.build_all_requests(samples=[24])
 
 
-def test_windows_inside_one_character_count_for_bits_per_byte(tiny_llama: Path, tmp_path: Path) -> None:
+def test_windows_inside_one_character_count_for_bits_per_byte(tiny_tokenizer: Path, tmp_path: Path) -> None:
     """Targets without a byte of their own still cost bits; with stride 1 many windows have only such targets."""
     text = tmp_path / "japanese.txt"
     text.write_text("東京は日本の首都である。\n" * 3)
-    settings = {"text_path": str(text), "tokenizer": str(tiny_llama), "eval_len": 8, "stride": 1, "max_rows": 0}
+    settings = {"text_path": str(text), "tokenizer": str(tiny_tokenizer), "eval_len": 8, "stride": 1, "max_rows": 0}
     metrics, record = run_task(Uniform(), "wiki2_sliding", **settings)
     joined = "\n\n".join(line + "\n" for line in text.read_text().splitlines())
     n_bytes = len(joined.encode()) - 3  # the first token stands for the first character
     assert metrics["bits_per_byte,none"] == pytest.approx(2 * record["scored_tokens"] / n_bytes)
 
 
-def test_raw_text_equals_the_file_without_last_line_end(tiny_llama: Path, tmp_path: Path) -> None:
+def test_raw_text_equals_the_file_without_last_line_end(tiny_tokenizer: Path, tmp_path: Path) -> None:
     """llama-perplexity reads the file unchanged, blank lines included, but without the last line end."""
     from lmeval_ext.tasks.corpus import Corpus, read_corpus
 
@@ -268,25 +268,25 @@ def test_raw_text_equals_the_file_without_last_line_end(tiny_llama: Path, tmp_pa
 
 @pytest.mark.parametrize(("spare", "length", "fits"), [(0, 64, True), (0, 63, False)])
 def test_harness_model_refuses_windows_beyond_its_context(
-    tiny_llama: Path, spare: int, length: int, fits: bool
+    tiny_tokenizer: Path, spare: int, length: int, fits: bool
 ) -> None:
     model = HarnessModel()
     model.max_length = length - spare
     if fits:
-        run_task(model, limit=1, tokenizer=str(tiny_llama), **SMALL)
+        run_task(model, limit=1, tokenizer=str(tiny_tokenizer), **SMALL)
     else:
         with pytest.raises(UserError, match="eval_len=64 is beyond this model's context of 63"):
-            run_task(model, limit=1, tokenizer=str(tiny_llama), **SMALL)
+            run_task(model, limit=1, tokenizer=str(tiny_tokenizer), **SMALL)
 
 
-def test_harness_vllm_reserves_one_position(tiny_llama: Path) -> None:
+def test_harness_vllm_reserves_one_position(tiny_tokenizer: Path) -> None:
     vllm_like = type("VLLM", (HarnessModel,), {"__module__": "lm_eval.models.vllm_causallms", "max_length": 64})
     with pytest.raises(UserError, match=r"context of 63 tokens \(less the one token"):
-        run_task(vllm_like(), limit=1, tokenizer=str(tiny_llama), **SMALL)
+        run_task(vllm_like(), limit=1, tokenizer=str(tiny_tokenizer), **SMALL)
 
 
-def test_model_without_token_scores_is_refused(tiny_llama: Path) -> None:
+def test_model_without_token_scores_is_refused(tiny_tokenizer: Path) -> None:
     from lm_eval.models.dummy import DummyLM
 
     with pytest.raises(UserError, match="DummyLM does not score token ids"):
-        run_task(DummyLM(), limit=1, tokenizer=str(tiny_llama), **SMALL)
+        run_task(DummyLM(), limit=1, tokenizer=str(tiny_tokenizer), **SMALL)

@@ -203,7 +203,7 @@ def test_divergences_without_positive_values_have_a_linear_axis(folder):
     assert len(drawing.points) == 1
 
 
-@pytest.mark.parametrize("extra", [[], ["--dark", "--no-log-y", "--pareto"]])
+@pytest.mark.parametrize("extra", [pytest.param([], marks=pytest.mark.slow), ["--dark", "--no-log-y", "--pareto"]])
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf", "html"])
 def test_same_input_same_bytes(folder, compare, tmp_path, suffix, extra):
     fill(folder, samples=False)

@@ -54,7 +54,14 @@ def histogram_of(folder, log_y=False):
 
 @pytest.mark.parametrize("kind", ["--spread", "--histogram"])
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
-@pytest.mark.parametrize("extra", [[], ["--dark", "--log-y", "--title", "$T$ <b>"], ["--no-log-y"]])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        pytest.param([], marks=pytest.mark.slow),
+        ["--dark", "--log-y", "--title", "$T$ <b>"],
+        pytest.param(["--no-log-y"], marks=pytest.mark.slow),
+    ],
+)
 def test_same_results_give_the_same_bytes(folder, compare, tmp_path, kind, suffix, extra):
     fill(folder, samples=False)
     for name in ("a", "b"):

@@ -100,7 +100,7 @@ def test_colour_tags_in_labels_set_colours(folder, compare, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
-@pytest.mark.parametrize("extra", [[], ["--dark", "--log-y", "--x", "vram"]])
+@pytest.mark.parametrize("extra", [pytest.param([], marks=pytest.mark.slow), ["--dark", "--log-y", "--x", "vram"]])
 def test_same_results_give_the_same_bytes(folder, compare, tmp_path, suffix, extra):
     fill_with_ladders(folder, per_family=3)
     for name in ("a", "b"):

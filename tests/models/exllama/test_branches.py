@@ -14,6 +14,8 @@ from tests.conftest import random_ids
 from tests.models.exllama.test_exllama import CHOICES, QUESTION, assert_like, pairs
 from tests.models.exllama.tiny_engine import PagedTinyEngine, RowTinyEngine, TinyEngine, TinyExLlama
 
+pytestmark = pytest.mark.engine
+
 TOKENS = random_ids(200, seed=3)
 BATCHES: list[tuple[list[list[int]], list[list[list[int]]]]] = [  # contexts, tails of each
     ([TOKENS[:40], TOKENS[:50]], [[[5], [6, 7, 8]], [[9, 10], [11], [12]]]),  # a trunk of 40

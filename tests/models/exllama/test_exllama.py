@@ -48,6 +48,8 @@ from tests.models.test_adapters import (
     windows,
 )
 
+pytestmark = pytest.mark.engine
+
 QUESTION = "Iceland is an island country in the North Atlantic Ocean, and its capital is"
 CHOICES = [" Reykjavik", " a large town in the north", " a", " a volcano that erupts every year."]
 TEXT = "Iceland is an island country in the North Atlantic. " * 20

@@ -18,6 +18,8 @@ from tests.models.exllama.stand_ins import adapter_module, install_exllamav2, in
 from tests.models.exllama.test_exllama import CHOICES, QUESTION, assert_like, generation, pairs
 from tests.models.test_adapters import adapter_scores, assert_scores_equal_transformers, windows
 
+pytestmark = pytest.mark.engine
+
 CLASSES = {"v2": "ExLlamaV2Model", "v3": "ExLlamaV3"}
 
 

@@ -159,6 +159,7 @@ def test_rotary_embeddings_unknown_to_exllamav2_are_errors(config: dict[str, Any
         set_rope(v2_config(), config, "model")
 
 
+@pytest.mark.engine
 def test_rope_of_a_checkpoint_saved_by_transformers_is_read(tiny_llama: Path) -> None:
     """Transformers 5 does not write a top-level rope_theta, the only one that ExLlamaV2 reads."""
     config = json.loads((tiny_llama / "config.json").read_text())
