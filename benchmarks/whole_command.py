@@ -141,6 +141,16 @@ def timed(command: Sequence[str], output: Path) -> tuple[float, float]:
     return wall, usage.ru_utime + usage.ru_stime
 
 
+def printed_perplexity(log: str) -> float:
+    """Returns the last line that is a number: engines may print after the bare script's own last line."""
+    for line in reversed(log.splitlines()):
+        try:
+            return float(line)
+        except ValueError:
+            continue
+    sys.exit(f"The bare script printed no perplexity:\n{log[-3000:]}")
+
+
 class Commands:
     """The ways to score one model's windows, each a function that runs it once."""
 
@@ -184,7 +194,7 @@ class Commands:
         script.write_text(_WINDOWS + self.engine.bare)
         text = json.dumps([o.model, str(o.text), o.length, o.stride, o.windows, self.arguments])
         wall, cpu = timed([sys.executable, str(script), text], folder / "log")
-        return Run(wall, cpu, (float((folder / "log").read_text().split()[-1]),))
+        return Run(wall, cpu, (printed_perplexity((folder / "log").read_text(errors="replace")),))
 
     def lm_eval(self, model: str, seed: int = 0) -> Run:
         folder = self.new_folder()
