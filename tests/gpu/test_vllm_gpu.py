@@ -37,6 +37,8 @@ def perplexity(name: str, **arguments: Any) -> tuple[float, dict[str, Any]]:
     """Returns the perplexity over two windows, and `config.quantization`."""
     from tests.conftest import evaluate
 
+    gc.collect()  # the memory of the engine before this one is not this one's
+    torch.cuda.empty_cache()
     text = {"text_path": str(Path(os.environ["WIKITEXT2_DIR"]) / "wiki.test.raw")}
     settings = {**KV_POOL, "enforce_eager": True} | arguments
     found = evaluate("vllm_nvfp4", "wiki2_strided", limit=2, metadata=text, pretrained=folder(name), **settings)
