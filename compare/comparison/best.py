@@ -18,10 +18,12 @@ def frontier(points: Iterable[Point], higher_is_better: bool) -> list[Point]:
 
     A point dominates another if it is no larger in x and no worse in the metric, and better in one of the two; points
     equal in both are both on the frontier. Only comparable points that have x and metric take part. Standard errors are
-    ignored: a point may be dominated by less than the uncertainty of its figure.
+    ignored: a point may be dominated by less than the uncertainty of its figure. A model with a figure that is NaN or
+    infinite does not take part.
     """
     sign = -1.0 if higher_is_better else 1.0
-    placed = [(p.x, sign * p.y, p) for p in points if p.comparable and p.x is not None and p.y is not None]
+    sound = [p for p in points if p.comparable and not p.record.not_numbers]
+    placed = [(p.x, sign * p.y, p) for p in sound if p.x is not None and p.y is not None]
     placed.sort(key=lambda entry: entry[:2])
     kept: list[Point] = []
     best = (float("inf"), float("inf"))  # metric (lower is better) and x of the last point kept
@@ -90,7 +92,7 @@ def judge(points: Iterable[Point], metric: ChosenMetric, budget: Budget) -> Budg
             by_fit[fit(point.record.quantization, budget)].append(point)
     sign = -1.0 if metric.higher_is_better else 1.0
     best = min(
-        by_fit[Fit.FITS],
+        (p for p in by_fit[Fit.FITS] if not p.record.not_numbers),
         key=lambda p: (sign * (p.y or 0.0), _needed(p, budget), p.record.label),
         default=None,
     )

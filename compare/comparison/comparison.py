@@ -54,7 +54,7 @@ class Comparison:
         if self.metric.row.needs_reference:
             return {}  # every figure already compares with the reference
         candidates = [p for p in self.points if p.comparable and p.record.is_baseline and p.y is not None]
-        candidates.sort(key=lambda p: (not p.record.quantization.known, p.record.label))
+        candidates.sort(key=lambda p: (bool(p.record.not_numbers), not p.record.quantization.known, p.record.label))
         return {p.size: p for p in reversed(candidates)}
 
     @property

@@ -83,6 +83,9 @@ def caption(comparison: Comparison, drawing: Drawing, alone: bool = True) -> lis
             f"Hollow: {other}scored on other tokens or samples or by another protocol, not comparable with the rest."
         )
     lines += mixed(comparison)
+    broken = [point.record.label for point in shown if point.record.not_numbers]
+    if broken:
+        lines.append(f"Not to be trusted, another figure of the model is NaN or infinite: {and_more(broken)}.")
     if drawing.noise_floor is not None:
         lines += _floor(comparison, drawing.noise_floor, "" if alone else f"{comparison.metric.label}: ")
     if comparison.options.pareto:

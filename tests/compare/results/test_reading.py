@@ -346,3 +346,17 @@ def test_infinite_figure_marks_the_model_and_keeps_its_others(folder, compare):
     folder.write(lambada("bad", float("inf"), 0.3))
     out = compare("table", folder.path, "--metric", "lambada/acc", "--format", "json")
     assert [(row["value"], row["not_numbers"]) for row in out.json] == [(0.3, ["lambada/perplexity"])]
+
+
+def test_model_with_a_nan_figure_is_never_the_best(folder, compare):
+    for label, accuracy, nan in (("good", 0.6, 0), ("bad", 0.9, 3)):
+        content = result(label, "GGUF", label, 4.0)
+        content["results"]["wiki2_strided"]["acc,none"] = accuracy
+        content["higher_is_better"]["wiki2_strided"]["acc"] = True
+        content["config"]["quantization"]["nan_loglikelihoods"] = nan
+        folder.write(content)
+    options = ("--metric", "acc", "--pareto", "--budget", "24", "--context", "1024", "--format", "json")
+    out = compare("table", folder.path, *options)
+    assert {label: row["pareto"] for label, row in out.by_label().items()} == {"good": True, "bad": False}
+    assert "bad: not a finite number: 3 log-likelihoods" in out.err
+    assert ": good, accuracy 0.6" in out.err
