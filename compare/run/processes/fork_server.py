@@ -42,8 +42,8 @@ MAX_REQUEST = 1 << 20  # bytes
 # What the harness (0.4.13) imports once it runs, below its package; and the module with the classes of its models
 _HARNESS = ("evaluator", "loggers", "models")
 _REGISTRY = "api.registry"
-# What it imports with every model where it is installed: to set seeds, to describe the machine, to print the table
-_INSTALLED = ("torch.utils.collect_env", "transformers", "pytablewriter")
+# What lm_eval imports with every model where it is installed: to set seeds, to describe the machine, to print the table
+_INSTALLED = {"lm_eval": ("torch.utils.collect_env", "transformers", "pytablewriter")}
 # An attribute of a model's class: modules that are imported only when a model is loaded or a task is made
 _LATE_IMPORTS = "late_imports"
 # Open in a process that has initialized CUDA or ROCm; a fork of it cannot use the GPU
@@ -72,7 +72,7 @@ def _import(harness: str, model: str) -> str:
         for name in _HARNESS:
             importlib.import_module(f"{harness}.{name}")
         class_: Any = importlib.import_module(f"{harness}.{_REGISTRY}").get_model(model)
-        installed = [name for name in _INSTALLED if importlib.util.find_spec(name.partition(".")[0])]
+        installed = [name for name in _INSTALLED.get(harness, ()) if importlib.util.find_spec(name.partition(".")[0])]
         for name in (*installed, *getattr(class_, _LATE_IMPORTS, ())):
             importlib.import_module(name)
     except BaseException as error:  # whatever it is, it happens again in the process that is meant to report it
