@@ -44,7 +44,7 @@ def cluster(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any
 def test_task_of_a_lost_node_runs_again_on_another(workshop: Workshop, cluster: Any) -> None:
     """Ray runs the lost node's task on the other node, and nothing else twice; all results arrive."""
     workshop.mark("b", "hang")
-    process = workshop.start("--launcher", "ray", "--ray-address", cluster.address)
+    process = workshop.start_command("--launcher", "ray", "--ray-address", cluster.address)
     pid, alive = workshop.wait_for_hanging_stub()
     (workshop.root / "models/b/hang").unlink()  # the second run succeeds
     node = _node_of(pid, cluster)
@@ -65,14 +65,14 @@ def test_task_of_a_lost_node_runs_again_on_another(workshop: Workshop, cluster: 
 @pytest.mark.ray
 def test_failure_and_interrupt_on_the_cluster_are_reported(workshop: Workshop, cluster: Any) -> None:
     workshop.mark("a", "boom", "RuntimeError: no such kernel")
-    process = workshop.start("--launcher", "ray", "--ray-address", cluster.address)
+    process = workshop.start_command("--launcher", "ray", "--ray-address", cluster.address)
     out, _ = process.communicate(timeout=150)
     assert process.returncode == 3
     assert "RuntimeError: no such kernel (exit code 1)" in out
     assert sorted(workshop.calls()) == ["a", "b", "c"]  # a model that fails is not run again
     (workshop.root / "models/a/boom").unlink()
     workshop.mark("a", "hang")
-    process = workshop.start("--launcher", "ray", "--ray-address", cluster.address)
+    process = workshop.start_command("--launcher", "ray", "--ray-address", cluster.address)
     _, alive = workshop.wait_for_hanging_stub()
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
@@ -88,14 +88,14 @@ def test_measured_models_wait_for_the_reference_on_the_cluster(workshop: Worksho
     workshop.write()
     command = ("--launcher", "ray", "--ray-address", cluster.address, "-kld", "--log-samples")
     workshop.mark("c", "boom", "RuntimeError: no such kernel")
-    process = workshop.start(*command)
+    process = workshop.start_command(*command)
     out, _ = process.communicate(timeout=150)
     assert process.returncode == 2
     assert "Model a, Model b: not run: the reference failed" in out
     assert workshop.calls() == ["c"]
     (workshop.root / "models/c/boom").unlink()
     workshop.mark("c", "slow", "2")
-    process = workshop.start(*command)
+    process = workshop.start_command(*command)
     out, err = process.communicate(timeout=150)
     assert process.returncode == 0, out + err
     events = [("+", line["model"]) if "model" in line else ("-", line["ended"]) for line in workshop.stub_events()]
