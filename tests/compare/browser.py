@@ -67,9 +67,10 @@ class Browser:
         return [entry["message"] for entry in self.call("/se/log", {"type": "browser"})]
 
     def requests(self) -> list[str]:
-        """Every URL that the browser's network layer requested since the last call."""
+        """Every URL that the browser's network layer requested since the last call, but those of its own pages."""
         events = [json.loads(e["message"])["message"] for e in self.call("/se/log", {"type": "performance"})]
-        return [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+        urls = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+        return [url for url in urls if not url.startswith("chrome://")]  # its new tab may still be loading
 
 
 def ask(url: str, body: Any = None, method: str | None = None) -> Any:
