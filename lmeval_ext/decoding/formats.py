@@ -16,6 +16,7 @@ import torch
 
 from lmeval_ext.decoding import anyprecision, aqlm, exl2, exl3, floats, hqq, qtip, vptq
 from lmeval_ext.decoding.parts import Matrix, Parts
+from lmeval_ext.storage.packings import dtypes_by_suffix
 from lmeval_ext.storage.safetensors_header import FLOAT8, FLOATS
 
 Decode = Callable[[Parts, torch.dtype, Matrix], torch.Tensor]
@@ -53,12 +54,9 @@ def _row(
     methods: str, payload: str, dtypes: str, required: str, decode: Decode, *, optional: str = "", varying: str = "",
     unused: str = "", multiple: int = 1,
 ) -> Format:  # fmt: skip
-    # ".weight_scale:F32,F16" requires one of these dtypes, ".weight_scale" allows any
-    entries = (entry.partition(":") for entry in required.split())
-    sides = {suffix: frozenset(kinds.split(",")) - {""} for suffix, _, kinds in entries}
     return Format(
-        frozenset(methods.split()), payload, frozenset(dtypes.split(",")), sides, decode, tuple(optional.split()),
-        tuple(varying.split()), tuple(unused.split()), multiple,
+        frozenset(methods.split()), payload, frozenset(dtypes.split(",")), dtypes_by_suffix(required), decode,
+        tuple(optional.split()), tuple(varying.split()), tuple(unused.split()), multiple,
     )  # fmt: skip
 
 

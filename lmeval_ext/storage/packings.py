@@ -73,14 +73,21 @@ _QTIP_SIDES = (".tlut", ".rcp", ".tp_rank")
 _TABLES = tuple(f".lut{bits}" for bits in range(1, 9))  # Any-Precision: one table of values per precision
 
 
+def dtypes_by_suffix(text: str) -> dict[str, frozenset[str]]:
+    """Return the dtypes allowed for each suffix in a table's text: ".weight_scale:F32,F16" one of these, ".scales" any.
+
+    An empty set stands for any dtype.
+    """
+    entries = (entry.partition(":") for entry in text.split())
+    return {suffix: frozenset(kinds.split(",")) - {""} for suffix, _, kinds in entries}
+
+
 def _row(
     name: str, family: str, payload: str, required: str, optional: Iterable[str], dtypes: Iterable[str],
     shape: Callable[[Parts], Shape], source: str, fits: Callable[[Parts], bool] = lambda parts: True,
     **more: Any,
 ) -> Packing:  # fmt: skip
-    # ".weight_scale:F32,F16" requires one of these dtypes, ".weight_scale" allows any.
-    entries = (entry.partition(":") for entry in required.split())
-    sides = {suffix: frozenset(kinds.split(",")) - {""} for suffix, _, kinds in entries}
+    sides = dtypes_by_suffix(required)
     return Packing(name, family, payload, sides, tuple(optional), frozenset(dtypes), shape, source, fits, **more)
 
 

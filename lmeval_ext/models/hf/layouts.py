@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from lmeval_ext.storage.packings import dtypes_by_suffix
 from lmeval_ext.storage.safetensors_header import FLOAT8, FLOATS
 from lmeval_ext.storage.tensors import StoredTensor
 
@@ -32,14 +33,8 @@ class Layout:
 
 
 def _row(payload: str, required: str, optional: str = "") -> Layout:
-    # ".weight:F8_E4M3,I8" allows these dtypes, ".scales" any.
-    (name, dtypes), *sides = (
-        (part.partition(":")[0], part.partition(":")[2]) for part in (payload + " " + required).split()
-    )
-    return Layout(
-        name, frozenset(dtypes.split(",")), {s: frozenset(kinds.split(",")) - {""} for s, kinds in sides},
-        tuple(optional.split()),
-    )  # fmt: skip
+    ((name, dtypes),) = dtypes_by_suffix(payload).items()
+    return Layout(name, dtypes, dtypes_by_suffix(required), tuple(optional.split()))
 
 
 _F8 = ",".join(sorted(FLOAT8))
