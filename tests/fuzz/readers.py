@@ -90,6 +90,8 @@ def _gguf_file() -> bytes:
     import gguf
     import numpy as np
 
+    from tests.storage.builders import finish_gguf
+
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
         writer = gguf.GGUFWriter(path, "llama")
@@ -99,10 +101,7 @@ def _gguf_file() -> bytes:
         writer.add_file_type(0)
         for name in ("token_embd.weight", "blk.0.ffn_up.weight", "output.weight"):
             writer.add_tensor(name, np.zeros((4, 32), np.float32))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        finish_gguf(writer)
         return path.read_bytes()
 
 

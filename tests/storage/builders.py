@@ -22,6 +22,14 @@ LLAMA = {
 }
 
 
+def finish_gguf(writer: Any) -> None:
+    """Write what a `gguf.GGUFWriter` has collected, and close its file."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def write_raw(path: Path, header: Any, data_bytes: int) -> Path:
     """Write a safetensors file with any header (bytes, or an object to dump), followed by `data_bytes` of hole."""
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()

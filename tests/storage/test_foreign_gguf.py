@@ -11,6 +11,7 @@ import pytest
 
 from lmeval_ext.storage import StorageError, inspect
 from lmeval_ext.storage.gguf_header import NEWEST_TYPE
+from tests.storage.builders import finish_gguf
 
 
 def header_with_type(path: Path, number: int) -> Path:
@@ -67,10 +68,7 @@ def write(path: Path, architecture: str, kind: str | None) -> Path:
     if kind:
         writer.add_type(kind)
     writer.add_tensor("blk.0.attn_q.weight", np.zeros((4, 32), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish_gguf(writer)
     return path
 
 

@@ -13,6 +13,7 @@ import pytest
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 
 from lmeval_ext.storage import StorageError, inspect
+from tests.storage.builders import finish_gguf
 
 TYPES = sorted(GGML_QUANT_SIZES, key=lambda kind: kind.value)
 DIRECT = {
@@ -29,13 +30,6 @@ def add(writer: gguf.GGUFWriter, name: str, kind: GGMLQuantizationType, rows: in
         return
     block, size = GGML_QUANT_SIZES[kind]
     writer.add_tensor(name, np.zeros((rows, columns // block * size), np.uint8), raw_dtype=kind)
-
-
-def finish(writer: gguf.GGUFWriter) -> None:
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def model(
@@ -66,7 +60,7 @@ def model(
         writer.add_tensor(f"blk.{layer}.attn_norm.weight", np.zeros(256, np.float32))
     if extra:
         extra(writer)
-    finish(writer)
+    finish_gguf(writer)
     return path
 
 
@@ -140,7 +134,7 @@ def test_draft_blocks_are_excluded(tmp_path: Path) -> None:
 def test_projector_file_has_no_layer_figure(tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(tmp_path / "mmproj.gguf", "clip")
     add(writer, "v.blk.0.attn_q.weight", GGMLQuantizationType.F16, 4, 32)
-    finish(writer)
+    finish_gguf(writer)
     info = inspect(tmp_path / "mmproj.gguf")
     assert (info.layer_bpw, info.head_bpw, info.vram_gb) == (None, None, None)
     assert [part.kind for part in info.excluded] == ["vision"]

@@ -23,7 +23,16 @@ from lmeval_ext.storage.__main__ import main
 from lmeval_ext.storage.checkpoint import read_checkpoint
 from lmeval_ext.storage.grouping import group_tensors
 from lmeval_ext.storage.safetensors_header import read_header
-from tests.storage.builders import FIXTURES, LLAMA, dense, header_of, write_checkpoint, write_index, write_raw
+from tests.storage.builders import (
+    FIXTURES,
+    LLAMA,
+    dense,
+    finish_gguf,
+    header_of,
+    write_checkpoint,
+    write_index,
+    write_raw,
+)
 
 FAST = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -361,10 +370,7 @@ def test_changed_gguf_header_gives_figures_or_names_the_file(tmp_path: Path, dat
         writer.add_block_count(1)
         writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.float32))
         writer.add_tensor("blk.0.ffn_up.weight", np.zeros((4, 32), np.float16))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        finish_gguf(writer)
     raw = bytearray(path.read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
         raw[data.draw(st.integers(0, 300))] = data.draw(st.integers(0, 255))

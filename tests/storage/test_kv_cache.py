@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lmeval_ext.storage.kv_cache import kv_cache
-from tests.storage.builders import dense, write_checkpoint
+from tests.storage.builders import dense, finish_gguf, write_checkpoint
 
 LLAMA_31_8B = {"model_type": "llama", "hidden_size": 4096, "num_attention_heads": 32, "num_hidden_layers": 32,
                "num_key_value_heads": 8, "max_position_embeddings": 131072, "torch_dtype": "bfloat16"}  # fmt: skip
@@ -269,10 +269,7 @@ def write_gguf(path: Path, arch: str = "llama", tensors: dict[str, int] | None =
             writer.add_uint32(f"{arch}.{key}", value)
     for name, rows in ({"token_embd.weight": 4} | (tensors or {})).items():
         writer.add_tensor(name, np.zeros((rows, 576), dtype=np.float16))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish_gguf(writer)
     return path
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from lmeval_ext.storage.kv_cache import kv_cache
 from lmeval_ext.storage.kv_families import FAMILIES
+from tests.storage.builders import finish_gguf
 from tests.storage.test_kv_cache import folder_with
 
 pytestmark = pytest.mark.engine
@@ -128,10 +129,7 @@ def write_model(path: Path, arch: str, keys: dict[str, Any], tensors: dict[str, 
     writer.add_vocab_size(32)
     for name, shape in tensors.items():
         writer.add_tensor(name, np.zeros(shape, dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish_gguf(writer)
     return path
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import gguf
 import numpy as np
 
+from tests.storage.builders import finish_gguf
+
 WIDTH, HEADS, KV_HEADS, FEED_FORWARD, LAYERS = 64, 4, 2, 128, 2
 HEAD = WIDTH // HEADS
 SPECIAL = ("<s>", "</s>", "<unk>")
@@ -80,10 +82,7 @@ def write(
     metadata(writer)
     for name, tensor in tensors.items():
         writer.add_tensor(name, np.ascontiguousarray(tensor, dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish_gguf(writer)
     return path
 
 
