@@ -13,7 +13,7 @@ from compare.results.records import Record
 def newest(records: list[Record], across_settings: bool = False) -> tuple[list[Record], list[str]]:
     """The latest record of each identity, in the order of first occurrence, and a line for each replaced one.
 
-    Runs of a harness task with different settings (shots, limit …) are no re-runs of each other, unless
+    Runs of a harness task with different settings (shots, limit …) are not re-runs of each other, unless
     across_settings, as a mean needs: one record per model and task.
     """
     latest: dict[tuple[object, ...], Record] = {}
