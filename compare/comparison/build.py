@@ -1,8 +1,8 @@
 """Records to comparisons: one metric, one axis, and which results may be compared.
 
 Two figures are comparable only if they are over the same tokens under the same protocol, or of the same task with the
-same settings; a divergence only if it is also from the same reference (`Record.comparability`). The largest such group is
-the comparison; the other points are kept apart: listed and drawn, but never joined or ranked.
+same settings; a divergence only if it is also from the same reference (`Record.comparability`). The largest such group
+is the comparison; the other points are kept apart: listed and drawn, but never joined or ranked.
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from compare.errors import first_line
 from compare.run.processes import supervisor
 
 MAX_REQUEST = 1 << 20  # bytes
@@ -76,7 +77,7 @@ def _import(harness: str, model: str) -> str:
         for name in (*installed, *getattr(class_, _LATE_IMPORTS, ())):
             importlib.import_module(name)
     except BaseException as error:  # whatever it is, it happens again in the process that is meant to report it
-        return f"{type(error).__name__}: {error}".partition("\n")[0]
+        return f"{type(error).__name__}: {first_line(error)}"
     if threading.active_count() > 1:
         return "imports have started threads"
     opened = [driver for driver in _DRIVERS if driver in _open_files()]
