@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
-from compare.commands import plot, report, run, table
+from compare.commands import choose, plot, report, run, table
 from compare.console import say
 from compare.errors import USAGE, CompareError
 from compare.text import clean
@@ -27,6 +27,7 @@ SUBCOMMANDS: dict[str, Subcommand] = {
     "run": Subcommand(run.HELP, run.add_arguments, run.run),
     "table": Subcommand(table.HELP, table.add_arguments, table.run),
     "plot": Subcommand(plot.HELP, plot.add_arguments, plot.run),
+    "choose": Subcommand(choose.HELP, choose.add_arguments, choose.run),
     "report": Subcommand(report.HELP, report.add_arguments, report.run),
 }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -64,6 +65,14 @@ def negative_mean_in_bits(total: Array, count: Array) -> Array:
 # ------------------------------------------------------------------ the table
 
 
+class LossForm(Enum):
+    """How a loss against the original is said: in the metric's own unit, as a ratio in per cent, or in points."""
+
+    DIFFERENCE = "difference"
+    RATIO = "ratio"
+    POINTS = "points"
+
+
 @dataclass(frozen=True)
 class Metric:
     """What a metric is, and how it is shown.
@@ -78,6 +87,7 @@ class Metric:
     needs_reference: the value compares the model with a stored reference.
     log_axis: values span decades, so that a plot has a logarithmic axis by default.
     column: heading of the column beside the mean KL divergence in a table; empty: no such column.
+    loss: how the loss against the original is said.
     progress, progress_digits: name in the progress lines of `compare run`, and decimals of the standard error there;
     an empty name: not shown.
     """
@@ -94,6 +104,7 @@ class Metric:
     needs_reference: bool = False
     log_axis: bool = False
     column: str = ""
+    loss: LossForm = LossForm.DIFFERENCE
     progress: str = ""
     progress_digits: int = 6
 
@@ -114,16 +125,19 @@ def _quantile(name: str, title: str, percent: float, column: str = "") -> Metric
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
-        Metric(PERPLEXITY, "Perplexity", False, 1.0, formula=exp_of_mean, progress="perplexity", progress_digits=3),
-        Metric("word_perplexity", "Word perplexity", False, 1.0, rolling_formula=exp_of_negative_mean),
-        Metric("byte_perplexity", "Byte perplexity", False, 1.0, rolling_formula=exp_of_negative_mean),
-        Metric("perplexity", "Perplexity", False, 1.0, formula=exp_of_negative_mean),
+        Metric(PERPLEXITY, "Perplexity", False, 1.0, formula=exp_of_mean, loss=LossForm.RATIO, progress="perplexity",
+               progress_digits=3),
+        Metric("word_perplexity", "Word perplexity", False, 1.0, rolling_formula=exp_of_negative_mean,
+               loss=LossForm.RATIO),
+        Metric("byte_perplexity", "Byte perplexity", False, 1.0, rolling_formula=exp_of_negative_mean,
+               loss=LossForm.RATIO),
+        Metric("perplexity", "Perplexity", False, 1.0, formula=exp_of_negative_mean, loss=LossForm.RATIO),
         Metric("bits_per_byte", "Bits per byte", False, 0.0, formula=mean_in_bits,
                rolling_formula=negative_mean_in_bits),
-        Metric("top1_accuracy", "Top-1 accuracy", True, 1.0),
-        Metric("acc", "Accuracy", True, 1.0),
-        Metric("acc_norm", "Normalized accuracy", True, 1.0),
-        Metric("exact_match", "Exact match", True, 1.0),
+        Metric("top1_accuracy", "Top-1 accuracy", True, 1.0, loss=LossForm.POINTS),
+        Metric("acc", "Accuracy", True, 1.0, loss=LossForm.POINTS),
+        Metric("acc_norm", "Normalized accuracy", True, 1.0, loss=LossForm.POINTS),
+        Metric("exact_match", "Exact match", True, 1.0, loss=LossForm.POINTS),
         Metric(KLD, "KL divergence", False, 0.0, "nats", needs_reference=True, log_axis=True,
                progress="KL divergence"),
         _quantile("kld_median", "Median KL divergence", 50.0, column="Median"),
@@ -131,12 +145,13 @@ METRICS: dict[str, Metric] = {
         _quantile("kld_p99", "99th percentile of the KL divergence", 99.0, column="99 %"),
         _quantile("kld_p999", "99.9th percentile of the KL divergence", 99.9),
         _quantile("kld_max", "Largest KL divergence", 100.0),
-        Metric("top1_agreement", "Top-1 agreement", True, 1.0, needs_reference=True, column="Top-1 agreement"),
+        Metric("top1_agreement", "Top-1 agreement", True, 1.0, needs_reference=True, column="Top-1 agreement",
+               loss=LossForm.POINTS),
         Metric("mean_delta_p", "Mean Δp of the true token", None, 0.0, two_sided=True, needs_reference=True),
         Metric("rms_delta_p", "RMS Δp of the true token", False, 0.0, formula=root_of_mean, needs_reference=True),
         # PPL(model) / PPL(reference): below 1 where the model predicts the text better
         Metric("ppl_ratio", "Perplexity ratio to the reference", False, 1.0, two_sided=True, formula=exp_of_mean,
-               needs_reference=True, column="PPL ratio"),
+               needs_reference=True, column="PPL ratio", loss=LossForm.RATIO),
     )
 }  # fmt: skip
 

@@ -64,6 +64,11 @@ def add_best(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="mark the models that no other model beats in both size and metric, and grey out the rest",
     )
+    add_budget(parser)
+
+
+def add_budget(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of a memory limit: --budget, --context."""
     parser.add_argument(
         "--budget",
         type=_amount,

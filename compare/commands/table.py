@@ -27,6 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the difference of every model from the one with this label, paired by window or document, with 95%% "
         "intervals and a mark for those that the data cannot tell apart; needs runs with --log_samples",
     )
+    parser.add_argument(
+        "--choose",
+        action="store_true",
+        help="say below the table which model to run (compare choose), not in CSV or JSON",
+    )
     parser.add_argument("--format", choices=_FORMATS, help="default: by the suffix of -o, or terminal")
     parser.add_argument(
         "--sort", choices=SORTS, default="family", help="family, then x (default); x; metric, best first; label"
@@ -40,6 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     comparisons = load_comparisons(arguments.paths, options_of(arguments, arguments.sort))
     if arguments.versus is not None:
         _add_pairs(comparisons, arguments.versus)
+    answer = _answer(comparisons, table_format) if arguments.choose else ""
     from compare.table import formats, terminal
 
     renderers = {
@@ -51,16 +57,28 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.output is None:
         if table_format == "terminal":
             terminal.print_terminal(comparisons, arguments.title)
+            sys.stdout.write(answer)
         else:
-            sys.stdout.write(renderers[table_format](comparisons, arguments.title))
+            sys.stdout.write(renderers[table_format](comparisons, arguments.title) + answer)
         return 0
     from compare.files import write_output
 
-    text = renderers[table_format](comparisons, arguments.title)
+    text = renderers[table_format](comparisons, arguments.title) + answer
     write_output(arguments.output, text.encode("utf-8", "backslashreplace"))
     models = max(len(comparison.points) for comparison in comparisons)
     say(f"wrote {arguments.output} ({models} models)")
     return 0
+
+
+def _answer(comparisons: list[Comparison], table_format: str) -> str:
+    """What `compare choose` says, one sentence a paragraph. Raises CompareError for CSV and JSON."""
+    if table_format in ("csv", "json"):
+        raise CompareError(f"--choose has no place in {table_format}; use compare choose --format json")
+    from compare.comparison.choice import Answer
+    from compare.text import markdown, show_controls
+
+    texts = [show_controls(s.text) for comparison in comparisons for s in Answer(comparison).sentences()]
+    return "".join(f"{markdown(text)}\n\n" if table_format == "md" else f"{text}\n" for text in texts)
 
 
 def _add_pairs(comparisons: list[Comparison], label: str) -> None:

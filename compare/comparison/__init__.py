@@ -4,10 +4,12 @@ axis           The quantities of the x axis: bits per weight, or the size of a m
 best           Which models are worth a look: the Pareto frontier, and the best model that fits a memory budget
 broken         Models with a figure that is NaN or infinite: marked in every comparison
 build          Records to comparisons: one metric, one axis, and which results may be compared
+choice         Which quantization to run: the answer of ``compare choose``, in sentences with their figures
 chosen_metric  Which figures to compare: ``--metric TASK/METRIC`` or ``METRIC``, or the perplexity of the only
                task that has one
 comparison     `Comparison`: one metric, one axis, the points, and the judgements that follow from them
 load           Paths to comparisons: reads results, builds comparisons, reports what was left out
+loss           How much a model loses against the original, in nats, per cent or points
 mean           The mean of several tasks: which tasks count, the figure and its error, one record per model
 memory         The memory that a model needs, and whether it fits: all weights, embeddings included, and the KV
                cache of a context

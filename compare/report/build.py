@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from compare.comparison.choice import Answer
 from compare.comparison.comparison import Comparison
+from compare.errors import CompareError
 from compare.plot.captions import subtitle, title_of
 from compare.plot.kind import PlotSettings
 from compare.plot.pictures.panels import title_of_all
@@ -63,7 +65,9 @@ def build(
     firsts = [by_axis[0] for by_axis in comparisons]
     first = firsts[0]
     subject = first.metric.name if one else f"{len(firsts)} metrics"
+    answer = _answer(divergences[0] if divergences else first, note)
     parts = [
+        *([Part("answer", "Which one to run")] if answer else []),
         Part("plots", "Plots"),
         Part("table", "Table"),
         *([Part("divergence", "Divergence from the reference")] if measured else []),
@@ -80,6 +84,7 @@ def build(
         about=subtitle(first) if one else "  ·  ".join(c.metric.label for c in firsts),
         parts=parts,
         verdicts=[verdict for c in firsts if (verdict := content.verdict(c, one)) is not None],
+        answer=answer,
         pictures=pictures,
         tables=[table for c in firsts for table in content.tables(c)],
         divergences=measured,
@@ -89,6 +94,15 @@ def build(
         runs=content.runs(firsts),
         notices=[show_controls(line) for line in notices],
     )
+
+
+def _answer(comparison: Comparison, note: Say) -> list[str]:
+    """What `compare choose` says of this metric; `note` gets the reason where it can say nothing."""
+    try:
+        return [show_controls(sentence.text) for sentence in Answer(comparison).sentences()]
+    except CompareError as error:
+        note(f"no answer to which model to run: {error}")
+        return []
 
 
 def _plots(
