@@ -14,7 +14,7 @@ from typing import Any
 from compare.comparison.best import frontier
 from compare.comparison.comparison import Comparison
 from compare.comparison.loss import LossScale, loss_scale, original_value
-from compare.comparison.memory import GIB, loaded_bytes, memory
+from compare.comparison.memory import GIB, loaded_bytes, longest_context, memory
 from compare.comparison.pairs import measure_pairs
 from compare.comparison.point import Point
 from compare.comparison.significance import CONFIDENCE, PairedDifference
@@ -209,6 +209,11 @@ class Answer:
         }  # fmt: skip
         if best is not None:
             headline = f"best within {verdict.budget}: {best.label}, {self._value(best)}; it needs {verdict.need()}"
+            room = longest_context(best.point.record.quantization, verdict.budget.gib)
+            if room is not None:
+                holds = "its cache at any context" if room.tokens is None else f"{room} tokens of its cache"
+                rest.insert(0, f"the memory holds {holds}")
+                figures["longest_context"] = room.tokens
             rest.append("activations and the engine's buffers come on top")
             figures |= best.figures()
         lines = [f"{line[:1].upper()}{line[1:]}." for line in (headline, *rest)]

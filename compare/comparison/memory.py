@@ -12,6 +12,7 @@ from enum import Enum
 from compare.results.records import Quantization
 
 GIB = 1024**3
+_ANY = 2**40  # tokens; no context is as long
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,50 @@ def fit(q: Quantization, budget: Budget) -> Fit:
     if (needed is not None and needed.exact) or (weights is not None and weights > limit):
         return Fit.TOO_LARGE
     return Fit.UNKNOWN
+
+
+@dataclass(frozen=True)
+class Room:
+    """How many tokens of cache fit beside the weights. tokens: None if the cache stops growing: any number fits.
+
+    exact: False if at least so many fit.
+    """
+
+    tokens: int | None
+    exact: bool = True
+
+    @property
+    def kind(self) -> str:
+        """``exact``, ``at least``, or ``any`` number of tokens."""
+        return "any" if self.tokens is None else "exact" if self.exact else "at least"
+
+    def __str__(self) -> str:
+        if self.tokens is None:
+            return "any"
+        return f"{self.tokens:,}" if self.exact else f"at least {self.tokens:,}"
+
+
+def longest_context(q: Quantization, gib: float) -> Room | None:
+    """The longest context whose cache fits beside the weights into `gib` × 1024³ bytes; None if unknown.
+
+    Of memory alone: a model may support fewer tokens. Bytes never fall with the context, so that halving finds it.
+    """
+    limit, weights = gib * GIB, loaded_bytes(q)
+    empty, endless = memory(q, 0), memory(q, _ANY)
+    if weights is not None and weights > limit:
+        return Room(0)
+    if empty is None or endless is None:
+        return None
+    if endless.total <= limit:
+        return Room(None, endless.exact)
+    if empty.total > limit:
+        return Room(0, empty.exact)
+    low, high = 0, _ANY  # low fits, high does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        needed = memory(q, middle)
+        low, high = (middle, high) if needed is not None and needed.total <= limit else (low, middle)
+    return Room(low, empty.exact)
 
 
 def why_unknown(q: Quantization) -> str:

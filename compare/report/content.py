@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -117,7 +118,7 @@ def _table(comparison: Comparison, section: Section) -> PageTable:
 
 def sort_key(value: float | None) -> str:
     """The number as page.js reads it; empty where it is unknown, which sorts last."""
-    return "" if value is None else repr(value)
+    return "" if value is None else "Infinity" if value == math.inf else repr(value)
 
 
 def family_colour(point: Point) -> str:

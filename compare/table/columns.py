@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from compare.comparison.axis import MEMORY
 from compare.comparison.comparison import Comparison
-from compare.comparison.memory import GIB, fit, memory_bytes
+from compare.comparison.memory import GIB, Room, fit, longest_context, memory_bytes
 from compare.comparison.point import Point
 from compare.results.inferred_quantization import ASSUMPTIONS
 from compare.results.records import Quantization
@@ -48,6 +49,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("VRAM GB", **_bits(".3f", lambda q: q.vram_gb), always=True),
     Column("", lambda c, p: _axis_text(c, p), lambda c, p: _axis_number(c, p)),
     Column("Fits", lambda c, p: _fit_text(c, p)),
+    Column("Longest context", lambda c, p: _context_text(c, p), lambda c, p: _context_tokens(c, p)),
     Column("Metric", lambda c, p: metric_text(p.y, p.stderr), lambda c, p: p.y, always=True),
     Column("Not a number", lambda c, p: and_more(list(p.record.not_numbers), 2)),
     Column("vs. ref.", relative_text, relative),
@@ -79,6 +81,22 @@ def _fit_text(comparison: Comparison, point: Point) -> str:
         return ""
     text = fit(point.record.quantization, verdict.budget).value
     return f"{text}, best" if point is verdict.best else text
+
+
+def _room(comparison: Comparison, point: Point) -> Room | None:
+    verdict = comparison.verdict
+    return None if verdict is None else longest_context(point.record.quantization, verdict.budget.gib)
+
+
+def _context_text(comparison: Comparison, point: Point) -> str:
+    """The tokens of cache that fit beside the weights into the budget; empty without a budget."""
+    room = _room(comparison, point)
+    return "–" if room is None and comparison.verdict is not None else str(room or "")
+
+
+def _context_tokens(comparison: Comparison, point: Point) -> float | None:
+    room = _room(comparison, point)
+    return None if room is None else math.inf if room.tokens is None else room.tokens
 
 
 def _heading(column: Column, comparison: Comparison) -> str:

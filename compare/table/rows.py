@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from compare.comparison.comparison import Comparison
-from compare.comparison.memory import fit, memory_bytes
+from compare.comparison.memory import fit, longest_context, memory_bytes
 from compare.comparison.point import Point
 from compare.metrics import KLD, PERPLEXITY, beside_kld
 from compare.results.values import number
@@ -120,6 +120,9 @@ def _best(comparison: Comparison, point: Point) -> dict[str, Any]:
         budget, q = comparison.verdict.budget, point.record.quantization
         fields["memory_bytes"] = memory_bytes(q, budget.context)
         fields["fits"] = fit(q, budget).value
+        room = longest_context(q, budget.gib)
+        fields["longest_context"] = room.tokens if room is not None else None
+        fields["longest_context_is"] = None if room is None else room.kind
     return fields
 
 

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from compare.comparison.best import frontier
 from compare.comparison.build import build_comparison
 from compare.comparison.comparison import Options
-from compare.comparison.memory import Budget, Fit, fit
+from compare.comparison.memory import Budget, Fit, fit, longest_context
 from compare.comparison.model_sizes import size_clusters
 from compare.comparison.point import Point
 from compare.plot.series import arrange
 from compare.results.reading import read_results
-from compare.results.records import Quantization, Record
+from compare.results.records import KVCacheSize, Quantization, Record
 
 GIB = 1024**3
 
@@ -75,6 +75,28 @@ def add_three(folder):
         folder.add(label, "GGUF", label, gib, ppl, weight_bytes=int(gib * GIB), file_bpw=None)
     folder.add("mystery", "GGUF", "m", 3.0, 8.1, kv_bytes_per_token=None, file_bpw=None, weight_bytes=3 * GIB,
                notes=["kv_bytes_per_token unknown: sliding-window attention"])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        # 3 GiB are left; 128 KiB a token
+        ({"kv_cache": KVCacheSize(((131_072, None),))}, "24,576"),
+        ({"kv_bytes_per_token": 131_072}, "24,576"),
+        # at most 1,024 tokens of 1 MiB in windows (1 GiB), 2 GiB of 64 KiB a token
+        ({"kv_cache": KVCacheSize(((1024**2, 1024), (65_536, None)))}, "32,768"),
+        # a state of 1 GiB comes first
+        ({"kv_cache": KVCacheSize(((131_072, None),), state_bytes=GIB)}, "16,384"),
+        ({"kv_cache": KVCacheSize(((131_072, None),), upper_bound=True)}, "at least 24,576"),
+        ({"kv_cache": KVCacheSize(((1024**2, 1024),))}, "any"),
+        ({"kv_cache": KVCacheSize((), state_bytes=4 * GIB)}, "0"),
+        ({"weight_bytes": 9 * GIB}, "0"),
+        ({}, "None"),
+        ({"weight_bytes": None, "kv_bytes_per_token": 1}, "None"),
+    ],
+)
+def test_longest_context_worked_by_hand(changes, expected):
+    assert str(longest_context(Quantization(**({"weight_bytes": 5 * GIB} | changes)), 8)) == expected
 
 
 def test_budget_names_the_best_model_known_to_fit(folder, compare, tmp_path):
