@@ -43,6 +43,12 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
         "--context tokens in GB (default with --budget); GB are 1024³ bytes",
     )
     parser.add_argument(
+        "--baseline",
+        metavar="LABEL",
+        help="the model that the others are compared with (default: the one whose result says that it is in full "
+        "precision, which those of the harness' own models do not)",
+    )
+    parser.add_argument(
         "--mask",
         metavar='"A;B"',
         help="keep only models whose label contains one of these strings, upper and lower case alike "
@@ -110,6 +116,7 @@ def options_of(arguments: argparse.Namespace, sort: str = "family") -> Options:
         max_x=arguments.max_x,
         max_y=arguments.max_y,
         allow_mixed=arguments.allow_mixed,
+        baseline=arguments.baseline,
         sort=sort,
     )
 

@@ -8,6 +8,7 @@ choice         Which quantization to run: the answer of ``compare choose``, in s
 chosen_metric  Which figures to compare: ``--metric TASK/METRIC`` or ``METRIC``, or the perplexity of the only
                task that has one
 comparison     `Comparison`: one metric, one axis, the points, and the judgements that follow from them
+labels         The model that a label on the command line names: ``--versus LABEL``, ``--baseline LABEL``
 load           Paths to comparisons: reads results, builds comparisons, reports what was left out
 loss           How much a model loses against the original, in nats, per cent or points
 mean           The mean of several tasks: which tasks count, the figure and its error, one record per model
@@ -17,7 +18,7 @@ model_sizes    Whether two results are from the same model, judged by its number
 noise_floor    The noise floor of a metric that needs a reference: how far full precision is from the reference
 pairs          Every model of a comparison against a baseline, paired by window or document: ``compare table
                --versus LABEL``
-point          `Point`: one record on the chosen metric and axis
+point          `Point`: one record on the chosen metric and axis; what must be said beside points
 reruns         One record per model and task: the latest re-run counts, and labels become unique
 significance   Whether the difference between two models is more than chance, from pairs of the same windows or
                questions

@@ -8,13 +8,14 @@ is the comparison; the other points are kept apart: listed and drawn, but never 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from compare.comparison.axis import Axis, axis_of
 from compare.comparison.broken import mark_broken, warnings
 from compare.comparison.chosen_metric import ChosenMetric, choose_metrics
 from compare.comparison.comparison import Comparison, Options
+from compare.comparison.labels import find_label
 from compare.comparison.mean import Part, average
 from compare.comparison.model_sizes import size_clusters, size_text
 from compare.comparison.point import Point
@@ -41,6 +42,7 @@ def build_comparisons(records: list[Record], options: Options) -> list[Compariso
     records = mark_broken(records)
     records = distinct_labels(records, across_tasks=options.mean)
     records = settle_hashes(_masked(records, options.mask, notices))
+    records = _with_baseline(records, options.baseline)
     metrics = choose_metrics(records, options.metrics, options.subtasks, notices)
     axis = axis_of(options.axis, options.context)
     if options.mean:
@@ -79,6 +81,7 @@ def _comparison(
     notices += warnings(points)
     points.sort(key=_sort_key(options.sort, metric))
     comparison = Comparison(metric, axis, points, notices, options)
+    notices += _about_baseline(comparison)
     if comparison.in_noise:
         names = and_more([point.record.label for point in comparison.in_noise])
         notices.append(
@@ -99,6 +102,31 @@ def _masked(records: list[Record], mask: str | None, notices: list[str]) -> list
     if len(kept) < len(records):
         notices.append(f"--mask keeps {len(kept)} of {len(records)} results")
     return kept
+
+
+def _with_baseline(records: list[Record], label: str | None) -> list[Record]:
+    """The records, those of the model called `label` as the baseline. Raises CompareError if there is none."""
+    if label is None:
+        return records
+    found = find_label(list(dict.fromkeys(record.label for record in records)), label, "--baseline")
+    return [replace(r, baseline_by="--baseline") if r.label == found else r for r in records]
+
+
+def _about_baseline(comparison: Comparison) -> Iterator[str]:
+    """Lines on a baseline that looks quantized, and on stock models that may be the baseline that is missing."""
+    if comparison.metric.row.needs_reference:
+        return
+    for point in comparison.baselines.values():
+        q = point.record.quantization
+        if point.record.baseline_by and q.looks_quantized:
+            yield f"warning: the baseline {point.record.label} looks quantized: {'; '.join(q.caveats)}"
+    stock = [p.record for p in comparison.points if p.comparable and not p.record.quantization.known]
+    possible = [record.label for record in stock if not record.quantization.looks_quantized]
+    if not comparison.baselines and possible and len(comparison.points) > 1:
+        yield (
+            f"note: no result says that it is in full precision; if {and_more(possible, 4)} "
+            f"{'is' if len(possible) == 1 else 'or another one is'}, --baseline LABEL compares the others with it"
+        )
 
 
 def _within_limits(points: list[Point], options: Options, notices: list[str]) -> list[Point]:

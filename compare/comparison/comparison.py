@@ -20,7 +20,7 @@ class Options:
     """What the user asked to see. `context` is in tokens; `budget` in units of 1024³ bytes, only with a context.
 
     metrics: each gives a comparison of its own or, with `mean`, a part of one; none: the perplexity. subtasks: compare
-    the subtasks of the groups named instead of the groups.
+    the subtasks of the groups named instead of the groups. baseline: label of the model that others are compared with.
     """
 
     metrics: tuple[str, ...] = ()
@@ -34,6 +34,7 @@ class Options:
     max_x: float | None = None
     max_y: float | None = None
     allow_mixed: bool = False
+    baseline: str | None = None
     sort: str = "family"
 
 
@@ -54,7 +55,7 @@ class Comparison:
         if self.metric.row.needs_reference:
             return {}  # every figure already compares with the reference
         candidates = [p for p in self.points if p.comparable and p.record.is_baseline and p.y is not None]
-        candidates.sort(key=lambda p: (bool(p.record.not_numbers), not p.record.quantization.known, p.record.label))
+        candidates.sort(key=_baseline_order)
         return {p.size: p for p in reversed(candidates)}
 
     @property
@@ -106,3 +107,9 @@ class Comparison:
         """The protocol of the comparable points."""
         comparable = [p for p in self.points if p.comparable] or self.points
         return comparable[0].record.protocol
+
+
+def _baseline_order(point: Point) -> tuple[bool, bool, bool, str]:
+    """Sort key: sound figures first, then what the user named, then results with a quantization block."""
+    record = point.record
+    return (bool(record.not_numbers), not record.baseline_by, not record.quantization.known, record.label)

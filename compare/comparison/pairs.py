@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from compare.comparison.chosen_metric import ChosenMetric
+from compare.comparison.labels import find_label
 from compare.comparison.point import Point
 from compare.comparison.significance import MIN_BLOCKS, PairedDifference, blocks_of, bootstrap, holm, mcnemar
 from compare.division import ceil_div
@@ -16,7 +16,6 @@ from compare.metrics import formula_of
 from compare.results.records import Record
 from compare.results.samples import NoSamples, Samples, read_samples
 from compare.results.values import integer, mapping
-from compare.text import and_more
 
 ALPHA = 0.05
 
@@ -82,21 +81,8 @@ def measure_pairs(points: Sequence[Point], metric: ChosenMetric, label: str) -> 
 
 def _point_labelled(points: Sequence[Point], metric: ChosenMetric, label: str) -> Point:
     """The point with this label, or the only one whose label contains it. Raises CompareError otherwise."""
-    folded, labels = label.strip().casefold(), [point.record.label for point in points]
-    for matches in (
-        [p for p in points if p.record.label == label.strip()],
-        [p for p in points if p.record.label.casefold() == folded],
-        [p for p in points if folded and folded in p.record.label.casefold()],
-    ):
-        if len(matches) == 1:
-            return matches[0]
-        if matches:
-            raise CompareError(
-                f"--versus {label}: several models have such a label: {and_more([p.record.label for p in matches])}"
-            )
-    close = difflib.get_close_matches(label, labels, n=3)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"labels: {and_more(sorted(set(labels)), 20)}"
-    raise CompareError(f"--versus {label}: no model of {metric.label} has such a label; {hint}")
+    found = find_label([point.record.label for point in points], label, "--versus", f" of {metric.label}")
+    return next(point for point in points if point.record.label == found)
 
 
 class _CheckedSamples:

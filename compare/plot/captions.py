@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from compare.comparison.best import BudgetVerdict
 from compare.comparison.comparison import Comparison
 from compare.comparison.noise_floor import NoiseFloor
-from compare.comparison.point import Point
+from compare.comparison.point import Point, caveats, stated_by
 from compare.metrics import needs_reference
 from compare.plot.series import Drawing
 from compare.results.records import ProtocolRecord
@@ -83,6 +83,8 @@ def caption(comparison: Comparison, drawing: Drawing, alone: bool = True) -> lis
             f"Hollow: {other}scored on other tokens or samples or by another protocol, not comparable with the rest."
         )
     lines += mixed(comparison)
+    lines += [f"{line}." for line in caveats(shown)]
+    lines += [f"Dashed: {p.record.label}{stated_by(p)}." for p in drawing.references if stated_by(p)]
     broken = [point.record.label for point in shown if point.record.not_numbers]
     if broken:
         lines.append(f"Not to be trusted, another figure of the model is NaN or infinite: {and_more(broken)}.")

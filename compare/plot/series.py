@@ -74,8 +74,6 @@ def arrange(comparison: Comparison, log_y: bool | None) -> Drawing:
             drawing.left_out.append(f"not drawn: {point.record.label}: {reason}")
         elif _is_line(point, comparison):
             drawing.references.append(point)
-            assumed = [note for note in point.record.quantization.notes if note.startswith("assumed")]
-            drawing.left_out.extend(f"note: {point.record.label}: {note}" for note in assumed)
         else:
             placed.append(point)
     with_x = [point for point in drawing.references if point.x is not None]
@@ -148,7 +146,7 @@ def _unplottable(point: Point, comparison: Comparison, log_y: bool) -> str:
         return why_unknown(point.record.quantization)
     if point.record.quantization.known:
         return f"its result file does not say {comparison.axis.short} ({comparison.axis.key})"
-    return f"a stock model, {comparison.axis.short} unknown (the table lists it)"
+    return f"a stock model, {comparison.axis.short} unknown (the table lists it; --baseline draws a model as a line)"
 
 
 def _series(points: list[Point]) -> list[Series]:

@@ -56,11 +56,12 @@ class PageRow:
 
 @dataclass(frozen=True)
 class PageTable:
-    """A sortable table; the first heading is that of the rows' labels."""
+    """A sortable table; the first heading is that of the rows' labels. notes: lines below it."""
 
     caption: str
     heads: list[Head]
     rows: list[PageRow]
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def _table(comparison: Comparison, section: Section) -> PageTable:
             for text, column in zip(texts, section.columns, strict=True)
         ]
         rows.append(PageRow(texts[0], family_colour(point), cells[1:], point is best))
-    return PageTable(section.caption, heads, rows)
+    return PageTable(section.caption, heads, rows, section.note.splitlines())
 
 
 def sort_key(value: float | None) -> str:

@@ -166,6 +166,8 @@ def _facts(comparison: Comparison, point: Point) -> Iterator[tuple[str, str]]:
         yield "Not comparable", record.protocol.describe() or "other tokens"
     if q.runs_other_than_named:
         yield "Note", "quantized activations by its checkpoint, run weight-only"
+    for caveat in q.caveats:
+        yield "Note", caveat
 
 
 def _memory(comparison: Comparison, point: Point) -> Iterator[tuple[str, str]]:

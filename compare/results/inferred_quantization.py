@@ -1,12 +1,16 @@
-"""Quantization of results without such a block (the harness' own models), inferred from the model arguments."""
+"""What the result file of a stock model (the harness' own) tells of its weights: never how they are stored.
+
+Neither a dtype nor a name is evidence: a quantized checkpoint is loaded with ``dtype=float16``, too, from a folder of
+any name. So a stock model is never full precision by itself; ``--baseline LABEL``, or a spec of `compare run`, says it.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
-from compare.families import FULL_PRECISION
-from compare.results.records import Quantization
+from compare.results.records import QUANTIZED_BY, UNSTATED, Quantization
 from compare.results.values import number
 
 _FULL_DTYPES = {
@@ -28,38 +32,35 @@ _QUANTIZED_NAME = re.compile(
     r"|w\d+a(fp)?\d+|(?<!\d)[1-8](\.\d+)?[-_. ]?(bits?\b|bpw)|(^|[-_.])i?q\d",
     re.IGNORECASE,
 )
-
-ASSUMED = "assumed full precision from its dtype argument: a stock model's result file does not say"
-TOLD = "told by the spec, not measured"
-ASSUMPTIONS = ("assumed", TOLD)  # how notes begin that a table repeats below its rows
-
 _SIZE_IN_NAME = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)B(?![a-z])", re.IGNORECASE)
 
 
 def infer_quantization(config: dict[str, Any], arguments: dict[str, str], checkpoint: str) -> Quantization:
-    """Full precision if the run asked for a 16- or 32-bit dtype and nothing in the file indicates quantization.
+    """An unknown family, with a note that says so and names what indicates quantization.
 
-    ``config.model_dtype`` is the dtype in which the model computes, which quantized checkpoints have as well: it says
-    nothing. Bits per weight stay unknown. A quantized checkpoint that shows only in its own config.json is not
-    recognized, so the record has `ASSUMED` as a note.
+    dtype: the one asked for, else ``config.model_dtype``: in which the model computes, not how its weights are stored.
     """
     model = config.get("model")
-    engine = model if isinstance(model, str) else ""
     asked = _FULL_DTYPES.get(arguments.get("dtype", "").removeprefix("torch."))
     computed = _FULL_DTYPES.get(str(config.get("model_dtype") or "").removeprefix("torch."))
-    quantized = any(
-        _QUANTIZING_ARGUMENTS.search(key) and value.lower() not in ("false", "none", "")
-        for key, value in arguments.items()
+    signs = list(_signs(config, arguments, checkpoint))
+    note = f"{UNSTATED}{QUANTIZED_BY}{' and '.join(signs)}" if signs else UNSTATED
+    return Quantization(
+        engine=model if isinstance(model, str) else "",
+        dtype=asked or computed or "",
+        notes=(note,),
     )
-    named = [checkpoint, *(arguments.get(key, "") for key in ("pretrained", "revision", "subfolder"))]
-    if any(_QUANTIZED_NAME.search(part) for name in named for part in name.split("/")):
-        quantized = True
-    if asked is None or quantized or _is_packed(config, checkpoint):
-        return Quantization(engine=engine, dtype=asked or computed or "")
-    return Quantization(family=FULL_PRECISION, scheme=asked, engine=engine, dtype=asked, notes=(ASSUMED,))
 
 
-def _is_packed(config: dict[str, Any], checkpoint: str) -> bool:
-    """Whether the model has far fewer elements than its name says weights: several weights share one element."""
+def _signs(config: dict[str, Any], arguments: dict[str, str], checkpoint: str) -> Iterator[str]:
+    """What indicates that the weights are quantized, in a reader's words."""
+    for key, value in arguments.items():
+        if _QUANTIZING_ARGUMENTS.search(key) and value.lower() not in ("false", "none", ""):
+            yield f"its argument {key}"
+            break
+    names = [checkpoint, *(arguments.get(key, "") for key in ("pretrained", "revision", "subfolder"))]
+    if any(_QUANTIZED_NAME.search(part) for name in names for part in name.replace("\\", "/").split("/")):
+        yield "its name"
     elements, size = number(config.get("model_num_parameters")), _SIZE_IN_NAME.search(checkpoint)
-    return elements is not None and size is not None and 0 < elements < 0.6e9 * float(size[1])
+    if elements is not None and size is not None and 0 < elements < 0.6e9 * float(size[1]):
+        yield "its number of elements, too few for the size in its name"

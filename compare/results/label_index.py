@@ -18,8 +18,7 @@ from typing import Any
 
 from compare.errors import CompareError
 from compare.families import canonical_family
-from compare.results.inferred_quantization import TOLD
-from compare.results.records import Record
+from compare.results.records import TOLD, Record
 from compare.results.values import positive
 from compare.text import split_colour_tag
 
@@ -55,7 +54,7 @@ class Presentation:
             record,
             label=label or self.label,
             colour=colour or record.colour,
-            stated_baseline=self.reference,
+            baseline_by="the spec" if self.reference else "",
             quantization=replace(record.quantization, **changes),
         )
 

@@ -16,6 +16,11 @@ from compare.results.divergence import Divergence
 from compare.results.groups import Tree
 from compare.results.provenance import Run
 
+UNSTATED = "unknown how its weights are stored: a stock model's result file does not say"
+QUANTIZED_BY = "; quantized by "  # after UNSTATED, before what indicates it
+TOLD = "told by the spec, not measured"
+_CAVEATS = (UNSTATED, TOLD)  # how the notes begin that stand beside every table and picture
+
 
 @dataclass(frozen=True, slots=True)
 class MetricValue:
@@ -89,6 +94,16 @@ class Quantization:
         return arithmetic_run(self.scheme, self.kernel, self.notes)
 
     @property
+    def caveats(self) -> tuple[str, ...]:
+        """The notes on what the result file does not say, or the user said in its place."""
+        return tuple(note for note in self.notes if note.startswith(_CAVEATS))
+
+    @property
+    def looks_quantized(self) -> bool:
+        """Whether arguments or name of a stock model indicate quantization."""
+        return any(note.startswith(UNSTATED + QUANTIZED_BY) for note in self.notes)
+
+    @property
     def runs_other_than_named(self) -> bool:
         """Whether a checkpoint with quantized activations ran weight-only: its figure is not the format's."""
         return self.arithmetic != scheme_arithmetic(self.scheme)
@@ -156,9 +171,9 @@ class Record:
     """One model on one task.
 
     alias: the task's name in the harness' own table. groups: direct subtasks by group, of the whole file.
-    stated_baseline: a spec of `compare run` says that others are compared with this model. chosen_by: the model
-    arguments that choose the weights and how they are loaded, the checkpoint's whole path among them. not_numbers: the
-    figures of the whole run, ``"lambada_openai/perplexity"``, that are NaN or infinite.
+    baseline_by: who says that others are compared with this model, ``"--baseline"`` or ``"the spec"``. chosen_by: the
+    model arguments that choose the weights and how they are loaded, the checkpoint's whole path among them.
+    not_numbers: the figures of the whole run, ``"lambada_openai/perplexity"``, that are NaN or infinite.
     """
 
     label: str
@@ -175,7 +190,7 @@ class Record:
     file: Path = Path()
     alias: str = ""
     groups: Tree = field(default_factory=dict, hash=False)
-    stated_baseline: bool = False
+    baseline_by: str = ""
     not_numbers: tuple[str, ...] = ()
     divergence: Divergence | None = None
 
@@ -191,8 +206,8 @@ class Record:
 
     @property
     def is_baseline(self) -> bool:
-        """Whether others are compared with this model: the spec says so, or it is in full precision."""
-        return self.stated_baseline or self.quantization.family == FULL_PRECISION
+        """Whether others are compared with this model: the user says so, or its file that it is in full precision."""
+        return bool(self.baseline_by) or self.quantization.family == FULL_PRECISION
 
     def comparability(self, metric: str) -> tuple[str, ...]:
         """What a figure of this metric is over; two figures are comparable only if it is equal.

@@ -10,8 +10,7 @@ from typing import Any
 from compare.comparison.axis import MEMORY
 from compare.comparison.comparison import Comparison
 from compare.comparison.memory import GIB, Room, fit, longest_context, memory_bytes
-from compare.comparison.point import Point
-from compare.results.inferred_quantization import ASSUMPTIONS
+from compare.comparison.point import Point, caveats, stated_by
 from compare.results.records import Quantization
 from compare.table import divergence_columns, pair_columns
 from compare.table.column import Column
@@ -144,16 +143,10 @@ def sections(comparison: Comparison) -> Iterator[Section]:
 
 
 def _notes(comparison: Comparison, points: list[Point]) -> Iterator[str]:
-    """The lines below a section: how pairs were formed, and what is assumed of a model or told by the user."""
+    """The lines below a section: how pairs were formed, and what is unknown of a model or told by the user."""
     if comparison.pairs is not None:
         yield comparison.pairs.about
-    assumed: dict[str, list[str]] = {}
-    for point in points:
-        for note in point.record.quantization.notes:
-            if note.startswith(ASSUMPTIONS):
-                assumed.setdefault(note, []).append(point.record.label)
-    for note, labels in assumed.items():
-        yield f"{and_more(labels)}: {note}"
+    yield from caveats(points)
 
 
 def _candidates(comparison: Comparison) -> list[Column]:
@@ -189,7 +182,7 @@ def _caption(comparison: Comparison, point: Point) -> str:
     if protocol.scored_tokens:
         parts.append(f"{protocol.scored_tokens:,} tokens scored")
     if point.comparable and comparison.baseline is not None:
-        parts.append(f"ref. = {comparison.baseline.record.label}")
+        parts.append(f"ref. = {comparison.baseline.record.label}{stated_by(comparison.baseline)}")
     if metric.row.needs_reference and point.record.divergence is not None:
         parts.append(f"reference: {point.record.divergence.reference.describe()}")
     if point.comparable and comparison.noise_floor is not None:

@@ -27,7 +27,7 @@ def render_csv(comparisons: Sequence[Comparison], title: str | None = None) -> s
     """One line per model and metric; each task of a mean has its own column."""
     records = _records(comparisons)
     for record in records:
-        for name in ("notes", "not_numbers"):
+        for name in ("notes", "not_numbers", "caveats"):
             record[name] = "; ".join(record[name])
         for label, figure in record.pop("tasks", {}).items():
             record |= {label: figure["value"], f"{label} stderr": figure["stderr"]}

@@ -27,6 +27,7 @@ def row(comparison: Comparison, point: Point) -> dict[str, Any]:
         "stderr": point.stderr,
         "higher_is_better": comparison.metric.higher_is_better,
         "relative_to_reference": relative(comparison, point),
+        **_baseline(comparison, point),
         "not_numbers": list(record.not_numbers),
         "comparable": point.comparable,
         "group": point.group,
@@ -63,6 +64,17 @@ def row(comparison: Comparison, point: Point) -> dict[str, Any]:
         "date": record.date,
         "file": str(record.file),
         "notes": list(q.notes),
+        "caveats": list(q.caveats),
+    }
+
+
+def _baseline(comparison: Comparison, point: Point) -> dict[str, Any]:
+    """The model that a point is compared with, and who says that it is the baseline: None where its own file does."""
+    baseline = comparison.baselines.get(point.size) if point.comparable else None
+    record = baseline.record if baseline is not None else None
+    return {
+        "baseline": record.label if record is not None else None,
+        "baseline_by": record.baseline_by or None if record is not None else None,
     }
 
 

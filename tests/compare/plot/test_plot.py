@@ -59,21 +59,22 @@ def test_full_precision_is_a_line_and_unknown_sizes_are_not_drawn(folder, compar
         content["config"]["model"] = "hf"
         folder.write(content)
     _, drawing = drawing_of(folder)
-    assert {p.record.label for p in drawing.references} == {"BF16", "hf stock-full"}
+    assert {p.record.label for p in drawing.references} == {"BF16"}
     assert [p.record.label for p in drawing.points] == ["Q4"]
     out = compare("plot", folder.path, "-o", tmp_path / "p.png")
     assert out.code == 0
     assert "not drawn: hf stock-unknown" in out.err
-    assert "hf stock-full: assumed full precision" in out.err
+    assert "not drawn: hf stock-full" in out.err
 
 
-def test_stock_full_precision_alone_is_drawn(folder, compare, tmp_path):
+def test_stock_model_alone_is_drawn_as_the_baseline_that_the_user_names(folder, compare, tmp_path):
     from tests.compare.conftest import result
 
     content = result("base", ppl=8.2, quantized=False)
     content["config"]["model_args"]["dtype"] = "float32"
     folder.write(content)
-    assert compare("plot", folder.path, "-o", tmp_path / "p.png").code == 0
+    assert compare("plot", folder.path, "-o", tmp_path / "p.png").code == 2
+    assert compare("plot", folder.path, "-o", tmp_path / "p.png", "--baseline", "base").code == 0
 
 
 def test_null_perplexity_is_not_drawn_but_named(folder, compare, tmp_path):

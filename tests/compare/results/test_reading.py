@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 from pathlib import Path
@@ -10,7 +11,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from compare.comparison.build import build_comparison
+from compare.comparison.comparison import Options
+from compare.plot.captions import caption
+from compare.plot.series import arrange
 from compare.results.reading import model_arguments, read_file, read_results
+from compare.results.records import UNSTATED
 from tests.compare.conftest import result
 
 BROKEN = {
@@ -110,24 +116,35 @@ def test_model_arguments(arguments, expected):
 
 
 @pytest.mark.parametrize(
-    ("model_args", "family"),
+    ("model_args", "signs"),
     [
-        ("pretrained=/m/SmolLM2-135M,dtype=float32", "full precision"),
-        ({"pretrained": "Qwen/Qwen3-8B", "dtype": "bfloat16"}, "full precision"),
-        ("pretrained=/m/SmolLM2-135M,dtype=auto", "unknown"),
-        ("pretrained=/m/SmolLM2-135M-AWQ,dtype=float16", "unknown"),
-        ("pretrained=/m/SmolLM2-NVFP4A16,dtype=bfloat16", "unknown"),
-        ("pretrained=/m/SmolLM2,dtype=bfloat16,load_in_4bit=True", "unknown"),
-        ("pretrained=/m/SmolLM2,dtype=bfloat16,load_in_4bit=False", "full precision"),
-        ("pretrained=/m/repo,gguf_file=a-Q4_K_M.gguf,dtype=float32", "unknown"),
+        ("pretrained=/m/SmolLM2-135M,dtype=float32", ""),
+        ({"pretrained": "Qwen/Qwen3-8B", "dtype": "bfloat16"}, ""),
+        ("pretrained=/m/SmolLM2-135M,dtype=auto", ""),
+        ("pretrained=/m/SmolLM2-135M,dtype=float16,parallelize=True", ""),
+        ("pretrained=/m/SmolLM2-135M", ""),
+        ("pretrained=/m/SmolLM2-135M-AWQ,dtype=float16", "its name"),
+        ("pretrained=/m/SmolLM2-AWQ/snapshot,dtype=float16", "its name"),
+        ("pretrained=C:\\\\m\\SmolLM2-GPTQ\\x,dtype=float16", "its name"),
+        ("pretrained=/m/SmolLM2-NVFP4A16,dtype=bfloat16", "its name"),
+        ("pretrained=org/m,revision=gptq-4bit,dtype=float16", "its name"),
+        ("pretrained=/m/SmolLM2,dtype=bfloat16,load_in_4bit=True", "its argument load_in_4bit"),
+        ({"pretrained": "/m/x", "dtype": "bfloat16", "load_in_8bit": True}, "its argument load_in_8bit"),
+        ("pretrained=/m/SmolLM2,dtype=bfloat16,load_in_4bit=False", ""),
+        ({"pretrained": "/m/x", "dtype": "float16", "quantization": None}, ""),
+        ("pretrained=/m/x,dtype=float16,quantization=fp8", "its argument quantization"),
+        ("pretrained=/m/x-FP8,dtype=auto,quantization=fp8", "its argument quantization and its name"),
+        ("pretrained=/m/repo,gguf_file=a-Q4_K_M.gguf,dtype=float32", "its argument gguf_file"),
     ],
 )
-def test_quantization_is_inferred_without_the_block(folder, model_args, family):
+def test_weights_of_a_stock_model_are_unknown_whatever_its_dtype_and_name(folder, model_args, signs):
     content = result(quantized=False)
     content["config"] |= {"model": "hf", "model_args": model_args}
     (record,) = read_file(folder.write(content))
-    assert record.quantization.family == family
-    assert not record.quantization.known
+    q = record.quantization
+    assert (q.family, q.known, q.scheme, record.is_baseline) == ("unknown", False, "", False)
+    assert q.caveats == (f"{UNSTATED}; quantized by {signs}" if signs else UNSTATED,)
+    assert q.looks_quantized == bool(signs)
     assert record.label.startswith("hf ")
 
 
@@ -276,39 +293,88 @@ def test_runs_of_one_model_with_other_shots_are_both_shown(folder, compare):
 @pytest.mark.parametrize(
     "name",
     ["Llama-3.3-70B-Instruct-int3-sym-inc", "m-AWQ", "llama-nvfp4", "m-3bit", "m-w4a16", "m-FP8", "m-AutoRound",
-     "m-GPTQ-Int4", "m-mxfp4", "m-fp4", "m-2.5bpw", "m-HIGGS", "m-uint4", "m-Q4_0"],
+     "m-GPTQ-Int4", "m-int4", "m-mxfp4", "m-fp4", "m-2.5bpw", "m-HIGGS", "m-uint4", "m-Q4_0", "m.Q4_K_M.gguf"],
 )  # fmt: skip
-def test_names_of_quantized_stock_models_are_not_full_precision(folder, name):
+def test_names_that_indicate_quantization_are_said(folder, name):
     (record,) = read_file(folder.write(stock({"pretrained": f"org/{name}", "dtype": "bfloat16"})))
-    assert record.quantization.family == "unknown"
+    assert record.quantization.caveats == (f"{UNSTATED}; quantized by its name",)
 
 
 @pytest.mark.parametrize("name", ["llama-bf16", "m-fp16", "m-fp32", "mint-8B", "Qwen3-8B", "m-float16"])
-def test_names_of_other_stock_models_do_not_indicate_quantization(folder, name):
+def test_other_names_say_nothing_of_the_weights(folder, name):
     (record,) = read_file(folder.write(stock({"pretrained": f"org/{name}", "dtype": "bfloat16"})))
-    assert record.quantization.family == "full precision"
+    assert (record.quantization.family, record.quantization.caveats) == ("unknown", (UNSTATED,))
 
 
-def test_dtype_that_a_stock_model_computes_in_does_not_make_it_full_precision(folder, compare):
-    folder.write(stock({"pretrained": "org/Llama-3.3-70B"}, model_dtype="torch.bfloat16"))
+def test_stock_model_is_no_baseline_unless_the_user_says_so(folder, compare):
+    folder.write(stock({"pretrained": "org/llama", "dtype": "bfloat16"}, 0.8))
+    folder.write(stock({"pretrained": "org/llama-AWQ", "dtype": "float16"}, 0.76))
+    options = ("--metric", "arc_easy/acc", "--format")
+    out = compare("table", folder.path, *options, "json")
+    assert {(r["family"], r["baseline"], r["relative_to_reference"]) for r in out.json} == {("unknown", None, None)}
+    assert {row["label"]: row["caveats"] for row in out.json} == {
+        "hf llama": [UNSTATED], "hf llama-AWQ": [f"{UNSTATED}; quantized by its name"],
+    }  # fmt: skip
+    assert "if hf llama is, --baseline LABEL compares the others with it" in out.err
+    said = compare("table", folder.path, *options, "json", "--baseline", "HF Llama")
+    rows = said.by_label()
+    assert rows["hf llama-AWQ"]["relative_to_reference"] == pytest.approx(-0.05)
+    assert (rows["hf llama-AWQ"]["baseline"], rows["hf llama-AWQ"]["baseline_by"]) == ("hf llama", "--baseline")
+    assert {row["family"] for row in said.json} == {"unknown"}
+    assert "looks quantized" not in said.err
+    for table_format in ("terminal", "md"):
+        text = compare("table", folder.path, *options, table_format, "--baseline", "hf llama").out
+        assert "ref. = hf llama (as --baseline says)" in text.replace("\\", "")
+        assert UNSTATED in text
+
+
+def test_baseline_that_looks_quantized_is_warned_of(folder, compare):
+    folder.write(stock({"pretrained": "org/llama", "dtype": "bfloat16"}, 0.8))
+    folder.write(stock({"pretrained": "org/llama-AWQ", "dtype": "float16"}, 0.76))
+    out = compare("table", folder.path, "--metric", "arc_easy/acc", "--baseline", "AWQ")
+    assert "warning: the baseline hf llama-AWQ looks quantized" in out.err
+    wrong = compare("table", folder.path, "--metric", "arc_easy/acc", "--baseline", "nobody")
+    assert (wrong.code, wrong.out) == (1, "")
+    assert "--baseline nobody: no model has such a label; labels: hf llama, hf llama-AWQ" in wrong.err
+
+
+def test_baseline_that_the_user_names_goes_before_one_in_full_precision(folder, compare):
+    folder.add("BF16", "full precision", "bfloat16", 16.0, 8.0)
+    folder.add("Q8", "GGUF", "Q8_0", 8.5, 8.1)
+    folder.add("Q4", "GGUF", "Q4_0", 4.5, 8.5)
+    assert compare("table", folder.path, "--format", "json").by_label()["Q4"]["baseline"] == "BF16"
+    row = compare("table", folder.path, "--format", "json", "--baseline", "Q8").by_label()["Q4"]
+    assert (row["baseline"], row["baseline_by"]) == ("Q8", "--baseline")
+    assert row["relative_to_reference"] == pytest.approx(8.5 / 8.1 - 1)
+
+
+def test_picture_and_report_say_what_is_unknown_of_the_baseline(folder, compare, tmp_path):
+    content = result("base", ppl=8.2, quantized=False)
+    content["config"] |= {"model": "hf", "model_args": {"pretrained": "org/base", "dtype": "float32"}}
+    folder.write(content)
+    folder.add("Q4", "GGUF", "Q4", 4.5, 8.5)
+    picture, page = tmp_path / "p.svg", tmp_path / "r.html"
+    assert "--baseline draws a model as a line" in compare("plot", folder.path, "-o", picture).err
+    comparison = build_comparison(read_results([folder.path]).records, Options(baseline="hf base"))
+    said = caption(comparison, arrange(comparison, None))
+    assert f"hf base: {UNSTATED}." in said
+    assert "Dashed: hf base (as --baseline says)." in said
+    assert compare("report", folder.path, "-o", page, "--baseline", "hf base").code == 0
+    text = html.unescape(page.read_text())
+    assert f'<p class="note">hf base: {UNSTATED}</p>' in text
+    assert "ref. = hf base (as --baseline says)" in text
+
+
+def test_dtype_that_a_stock_model_computes_in_is_kept(folder, compare):
     (record,) = read_file(folder.write(stock({"pretrained": "org/m-HIGGS-x"}, model_dtype="torch.bfloat16")))
     assert (record.quantization.family, record.quantization.dtype) == ("unknown", "bfloat16")
-    out = compare("table", folder.path, "--metric", "arc_easy/acc", "--format", "json")
-    assert {row["relative_to_reference"] for row in out.json} == {None}
 
 
-def test_model_with_fewer_elements_than_its_name_says_is_not_full_precision(folder):
+def test_fewer_elements_than_the_name_says_indicate_quantization(folder):
     arguments = {"pretrained": "org/Llama-3.3-70B", "dtype": "bfloat16"}
     (packed,) = read_file(folder.write(stock(arguments, model_num_parameters=11e9)))
     (whole,) = read_file(folder.write(stock(arguments, model_num_parameters=70.6e9)))
-    assert (packed.quantization.family, whole.quantization.family) == ("unknown", "full precision")
-
-
-@pytest.mark.parametrize("table_format", ["terminal", "md", "json"])
-def test_assumed_full_precision_is_said_in_the_table(folder, compare, table_format):
-    folder.write(stock({"pretrained": "org/m", "dtype": "bfloat16"}))
-    out = compare("table", folder.path, "--metric", "arc_easy/acc", "--format", table_format)
-    assert "assumed full precision from its dtype argument" in out.out
+    assert (packed.quantization.looks_quantized, whole.quantization.looks_quantized) == (True, False)
 
 
 def lambada(name: str, perplexity: object, accuracy: float, arc: float = 0.5) -> dict:
