@@ -167,7 +167,7 @@ class Decoder:
 
 
 def _weight(piece: Piece, role: Role, numbers: Sequence[str], elements: int | None) -> Weight:
-    count = len(numbers)
+    count = len(numbers) * piece.copies
     problem = piece.problem
     if role == "unknown" and problem is None:
         problem = (
@@ -269,7 +269,7 @@ def _rank(stack: str, members: Sequence[Piece], embedding: Piece | None, facts: 
     """Return how well a stack and an embedding fit a decoder; the smallest fits best."""
     root = tuple(stack.split("."))[:-1]
     numbers = {number for piece in members for number in piece.numbers}
-    bits = sum(piece.bits * len(piece.numbers) for piece in members)
+    bits = sum(piece.bits * len(piece.numbers) * piece.copies for piece in members)
     distance = 0
     other_modality = of_another_modality(stack.split("."))
     other_vocabulary = False

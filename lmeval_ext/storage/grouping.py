@@ -2,6 +2,7 @@
 
 Layers and experts repeat, so tensors are first collected by their name without the layer's number (`_collect`), and
 each such group is looked at once. Within a group, layers whose tensors have other forms are told apart (`_alike`).
+Experts whose tensors are alike in every layer are one group too: one expert stands for all (`_fold`).
 
 A new format needs no change here. A packing that is only to be recognised as unknown needs an entry in
 `_UNSUPPORTED_SUFFIXES`.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import chain
 from math import prod
 
 from lmeval_ext.storage.decoder import Facts, find_decoder
@@ -19,7 +21,7 @@ from lmeval_ext.storage.packings import PACKINGS, Packing
 from lmeval_ext.storage.pieces import Piece
 from lmeval_ext.storage.roles import BUFFERS, CACHE_SCALE, is_routing
 from lmeval_ext.storage.safetensors_header import DTYPE_BITS, FLOAT8, FLOATS
-from lmeval_ext.storage.tensors import Form, StoredTensor, TensorTable, Weight, joined
+from lmeval_ext.storage.tensors import Form, StoredTensor, TensorTable, Weight, cut, joined
 
 # Last parts of tensor names in packings that have no row: one row per name, and such a tensor makes the figure unknown.
 _UNSUPPORTED_SUFFIXES = frozenset({
@@ -45,15 +47,17 @@ _ENDINGS = [payload for payload in _ROWS if not payload.startswith(".") or paylo
 class _Group:
     """Tensors of one name but for the layer's number, and of one form.
 
-    first: the tensor of the layer `number`. numbers: all layers.
+    first: the tensor of the layer `number`. numbers: all layers. experts: the numbers of the experts that this one
+    stands for, itself first; [""] for a tensor that is not of a numbered expert.
     """
 
-    __slots__ = ("first", "number", "numbers")
+    __slots__ = ("experts", "first", "number", "numbers")
 
     def __init__(self, first: StoredTensor, numbers: list[str]) -> None:
         self.first = first
         self.number = numbers[0]
         self.numbers = numbers
+        self.experts = [""]
 
 
 _Forms = dict[Form, _Group]
@@ -84,7 +88,32 @@ def _collect(tensors: TensorTable) -> dict[str | None, _Names]:
             forms[run.form] = _Group(tensors.headers[run.file][run.index], run.numbers.copy())
         else:
             group.numbers += run.numbers
-    return stacks
+    return {stack: _fold(names) for stack, names in stacks.items()}
+
+
+def _fold(names: _Names) -> _Names:
+    """Return the names of a stack with one expert for all whose tensors have equal names, forms and layers.
+
+    An expert is what lies below a second number: ".mlp.experts.7.up_proj.weight". Names keep their order.
+    """
+    experts: dict[tuple[str | None, str], list[tuple[str, str, _Forms]]] = {}
+    for name, forms in names.items():
+        prefix, number, rest = cut(name.removeprefix("."))
+        experts.setdefault((prefix, number), []).append((name, rest, forms))
+    alike: dict[tuple[object, ...], list[str]] = {}
+    others: set[str] = set()
+    for (prefix, number), tensors in experts.items():
+        if prefix is None:
+            continue
+        content = [(rest, form, *group.numbers) for _, rest, forms in tensors for form, group in forms.items()]
+        numbers = alike.setdefault((prefix, *content), [])
+        numbers.append(number)
+        if len(numbers) > 1:
+            others.update(name for name, _, _ in tensors)
+        else:
+            for group in chain.from_iterable(forms.values() for _, _, forms in tensors):
+                group.experts = numbers
+    return {name: forms for name, forms in names.items() if name not in others} if others else names
 
 
 def _packed_pieces(stack: str | None, names: _Names, tensors: TensorTable, facts: Facts) -> Iterator[Piece]:
@@ -98,13 +127,14 @@ def _packed_pieces(stack: str | None, names: _Names, tensors: TensorTable, facts
             parts = {suffix: names[base + suffix] for suffix in _SUFFIXES[payload] if names.get(base + suffix)}
             if len(parts) == 1:
                 continue
+            experts = next(iter(runs.values())).experts
             for alike, numbers in _alike(stack, base, payload, parts, tensors):
                 match = _first_match(_ROWS[payload], alike)
                 if match:
                     row, used = match
                     for suffix, tensor in used.items():
                         _take(names, base + suffix, tensor, numbers)
-                    yield _packed(row, stack, base, used, numbers, facts)
+                    yield _packed(row, stack, base, used, numbers, experts, facts)
 
 
 def _payloads(name: str) -> Iterator[str]:
@@ -178,30 +208,41 @@ def _first_match(rows: list[Packing], parts: Parts) -> tuple[Packing, Parts] | N
     return None
 
 
-def _packed(row: Packing, stack: str | None, base: str, parts: Parts, numbers: list[str], facts: Facts) -> Piece:
-    """Return the weight that the tensors of one row encode, in each of the layers."""
+def _packed(
+    row: Packing, stack: str | None, base: str, parts: Parts, numbers: list[str], experts: list[str], facts: Facts
+) -> Piece:
+    """Return the weight that the tensors of one row encode, in each of the layers and for each of the experts."""
     bits = 8 * sum(part.nbytes for part in parts.values())
     module = base.removeprefix(".")
     # A fused tensor's payload has the name of the weight; a payload ".weight" belongs to the module.
     module += "" if row.payload.startswith(".") else row.weight
     try:
-        shape = row.shape(parts) if row.configured is None else _configured(row, stack, base, parts, numbers, facts)
+        if row.configured is None:
+            shape = row.shape(parts)
+        else:
+            bases = [_of_expert(base + row.payload, expert).removesuffix(row.payload) for expert in experts]
+            names = {joined(stack, number, name) for number in numbers for name in bases}
+            shape = _configured(row, names, parts, facts)
         if row.running and facts.precision is not None:
             bits = row.running(parts, facts.precision)
     except (Unclear, ValueError, OSError) as error:
         name = joined(stack, numbers[0], base)
         problem = f"{name[:200]!r} looks like {row.family}, but {error}"
-        return Piece(stack, module, numbers, bits, None, None, row.name, True, problem)
+        return Piece(stack, module, numbers, bits, None, None, row.name, True, problem, len(experts))
     dtype = parts[row.payload].dtype if row.name == "unpacked" else row.name
-    return Piece(stack, module, numbers, bits, prod(shape), shape, dtype, len(shape) >= 2)
+    return Piece(stack, module, numbers, bits, prod(shape), shape, dtype, len(shape) >= 2, copies=len(experts))
 
 
-def _configured(
-    row: Packing, stack: str | None, base: str, parts: Parts, numbers: list[str], facts: Facts
-) -> tuple[int, ...]:
-    """Return the logical shape that the config gives these layers. Raises Unclear if it gives several."""
+def _of_expert(name: str, expert: str) -> str:
+    """Return the name of the same tensor in another expert."""
+    prefix, _, rest = cut(name.removeprefix("."))
+    return name if prefix is None else "." + joined(prefix, expert, rest)
+
+
+def _configured(row: Packing, names: set[str], parts: Parts, facts: Facts) -> tuple[int, ...]:
+    """Return the logical shape that the config gives these weights. Raises Unclear if it gives several."""
     assert row.configured is not None
-    shapes = {row.configured(parts, facts.quantization, joined(stack, number, base)) for number in numbers}
+    shapes = {row.configured(parts, facts.quantization, name) for name in names}
     if len(shapes) > 1:
         raise Unclear("the quantization config gives layers of equal tensors different shapes")
     return shapes.pop()
@@ -211,10 +252,10 @@ def _plain_pieces(stack: str | None, names: _Names) -> Iterator[Piece]:
     """Yield the tensors that no row has used: dense weights, norms, biases, buffers, and unknown packings."""
     for name, runs in names.items():
         for run in runs.values():
-            yield _plain(stack, name, run.first, run.numbers)
+            yield _plain(stack, name, run.first, run.numbers, len(run.experts))
 
 
-def _plain(stack: str | None, name: str, tensor: StoredTensor, numbers: list[str]) -> Piece:
+def _plain(stack: str | None, name: str, tensor: StoredTensor, numbers: list[str], copies: int) -> Piece:
     module = name.removesuffix(".weight").removeprefix(".")
     bits = 8 * tensor.nbytes
     last = name.rsplit(".", 1)[-1]
@@ -223,8 +264,8 @@ def _plain(stack: str | None, name: str, tensor: StoredTensor, numbers: list[str
     known = tensor.dtype in FLOATS | FLOAT8 and last not in _UNSUPPORTED_SUFFIXES and not side
     if known or buffer or is_routing(module):
         matrix = len(tensor.shape) >= 2 and not buffer
-        return Piece(stack, module, numbers, bits, tensor.numel, tensor.shape, tensor.dtype, matrix)
+        return Piece(stack, module, numbers, bits, tensor.numel, tensor.shape, tensor.dtype, matrix, copies=copies)
     problem = f"{tensor.name[:200]!r} ({tensor.dtype} {list(tensor.shape)}) belongs to no packing known here"
     if last in _UNSUPPORTED_SUFFIXES or side:
         module = module.rpartition(".")[0] or module
-    return Piece(stack, module, numbers, bits, None, None, "unknown", True, problem)
+    return Piece(stack, module, numbers, bits, None, None, "unknown", True, problem, copies)

@@ -12,7 +12,8 @@ class Piece:
     stack: the name of the numbered list that it is in ("model.layers"), None outside any. module: its name below the
     number, or its full name, without ".weight". numbers: the layers, [""] outside any stack. bits, elements: of one
     layer's; elements None if unknown, then `problem` gives the reason. shape: logical, None if unknown. packing: name
-    of the row of `packings.PACKINGS`, or the dtype of a dense tensor. matrix: two or more logical dimensions.
+    of the row of `packings.PACKINGS`, or the dtype of a dense tensor. matrix: two or more logical dimensions. copies:
+    weights per layer that the piece stands for, experts that are alike.
     """
 
     stack: str | None
@@ -24,6 +25,7 @@ class Piece:
     packing: str
     matrix: bool
     problem: str | None = None
+    copies: int = 1
 
     @property
     def path(self) -> tuple[str, ...]:

@@ -181,7 +181,8 @@ class Weight:
 
     bits: stored bits, side tensors included. elements: logical elements, None if unknown; then `problem` gives the
     reason. packing: name of the row of `packings.PACKINGS`, or the dtype of a dense tensor. copies: how many weights
-    of the same name but for the layer's number the record stands for; bits and elements are the sums over them.
+    of the same name but for the numbers of layer and expert the record stands for; bits and elements are sums over
+    them.
     """
 
     name: str

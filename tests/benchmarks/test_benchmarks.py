@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import compare_scale, import_cost, random_llama, whole_command
+from benchmarks import compare_scale, import_cost, random_llama, storage_headers, whole_command
 from benchmarks.common import load_adapter, random_windows, window_requests
 from lmeval_ext.storage import inspect
 from tests.conformance.adapters import Bench
@@ -90,6 +90,18 @@ def test_import_cost_prints_both_sides_and_their_difference(capsys: pytest.Captu
     assert with_hook > 0
     assert without > 0
     assert difference == pytest.approx(with_hook - without, abs=0.2)
+
+
+def test_storage_headers_measures_a_checkpoint_whose_figures_are_known(
+    record: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = record(storage_headers.main, "toy", "--repeats", "1")["toy"]
+    shape = storage_headers.SHAPES["toy"]
+    matrices = shape.layers * (4 + 3 * shape.experts)
+    elements = shape.layers * (4 * shape.hidden**2 + 3 * shape.experts * shape.hidden * shape.inner)
+    assert figures["layer_bpw"] == pytest.approx(4.5 + 64 * matrices / elements)  # two float32 per matrix
+    assert figures["header_mb"] > 0
+    assert "toy" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

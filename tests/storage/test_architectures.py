@@ -714,6 +714,21 @@ def test_mixture_in_shards_has_the_figures_of_one_file(tmp_path: Path, indent: i
     assert "experts.33" in " ".join(whole.notes)
 
 
+def test_experts_that_differ_in_one_layer_are_told_apart(tmp_path: Path) -> None:
+    """Expert 1 is left dense in layer 2, and layer 3 is a draft layer: figures by hand, not from one expert for all."""
+    spec = mixture(4, 3)
+    module = "model.layers.2.mlp.experts.1.up_proj"
+    for suffix in ("weight_packed", "weight_scale", "weight_global_scale"):
+        del spec[f"{module}.{suffix}"]
+    spec[f"{module}.weight"] = ("BF16", (I, H))
+    packed, dense = (4 * I * H + 8 * I * (H // 16) + 32), 16 * I * H
+    own = measure(tmp_path / "decoder", decoder(), TEXT | {"num_hidden_layers": 3})
+    info = measure(tmp_path / "mixture", spec, TEXT | {"num_hidden_layers": 3})
+    assert info.layer_elements == own.layer_elements + 9 * I * H
+    assert info.layer_bits == own.layer_bits + 8 * packed + dense
+    assert {part.kind: part.bits for part in info.excluded}["draft"] == 3 * packed
+
+
 def test_quick_and_strict_reader_agree_on_a_mixture(tmp_path: Path) -> None:
     (name, spec), *_ = shards_of(mixture(3, 70), 1).items()
     write_compact(tmp_path, {name: spec})
