@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
-from compare.commands import choose, plot, report, run, table
+from compare.commands import attribute, choose, plot, report, run, table
 from compare.console import say
 from compare.errors import USAGE, CompareError
 from compare.text import clean
@@ -28,6 +28,7 @@ SUBCOMMANDS: dict[str, Subcommand] = {
     "table": Subcommand(table.HELP, table.add_arguments, table.run),
     "plot": Subcommand(plot.HELP, plot.add_arguments, plot.run),
     "choose": Subcommand(choose.HELP, choose.add_arguments, choose.run),
+    "attribute": Subcommand(attribute.HELP, attribute.add_arguments, attribute.run),
     "report": Subcommand(report.HELP, report.add_arguments, report.run),
 }
 

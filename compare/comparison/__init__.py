@@ -1,5 +1,6 @@
 """Records to judgement: which results are comparable, which is best, which differ by more than chance.
 
+attribution    Which parts of a quantized model cost the most: ``compare attribute``
 axis           The quantities of the x axis: bits per weight, or the size of a model
 best           Which models are worth a look: the Pareto frontier, and the best model that fits a memory budget
 broken         Models with a figure that is NaN or infinite: marked in every comparison

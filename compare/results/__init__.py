@@ -1,5 +1,6 @@
 """Result files to records.
 
+attribution            Reads the file of ``compare attribute``: what each part of a quantized model costs
 arithmetic             Whether a result was computed weight-only or with quantized activations, from scheme,
                        kernel and notes
 discover               Which files to read: the files given, and every result file of the harness below the folders

@@ -1,5 +1,6 @@
 """Comparisons as tables: all fields of a point, columns for readers, and the output formats.
 
+attribution         The table of ``compare attribute``: parts by their cost
 column              `Column`: a column of the tables for readers
 columns             The columns of the tables for readers, as text: terminal, Markdown, report
 divergence_columns  The columns beside a divergence: its spread, the agreement of the first choices, and the noise

@@ -1,8 +1,8 @@
 """The kinds of picture, one class in one file each.
 
-`scatter` and `panels` draw one metric or several against size. The kinds of `DISTRIBUTIONS` show how the KL divergence
-is distributed over the tokens: `spread` draws boxes, `histogram` step lines. A new one is a file NAME.py here, whose
-`KIND` is its class, and a row below.
+`scatter` and `panels` draw one metric or several against size, `attribution` the costs of a model's parts. The kinds of
+`DISTRIBUTIONS` show how the KL divergence is distributed over the tokens: `spread` draws boxes, `histogram` step lines.
+A new one is a file NAME.py here, whose `KIND` is its class, and a row below.
 """
 
 from __future__ import annotations
