@@ -78,6 +78,11 @@ def statistic_of(metric: str) -> Callable[[Sequence[WindowSum]], float | None]:
     return next(statistic for statistic, own in _FORMULAS.items() if own is formula)
 
 
+def formula_of(statistic: Callable[[Sequence[WindowSum]], float | None]) -> Callable[[Floats, Floats], Floats]:
+    """The formula, elementwise on totals and counts, that a statistic computes."""
+    return _FORMULAS.get(statistic, mean)
+
+
 def standard_error(
     sums: Sequence[WindowSum],
     statistic: Callable[[Sequence[WindowSum]], float | None],
@@ -96,7 +101,7 @@ def standard_error(
         drawn = blocks[draws].sum(axis=1)  # [resamples, 2]
         if not drawn[:, 1].all():
             return None
-        return _FORMULAS.get(statistic, mean)(drawn[:, 0], drawn[:, 1])
+        return formula_of(statistic)(drawn[:, 0], drawn[:, 1])
 
     return bootstrap_error(len(blocks), _RESAMPLES, resampled)
 
@@ -115,8 +120,32 @@ def bootstrap_error(blocks: int, resamples: int, statistic: Callable[[Integers],
     """
     if blocks < MIN_BLOCKS:
         return None
-    values = statistic(np.random.default_rng(_SEED).integers(blocks, size=(resamples, blocks)))
-    return None if values is None else float(values.std(ddof=1) * math.sqrt(blocks / (blocks - 1)))
+    values = statistic(_draws(blocks, resamples))
+    return None if values is None else float(_spread(values, blocks))
+
+
+def bootstrap_errors(blocks: int, resamples: int, statistics: Callable[[Integers], Floats]) -> Floats | None:
+    """Standard errors of several statistics from the same resamples as in `bootstrap_error`; None below five blocks.
+
+    statistics: from how often each block was drawn, int64 [resamples, blocks], to float64 [resamples, statistics].
+    Returns float64 [statistics]; NaN where a resample has no value.
+    """
+    if blocks < MIN_BLOCKS:
+        return None
+    flat = _draws(blocks, resamples) + blocks * np.arange(resamples)[:, None]
+    drawn = np.bincount(flat.ravel(), minlength=resamples * blocks).reshape(resamples, blocks)
+    with np.errstate(invalid="ignore"):
+        return _spread(statistics(drawn), blocks)
+
+
+def _draws(blocks: int, resamples: int) -> Integers:
+    """The blocks that each resample draws, int64 [resamples, blocks]."""
+    return np.random.default_rng(_SEED).integers(blocks, size=(resamples, blocks))
+
+
+def _spread(values: Floats, blocks: int) -> Floats:
+    """Standard deviation over the resamples (the first axis), corrected for the number of blocks."""
+    return np.asarray(values.std(axis=0, ddof=1) * math.sqrt(blocks / (blocks - 1)))
 
 
 def count_blocks(windows: int, block_windows: int) -> int:

@@ -64,11 +64,11 @@ class WindowDivergence:
         change: Floats = np.exp(self.logprobs) - np.exp(self.reference_logprobs)
         return change
 
-    def sums(self) -> dict[str, WindowSum]:
-        """What this window adds to each metric of `MEANS`.
+    def by_token(self, finite_only: bool = False) -> dict[str, Floats]:
+        """The values per token that each metric of `MEANS` is formed from, float64 [tokens].
 
-        kld: Σ D_KL in nats. top1_agreement: tokens with the same first choice. mean_delta_p: Σ Δp. rms_delta_p: Σ Δp².
-        ppl_ratio: Σ (ln p_reference − ln p_model) of the true tokens.
+        kld: D_KL in nats. top1_agreement: 1 where both have the same first choice. mean_delta_p: Δp. rms_delta_p: Δp².
+        ppl_ratio: ln p_reference − ln p_model of the true token. finite_only: all are NaN where one is not finite.
         """
         values = {
             "kld": self.kld,
@@ -77,6 +77,12 @@ class WindowDivergence:
             "rms_delta_p": self.delta_p**2,
             "ppl_ratio": self.reference_logprobs - self.logprobs,
         }
+        finite = np.isfinite(values["kld"]) & np.isfinite(values["ppl_ratio"])
+        return {name: np.where(finite, v, np.nan) for name, v in values.items()} if finite_only else values
+
+    def sums(self) -> dict[str, WindowSum]:
+        """What this window adds to each metric of `MEANS`: the sum of its values per token (`by_token`)."""
+        values = self.by_token()
         nonfinite = int((~np.isfinite(self.kld) | ~np.isfinite(values["ppl_ratio"])).sum())
         return {
             name: {"window": self.window, "total": float(v.sum()), "count": len(v), "nonfinite": nonfinite}

@@ -21,12 +21,13 @@ from lm_eval.api.task import Task, TaskConfig
 from lm_eval.filters import build_filter_ensemble
 
 from compare.metrics import METRICS
-from lmeval_ext import metrics
+from lmeval_ext import metrics, positions
 from lmeval_ext.divergence import summary
 from lmeval_ext.divergence.summary import WindowDivergence
 from lmeval_ext.errors import UserError
 from lmeval_ext.metrics import WindowSum
 from lmeval_ext.models import harness_models  # noqa: F401 (gives every LM the method `score_token_windows`)
+from lmeval_ext.positions import PositionedSum, WindowCurve
 from lmeval_ext.requests import REQUEST_TYPE, WindowRequest, WindowScores, window_request
 from lmeval_ext.tasks import corpus
 from lmeval_ext.tasks.protocols import PROTOCOLS, Window, fingerprint, scored_spans, window_ids
@@ -73,6 +74,7 @@ class PerplexityTask(Task):
         self._nonfinite = 0
         self._errors: dict[str, float | None] = {}
         self._divergence: dict[str, Any] | None = None
+        self._by_position: dict[str, Any] | None = None
         self._settings_record = {
             "protocol": self.spec.protocol,
             "eval_len": self.spec.eval_len,
@@ -155,8 +157,8 @@ class PerplexityTask(Task):
 
     # ------------------------------------------------------------------ scores
 
-    def process_results(self, doc: dict[str, Any], results: list[Any]) -> dict[str, WindowSum]:
-        """Return the sums of one window, by metric.
+    def process_results(self, doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
+        """Return the sums of one window, by metric; for the error of the perplexity, also by position.
 
         results: one WindowScores of our models, or (loglikelihood, is_greedy) of the harness' own models.
         """
@@ -174,11 +176,19 @@ class PerplexityTask(Task):
         if n_bytes is not None:  # 0 is valid: all tokens of the window may lie inside one character
             sums["bits_per_byte"] = self._sum(window, nll, n_bytes, nonfinite)
         items: dict[str, Any] = dict(sums)
+        by_token = {"token_perplexity": -logprobs}
         if per_token and scores.divergence is not None:
             divergence = WindowDivergence.of(window.index, scores.divergence)
             items |= divergence.sums()
             items |= dict.fromkeys(summary.QUANTILE_METRICS, divergence)
-        return {name: item for metric, item in items.items() for name in (metric, metric + _STDERR)}
+            by_token |= divergence.by_token(finite_only=True)
+        given = {name: item for metric, item in items.items() for name in (metric, metric + _STDERR)}
+        if per_token:
+            position = len(self._prefix) + window.first_target - window.start
+            recorded = {name: by_token[name] for name in positions.BY_POSITION if name in by_token}
+            curve = WindowCurve.of(window.index, position, recorded)
+            given["token_perplexity" + _STDERR] = PositionedSum(sums["token_perplexity"], curve)
+        return given
 
     @staticmethod
     def _sum(window: Window, total: float, count: int, nonfinite: int) -> WindowSum:
@@ -200,6 +210,7 @@ class PerplexityTask(Task):
             functions[metric] = statistic
             functions[metric + _STDERR] = self._error_of(metric)
         functions["token_perplexity"] = self._perplexity
+        functions["token_perplexity" + _STDERR] = self._perplexity_error
         for metric, percent in summary.QUANTILE_METRICS.items():
             functions[metric] = partial(summary.quantile, percent=percent)
             functions[metric + _STDERR] = self._quantile_error_of(metric, percent)
@@ -226,6 +237,13 @@ class PerplexityTask(Task):
         """Return the perplexity; also records how many log-probabilities were not finite."""
         self._nonfinite = sum(s["nonfinite"] for s in sums)  # of all ranks
         return metrics.perplexity(sums)
+
+    def _perplexity_error(self, sums: Sequence[WindowSum]) -> float | str:
+        """Return, and record, the perplexity's standard error; also records the figures by position."""
+        curves = [item.curve for item in sums if isinstance(item, PositionedSum)]  # none from the harness' own models
+        if curves:
+            self._by_position = positions.describe(curves, self.spec.block_windows)
+        return self._error_of("token_perplexity")(sums)
 
     def _error_of(self, metric: str) -> Callable[[Sequence[WindowSum]], float | str]:
         """Return the aggregation that gives, and records, the standard error of a metric."""
@@ -269,6 +287,8 @@ class PerplexityTask(Task):
         )
         if self._divergence is not None:
             self.config.metadata["divergence"] = self._divergence
+        if self._by_position is not None:
+            self.config.metadata["by_position"] = self._by_position
         config: dict[str, Any] = self.config.to_dict()
         return config
 

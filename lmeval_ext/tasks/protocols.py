@@ -3,14 +3,15 @@
 A *window* is a slice of the text's tokens that a model sees at once. Its last positions are *scored*; the ones before
 are context. Published perplexities differ mainly in how they cut windows, so each way is a protocol with a name:
 
-========== ======================================== ============================ ===========================
-protocol   windows                                  scored targets               used by
-========== ======================================== ============================ ===========================
-exllama    every `stride` while start < n-eval_len  all but the first token      ExLlamaV3 eval/compare_q.py
-llamacpp   disjoint                                 those after the middle + 1   llama.cpp tools/perplexity
-gptq       disjoint                                 all but the first token      GPTQ's opt.py, papers since
-sliding    every `stride`, ragged at the end        each token of the text once  Transformers' guide [1]_
-========== ======================================== ============================ ===========================
+============ ======================================== ============================ ===========================
+protocol     windows                                  scored targets               used by
+============ ======================================== ============================ ===========================
+exllama      every `stride` while start < n-eval_len  all but the first token      ExLlamaV3 eval/compare_q.py
+llamacpp     disjoint                                 those after the middle + 1   llama.cpp tools/perplexity
+gptq         disjoint                                 all but the first token      GPTQ's opt.py, papers since
+sliding      every `stride`, ragged at the end        each token of the text once  Transformers' guide [1]_
+long_strided every `stride` while they fit            all but the first token      this project: long windows
+============ ======================================== ============================ ===========================
 
 .. [1] "Perplexity of fixed-length models" in the Transformers documentation.
 
@@ -160,19 +161,26 @@ def _sliding(n: int, spec: WindowSpec) -> Bounds:
     return bounds
 
 
+def _long_strided(n: int, spec: WindowSpec) -> Bounds:
+    """Cut windows every `stride` while they fit, all but the first token scored."""
+    starts = range(0, n - spec.eval_len + 1, spec.stride)
+    return [(a, a + spec.eval_len, a + 1 + spec.warmup_tokens) for a in starts]
+
+
 @dataclass(frozen=True)
 class WindowProtocol:
     """One row of `PROTOCOLS`: how windows are cut, the usual settings, and what the protocol's definition implies.
 
     cut: from the number of tokens and the settings to the windows' bounds. eval_len, stride, max_rows: usual settings,
-    as in `WindowSpec`. disjoint: the stride is eval_len by definition. warmup: warmup_tokens may be set. raw_text: the
-    raw file is tokenized, not "\\n\\n".join(rows). bos_each: BOS replaces the first token of every window, if the
-    vocabulary adds BOS. covers_text: every token is scored once, except at window starts, so bits per byte is defined.
+    as in `WindowSpec`; a stride of None is eval_len. disjoint: the stride is eval_len by definition. warmup:
+    warmup_tokens may be set. raw_text: the raw file is tokenized, not "\\n\\n".join(rows). bos_each: BOS replaces the
+    first token of every window, if the vocabulary adds BOS. covers_text: every token is scored once, except at window
+    starts, so bits per byte is defined.
     """
 
     cut: Callable[[int, WindowSpec], Bounds]
     eval_len: int
-    stride: int
+    stride: int | None
     max_rows: int
     disjoint: bool = False
     warmup: bool = False
@@ -186,6 +194,7 @@ PROTOCOLS: dict[str, WindowProtocol] = {
     "llamacpp": WindowProtocol(_llamacpp, 512, 512, max_rows=0, disjoint=True, raw_text=True, bos_each=True),
     "gptq": WindowProtocol(_gptq, 2048, 2048, max_rows=0, disjoint=True, warmup=True, covers_text=True),
     "sliding": WindowProtocol(_sliding, 2048, 512, max_rows=0, covers_text=True),
+    "long_strided": WindowProtocol(_long_strided, 32768, None, max_rows=0, warmup=True, bos_each=True),
 }
 
 

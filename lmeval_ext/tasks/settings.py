@@ -87,7 +87,7 @@ class TaskSettings:
         """Return the protocol with these settings. Raises UserError if one of them is unknown or out of range."""
         protocol = find_protocol(self.protocol)
         eval_len = protocol.eval_len if self.eval_len is None else self.eval_len
-        usual_stride = eval_len if protocol.disjoint else protocol.stride
+        usual_stride = eval_len if protocol.disjoint or protocol.stride is None else protocol.stride
         return WindowSpec(
             self.protocol,
             eval_len,
