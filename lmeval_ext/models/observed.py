@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from lmeval_ext.divergence.arguments import ReferenceArguments
 from lmeval_ext.errors import MissingEngineError, first_line
 from lmeval_ext.models.adapter import Adapter
@@ -22,6 +24,30 @@ if TYPE_CHECKING:
     from lmeval_ext.divergence.observer import Observer
     from lmeval_ext.divergence.plan import ObservationPlan
     from lmeval_ext.divergence.store import ReferenceStore
+
+
+class WindowParts:
+    """Scores of one window whose logits come part by part; a model's observer sees each part."""
+
+    def __init__(self, model: Observed, window: WindowRequest) -> None:
+        self._model, self._window, self._done = model, window, 0
+        self._columns: dict[str, list[np.ndarray]] = {}
+
+    def add(self, logits: Any, targets: Any, hidden: Any = None) -> None:
+        """Takes the logits of the next targets; tensors as for `Observed.scores_of`. They are not kept."""
+        from lmeval_ext.models.target_logprobs import logprobs_of_targets
+
+        logprobs, greedy = logprobs_of_targets(logits, targets, self._model.vocabulary)
+        divergence = self._model.observe(self._window, hidden, logits, targets, self._done) or {}
+        self._done += len(logprobs)
+        for name, column in ({"logprobs": logprobs, "greedy": greedy} | divergence).items():
+            self._columns.setdefault(name, []).append(column)
+
+    def scores(self) -> WindowScores:
+        """The scores of all parts."""
+        columns = {name: np.concatenate(parts) for name, parts in self._columns.items()}
+        logprobs, greedy = columns.pop("logprobs"), columns.pop("greedy")
+        return WindowScores.of(logprobs, greedy, columns or None)
 
 
 class Observed(Adapter):
@@ -78,17 +104,20 @@ class Observed(Adapter):
         logprobs, greedy = logprobs_of_targets(logits, targets, self.vocabulary)
         return WindowScores.of(logprobs, greedy, self.observe(window, hidden, logits, targets))
 
-    def observe(self, window: WindowRequest, hidden: Any, logits: Any, targets: Any) -> dict[str, Any] | None:
-        """Passes all scored tokens of one window to the observer, if there is one; tensors as for `scores_of`.
+    def observe(
+        self, window: WindowRequest, hidden: Any, logits: Any, targets: Any, start: int = 0
+    ) -> dict[str, Any] | None:
+        """Passes scored tokens of one window to the observer, if there is one; tensors as for `scores_of`.
 
-        Returns `WindowScores.divergence`, None without an observer.
+        start: how many scored tokens of the window come before them. Returns `WindowScores.divergence` of these
+        tokens, None without an observer.
         """
         if self.observer is None:
             return None
         from lmeval_ext.divergence.measure import fetched
         from lmeval_ext.divergence.observer import WindowSpan
 
-        span = WindowSpan(key_of(window), 0, len(targets))
+        span = WindowSpan(key_of(window), start, len(targets))
         return fetched(self.observer.observe([span], hidden, logits, targets.to(logits.device)))
 
     # ------------------------------------------------------------------ what an engine may override

@@ -16,7 +16,7 @@ from typing import Any
 from lmeval_ext.errors import MissingEngineError, UserError, first_line
 from lmeval_ext.models.hf.messages import explain
 from lmeval_ext.models.loading import default_label, local_checkpoint
-from lmeval_ext.models.observed import Observed
+from lmeval_ext.models.observed import Observed, WindowParts
 from lmeval_ext.models.record import GIB, Quantization, from_storage, quantized_at_load
 from lmeval_ext.models.shared_contexts import group_requests, split_groups
 from lmeval_ext.requests import WindowRequest, WindowScores, same_shape
@@ -40,7 +40,7 @@ try:
     from lmeval_ext.models.hf.kernels import kernel_name, prefer_exact
     from lmeval_ext.models.hf.loading import CheckedClass, quant_method
     from lmeval_ext.models.hf.rotary import depends_on_length, forget_lengths
-    from lmeval_ext.models.hf.scoring import captured_states
+    from lmeval_ext.models.hf.scoring import WHOLE_TOKENS, captured_states, logits_in_parts, states_alone
     from lmeval_ext.models.hf.shared_contexts import NotShared, SharedContexts, can_share
 except ImportError as error:
     raise MissingEngineError(
@@ -49,6 +49,8 @@ except ImportError as error:
 from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
+
+_BATCH_TOKENS = 131072  # of the first batch that batch_size=auto tries
 
 
 class HFQuantized(Observed, HFLM):
@@ -174,7 +176,9 @@ class HFQuantized(Observed, HFLM):
         with self.progress(len(windows)) as done:
             if self.batch_size == "auto":  # halved until it fits; windows that are done are kept
                 # A CPU does not report that its memory is too small, so it starts at 1
-                most = int(self.max_batch_size or 64) if self.device.type == "cuda" else 1
+                longest = max(len(w.ids) for w in windows)
+                most = min(int(self.max_batch_size or 64), max(1, _BATCH_TOKENS // longest))
+                most = most if self.device.type == "cuda" else 1
                 find_executable_batch_size(run, starting_batch_size=most)(done)
             else:
                 run(int(self.batch_size), done)
@@ -185,10 +189,12 @@ class HFQuantized(Observed, HFLM):
         """Scores windows of one shape in one forward. The last token of each predicts nothing and is left out."""
         ids = torch.tensor([w.ids for w in windows], device=self.device)
         kept = len(windows[0].target_ids)
+        keep = {"logits_to_keep": kept} if self._keeps else {}
         with torch.autocast(
             self.device.type, dtype=self.mixed_precision_dtype, enabled=self.mixed_precision_dtype is not None
         ):
-            keep = {"logits_to_keep": kept} if self._keeps else {}
+            if kept > WHOLE_TOKENS:
+                return self._score_in_parts(windows, ids, keep)
             with captured_states(self.model, self.observer is not None) as states:
                 logits = self.model(input_ids=ids[:, :-1], use_cache=False, **keep).logits
         logits, targets = logits[:, -kept:], ids[:, -kept:]
@@ -196,6 +202,28 @@ class HFQuantized(Observed, HFLM):
             self.scores_of(window, logits[i], targets[i], states[-1][i, -kept:] if states else None)
             for i, window in enumerate(windows)
         ]
+
+    def _score_in_parts(
+        self, windows: Sequence[WindowRequest], ids: torch.Tensor, keep: dict[str, int]
+    ) -> list[WindowScores]:
+        """Scores long windows, whose logits together would take gigabytes: the output matrix runs on parts of them."""
+        layer, kept = self.model.get_output_embeddings(), len(windows[0].target_ids)
+        if layer is None or self._settings is None:
+            raise UserError(
+                f"{self.label}: its logits cannot be computed in parts, since they are not scale × cap × tanh(x / cap) "
+                f"of its output matrix' products, and those of {kept} tokens would be in memory at once; set eval_len "
+                f"to {WHOLE_TOKENS} at most, or use another engine"
+            )
+        with states_alone(layer) as states:
+            self.model(input_ids=ids[:, :-1], use_cache=False, **keep)
+        scores = []
+        for i, window in enumerate(windows):
+            parts, targets = WindowParts(self, window), ids[i, -kept:]
+            hidden = states[-1][i, -kept:]
+            for rows, logits in logits_in_parts(layer, self._settings, hidden):
+                parts.add(logits, targets[rows], hidden[rows])
+            scores.append(parts.scores())
+        return scores
 
     @property
     def windows_at_once(self) -> int:

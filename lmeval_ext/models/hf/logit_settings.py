@@ -44,6 +44,13 @@ class LogitSettings:
     def neutral(self) -> bool:
         return self.softcap is None and self.scale == 1.0
 
+    def applied(self, products: torch.Tensor) -> torch.Tensor:
+        """The logits of products of the output matrix, [..., ≥ columns]."""
+        logits = products[..., : self.columns]
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits if self.scale == 1.0 else logits * self.scale
+
 
 @dataclass
 class Replaced:
