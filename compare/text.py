@@ -112,3 +112,10 @@ def _two_digits(value: float) -> str:
     if value < 1e-4 or value >= 1e6:
         return f"{value:.2g}"
     return f"{value:.{max(0, 1 - math.floor(math.log10(value)))}f}"
+
+
+def signed_text(value: float, half_width: float | None) -> str:
+    """The value with its sign, and with as many decimals as give the half width two digits."""
+    if not half_width or not 1e-6 < half_width < 1e6:
+        return f"{value:+.3g}"
+    return f"{value:+.{max(0, 1 - math.floor(math.log10(half_width)))}f}"

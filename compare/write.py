@@ -14,7 +14,6 @@ from compare.comparison.load import load_comparisons
 from compare.console import say
 from compare.errors import NOTHING_USABLE, CompareError
 from compare.files import write_output
-from compare.metrics import KLD
 
 if TYPE_CHECKING:
     from compare.plot.series import Drawing
@@ -62,23 +61,24 @@ def write_plot(paths: Sequence[Path], options: Options, request: PlotRequest) ->
 
 
 def write_distributions(paths: Sequence[Path], options: Options, request: PlotRequest, name: str) -> None:
-    """Draws how the one metric of `options` is distributed over tokens, by the kind `name` of `pictures`.
+    """Draws how the one metric of `options` varies over tokens, by the kind `name` of `pictures`.
 
-    Raises CompareError for another metric than the KL divergence, and if there is nothing to draw.
+    Raises CompareError for a metric that this kind cannot draw, and if there is nothing to draw.
     """
     (comparison,) = load_comparisons(paths, options)
-    if comparison.metric.metric != KLD:
-        raise CompareError(f"--{name} shows {KLD} only, not {comparison.metric.label}")
     from compare.plot import figure
     from compare.plot.kind import PlotSettings
-    from compare.plot.pictures import distribution_kind
+    from compare.plot.pictures import distribution_kind, flag_of
 
+    kind = distribution_kind(name)
+    if kind.metrics and comparison.metric.metric not in kind.metrics:
+        raise CompareError(f"{flag_of(name)} shows {', '.join(kind.metrics)} only, not {comparison.metric.label}")
     settings = PlotSettings(request.title, request.dark, request.log_y)
-    picture = distribution_kind(name)(comparison, settings)
+    picture = kind(comparison, settings)
     for message in picture.shown.left_out:
         say(message)
     if not picture.shown.points:
-        raise CompareError(f"nothing to draw: no result has what --{name} shows", NOTHING_USABLE)
+        raise CompareError(f"nothing to draw: no result has what {flag_of(name)} shows", NOTHING_USABLE)
     if request.output is None:
         figure.show(picture, settings, say)
         return

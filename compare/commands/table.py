@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from compare.commands.common import add_best, add_selection, options_of
@@ -11,7 +12,8 @@ from compare.comparison.build import SORTS
 from compare.comparison.comparison import Comparison
 from compare.comparison.load import load_comparisons
 from compare.console import say
-from compare.errors import CompareError
+from compare.errors import NOTHING_USABLE, CompareError
+from compare.text import and_more
 
 HELP = "list the models of result files with their size and metric"
 _FORMATS = ("terminal", "md", "csv", "json")
@@ -32,6 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="say below the table which model to run (compare choose), not in CSV or JSON",
     )
+    parser.add_argument(
+        "--by-position",
+        action="store_true",
+        help="the metric at the first and last positions of the windows, and its slope per doubling of the position, "
+        "with 95%% intervals",
+    )
     parser.add_argument("--format", choices=_FORMATS, help="default: by the suffix of -o, or terminal")
     parser.add_argument(
         "--sort", choices=SORTS, default="family", help="family, then x (default); x; metric, best first; label"
@@ -42,7 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     table_format = arguments.format or _format_of(arguments.output)
-    comparisons = load_comparisons(arguments.paths, options_of(arguments, arguments.sort))
+    if arguments.by_position and arguments.mean:
+        raise CompareError("--by-position shows the windows of one task, so it cannot be combined with --mean")
+    options = replace(options_of(arguments, arguments.sort), by_position=arguments.by_position)
+    comparisons = load_comparisons(arguments.paths, options)
+    if arguments.by_position:
+        _check_positions(comparisons)
     if arguments.versus is not None:
         _add_pairs(comparisons, arguments.versus)
     answer = _answer(comparisons, table_format) if arguments.choose else ""
@@ -79,6 +92,19 @@ def _answer(comparisons: list[Comparison], table_format: str) -> str:
 
     texts = [show_controls(s.text) for comparison in comparisons for s in Answer(comparison).sentences()]
     return "".join(f"{markdown(text)}\n\n" if table_format == "md" else f"{text}\n" for text in texts)
+
+
+def _check_positions(comparisons: list[Comparison]) -> None:
+    """Raises CompareError if no result has figures by position."""
+    from compare.comparison.by_position import curve_of
+
+    if not any(curve_of(point, c.metric) is not None for c in comparisons for point in c.points):
+        names = and_more([comparison.metric.label for comparison in comparisons])
+        raise CompareError(
+            f"--by-position: no result file holds {names} by position; our adapters record token_perplexity, kld, "
+            "top1_agreement and ppl_ratio of tasks with token windows: run the task again",
+            NOTHING_USABLE,
+        )
 
 
 def _add_pairs(comparisons: list[Comparison], label: str) -> None:

@@ -5,6 +5,8 @@ axis           The quantities of the x axis: bits per weight, or the size of a m
 best           Which models are worth a look: the Pareto frontier, and the best model that fits a memory budget
 broken         Models with a figure that is NaN or infinite: marked in every comparison
 build          Records to comparisons: one metric, one axis, and which results may be compared
+by_position    A metric by the position in the window: a point's curve, its 95 % intervals, and the slope per
+               doubling
 choice         Which quantization to run: the answer of ``compare choose``, in sentences with their figures
 chosen_metric  Which figures to compare: ``--metric TASK/METRIC`` or ``METRIC``, or the perplexity of the only
                task that has one

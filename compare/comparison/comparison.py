@@ -21,6 +21,7 @@ class Options:
 
     metrics: each gives a comparison of its own or, with `mean`, a part of one; none: the perplexity. subtasks: compare
     the subtasks of the groups named instead of the groups. baseline: label of the model that others are compared with.
+    by_position: show how the metric depends on the position.
     """
 
     metrics: tuple[str, ...] = ()
@@ -36,6 +37,7 @@ class Options:
     allow_mixed: bool = False
     baseline: str | None = None
     sort: str = "family"
+    by_position: bool = False
 
 
 @dataclass

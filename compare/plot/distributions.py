@@ -1,10 +1,11 @@
-"""Which models a picture of distributions shows: boxes from quantiles, step lines from histograms."""
+"""Which models a picture of distributions shows: boxes from quantiles, lines from histograms and over positions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from compare.comparison.by_position import curve_of
 from compare.comparison.comparison import Comparison
 from compare.comparison.point import Point
 from compare.plot.series import Drawing, Series, drawing_of
@@ -42,7 +43,7 @@ def boxes(comparison: Comparison) -> Distributions:
             return f"its result file holds no sound quantiles ({point.record.file})"
         return ""
 
-    return _arranged(comparison, lacks, MOST_BOXES, with_x=True)
+    return _arranged(comparison, _with_divergence(lacks), MOST_BOXES, with_x=True)
 
 
 def histograms(comparison: Comparison) -> Distributions:
@@ -55,24 +56,38 @@ def histograms(comparison: Comparison) -> Distributions:
             else f"its result file holds no sound histogram ({point.record.file})"
         )
 
+    return _arranged(comparison, _with_divergence(lacks), MOST_LINES, with_x=False)
+
+
+def by_position(comparison: Comparison) -> Distributions:
+    """Models with figures by position for the comparison's metric."""
+
+    def lacks(point: Point) -> str:
+        if curve_of(point, comparison.metric) is not None:
+            return ""
+        return f"its result file holds no {comparison.metric.short} by position ({point.record.file})"
+
     return _arranged(comparison, lacks, MOST_LINES, with_x=False)
 
 
-def _arranged(
-    comparison: Comparison, lacks: Callable[[Point, Divergence], str], most: int, with_x: bool
-) -> Distributions:
+def _with_divergence(lacks: Callable[[Point, Divergence], str]) -> Callable[[Point], str]:
+    """What a point lacks, first of all its divergence."""
+
+    def reason(point: Point) -> str:
+        if point.record.divergence is None:
+            return f"its result file holds no divergence ({point.record.file})"
+        return lacks(point, point.record.divergence)
+
+    return reason
+
+
+def _arranged(comparison: Comparison, lacks: Callable[[Point], str], most: int, with_x: bool) -> Distributions:
     defining = {id(point) for point in comparison.noise_floor.points} if comparison.noise_floor is not None else set()
     shown: list[Point] = []
     floor: list[Point] = []
     left_out: list[str] = []
     for point in comparison.points:
-        divergence = point.record.divergence
-        if not point.comparable:
-            reason = "other tokens or another reference"
-        elif divergence is None:
-            reason = f"its result file holds no divergence ({point.record.file})"
-        else:
-            reason = lacks(point, divergence)
+        reason = lacks(point) if point.comparable else "other tokens or another reference"
         if not reason and id(point) not in defining and with_x and point.x is None:
             reason = f"its result file does not say {comparison.axis.short} ({comparison.axis.key})"
         if reason:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from compare.comparison.comparison import Comparison
+from compare.metrics import KLD
 from compare.plot import style
 from compare.plot.distributions import Distributions
 from compare.text import clean
@@ -44,11 +45,13 @@ class PlotKind(ABC):
 
 
 class DistributionKind(PlotKind):
-    """A picture of how one metric is distributed over the tokens of each model: `compare plot --NAME`.
+    """A picture of how one metric varies over the tokens of each model: `compare plot --NAME`.
 
-    excluded_flags: flags of `compare plot` that have no meaning for this kind.
+    metrics: those that this kind can draw; empty for all. excluded_flags: flags of `compare plot` that have no meaning
+    for this kind.
     """
 
+    metrics: ClassVar[tuple[str, ...]] = (KLD,)
     excluded_flags: ClassVar[tuple[str, ...]] = ("--pareto", "--budget", "--mean", "--subtasks")
 
     def __init__(self, comparison: Comparison, settings: PlotSettings) -> None:

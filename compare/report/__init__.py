@@ -9,6 +9,8 @@ family_notes  What a reader should know of each family before comparing its numb
 page          The frame of a self-contained page: content security policy, colours, script
 pictures      A picture inside a page: matplotlib's SVG, its colours made variables of the page, with spots to
               point at
+positions     The report's section on the position in the window: a picture and a table per metric that files have by
+              position
 templating    The templates of the pages: autoescaped, so that a label of a result file is text wherever it stands
 templates/    jinja2 templates of the pages
 """

@@ -12,7 +12,7 @@ from compare.plot.captions import subtitle, title_of
 from compare.plot.kind import PlotSettings
 from compare.plot.pictures.panels import title_of_all
 from compare.plot.series import Drawing, arrange
-from compare.report import content, divergence
+from compare.report import content, divergence, positions
 from compare.report.page import page
 from compare.report.pictures import PageFigure, interactive, palette
 from compare.text import clean, show_controls
@@ -63,6 +63,9 @@ def build(
         measured.append(section)
         colours |= section.colours
     firsts = [by_axis[0] for by_axis in comparisons]
+    by_position = positions.sections([*firsts, *divergences], 1000 * (len(divergences) + 1), note)
+    for part in by_position:
+        colours |= part.colours
     first = firsts[0]
     subject = first.metric.name if one else f"{len(firsts)} metrics"
     answer = _answer(divergences[0] if divergences else first, note)
@@ -71,6 +74,7 @@ def build(
         Part("plots", "Plots"),
         Part("table", "Table"),
         *([Part("divergence", "Divergence from the reference")] if measured else []),
+        *([Part("position", "By position in the window")] if by_position else []),
         Part("settings", "Settings"),
         Part("families", "About the formats"),
         Part("reproduce", "Reproduce"),
@@ -89,6 +93,8 @@ def build(
         tables=[table for c in firsts for table in content.tables(c)],
         divergences=measured,
         meaning=divergence.MEANING,
+        by_position=by_position,
+        position_meaning=positions.MEANING,
         settings=[content.settings(c, "" if one else c.metric.label) for c in firsts],
         families=content.families(firsts),
         runs=content.runs(firsts),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from compare.comparison.comparison import Comparison
 from compare.comparison.point import Point
+from compare.metrics import KLD
 from compare.plot.captions import reference_of
 from compare.plot.kind import PlotSettings
 from compare.plot.pictures import DISTRIBUTIONS, distribution_kind
@@ -71,7 +72,8 @@ def section(comparison: Comparison, plotted: bool, log_y: bool | None, first: in
             result.scatter.append(interactive(comparison, drawing, PlotSettings(), first, note))
             result.colours |= palette(drawing)
         result.tables = content.tables(comparison)
-    for number, name in enumerate(DISTRIBUTIONS, first + 1):
+    of_divergence = [name for name in DISTRIBUTIONS if KLD in distribution_kind(name).metrics]
+    for number, name in enumerate(of_divergence, first + 1):
         picture = distribution_kind(name)(comparison, PlotSettings())
         for message in picture.shown.left_out:
             note(f"{comparison.metric.label}: {message}")

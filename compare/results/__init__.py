@@ -11,6 +11,8 @@ inferred_quantization  Quantization of results without such a block (the harness
                        model arguments
 label_index            How results of `compare run` are shown: labels and figures from the spec, kept beside the
                        results, not in them
+positions              Reads ``configs.TASK.metadata.by_position``: figures by the position in the window, and
+                       their slope over it
 provenance             How a result was produced: the run as its file records it, and the harness command that
                        repeats it
 reading                Reads a result file into records. The file is not trusted; errors name what does not fit

@@ -19,6 +19,7 @@ from compare.results.divergence import read_divergence
 from compare.results.groups import Tree, common, group_tree, leaves
 from compare.results.inferred_quantization import infer_quantization
 from compare.results.label_index import Relabelling
+from compare.results.positions import read_positions
 from compare.results.provenance import Run
 from compare.results.records import KVCacheSize, MetricValue, ProtocolRecord, Quantization, Record
 from compare.results.settings import model_arguments, read_settings
@@ -108,6 +109,7 @@ def _record(
     if not metrics:
         return None
     config = mapping(content, "config")
+    metadata = mapping(mapping(mapping(content, "configs"), task), "metadata")
     model = text(config.get("model"))
     arguments = model_arguments(config.get("model_args"))
     checkpoint = _checkpoint_name(arguments)
@@ -134,7 +136,8 @@ def _record(
         run=Run.of(content, task),
         date=number(content.get("date")) or modified,
         file=path,
-        divergence=read_divergence(mapping(mapping(mapping(content, "configs"), task), "metadata")),
+        divergence=read_divergence(metadata),
+        positions=read_positions(metadata),
     )
 
 

@@ -14,6 +14,7 @@ from compare.metrics import needs_reference
 from compare.results.arithmetic import arithmetic_run, scheme_arithmetic
 from compare.results.divergence import Divergence
 from compare.results.groups import Tree
+from compare.results.positions import Positions
 from compare.results.provenance import Run
 
 UNSTATED = "unknown how its weights are stored: a stock model's result file does not say"
@@ -193,6 +194,7 @@ class Record:
     baseline_by: str = ""
     not_numbers: tuple[str, ...] = ()
     divergence: Divergence | None = None
+    positions: Positions | None = None
 
     @property
     def identity(self) -> tuple[str, ...]:

@@ -8,6 +8,8 @@ divergence_columns  The columns beside a divergence: its spread, the agreement o
 formats             The table as JSON, CSV and Markdown
 pair_columns        The columns that --versus adds to a table: the difference, its interval, its p-value, and the
                     outcome
+position_columns    The columns that --by-position adds to a table: the metric at the first and last positions, and
+                    the slope
 rows                Everything known about a point, at full precision: the records of the JSON and CSV tables
 terminal            The table for the terminal, drawn by rich; thousands of rows are plain columns
 """

@@ -12,7 +12,7 @@ from compare.comparison.comparison import Comparison
 from compare.comparison.memory import GIB, Room, fit, longest_context, memory_bytes
 from compare.comparison.point import Point, caveats, stated_by
 from compare.results.records import Quantization
-from compare.table import divergence_columns, pair_columns
+from compare.table import divergence_columns, pair_columns, position_columns
 from compare.table.column import Column
 from compare.table.rows import relative
 from compare.text import and_more, figure_text, metric_text
@@ -146,6 +146,8 @@ def _notes(comparison: Comparison, points: list[Point]) -> Iterator[str]:
     """The lines below a section: how pairs were formed, and what is unknown of a model or told by the user."""
     if comparison.pairs is not None:
         yield comparison.pairs.about
+    if by_position := position_columns.note(comparison, points):
+        yield by_position
     yield from caveats(points)
 
 
@@ -153,8 +155,11 @@ def _candidates(comparison: Comparison) -> list[Column]:
     """`COLUMNS`, with the tasks of a mean, the pairs and the columns beside a divergence after the metric."""
     at = next(i for i, column in enumerate(COLUMNS) if column.heading == "Metric") + 1
     tasks = [_task_column(comparison, i) for i in range(len(comparison.parts))]
-    beside = [*pair_columns.columns(comparison), *divergence_columns.columns(comparison)]
-    replaced = pair_columns.replaced(comparison)
+    beside = [
+        *pair_columns.columns(comparison), *position_columns.columns(comparison),
+        *divergence_columns.columns(comparison),
+    ]  # fmt: skip
+    replaced = pair_columns.replaced(comparison) | position_columns.replaced(comparison)
     columns = [*COLUMNS[:at], *tasks, *beside, *COLUMNS[at:]]
     return [column for column in columns if column.heading not in replaced]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +10,7 @@ from compare.comparison.point import Point
 from compare.comparison.significance import PairedDifference
 from compare.metrics import beside_kld
 from compare.table.column import Column
-from compare.text import shorten
+from compare.text import shorten, signed_text
 
 NOT_APART = "not told apart"
 # Columns left out to make room for those of the pairs; the JSON and CSV tables keep every figure.
@@ -80,7 +79,7 @@ def _paired(comparison: Comparison, point: Point) -> PairedDifference | None:
 
 def _difference(comparison: Comparison, point: Point) -> str:
     value = _difference_number(comparison, point)
-    return "" if value is None else _signed(value, _half_width(comparison, point))
+    return "" if value is None else signed_text(value, _half_width(comparison, point))
 
 
 def _difference_number(comparison: Comparison, point: Point) -> float | None:
@@ -92,7 +91,7 @@ def _interval(comparison: Comparison, point: Point) -> str:
     difference, half_width = _paired(comparison, point), _half_width(comparison, point)
     if difference is None or difference.low is None or difference.high is None:
         return ""
-    return f"{_signed(difference.low, half_width)} to {_signed(difference.high, half_width)}"
+    return f"{signed_text(difference.low, half_width)} to {signed_text(difference.high, half_width)}"
 
 
 def _low(comparison: Comparison, point: Point) -> float | None:
@@ -106,13 +105,6 @@ def _half_width(comparison: Comparison, point: Point) -> float | None:
     if difference is None or difference.low is None or difference.high is None:
         return None
     return (difference.high - difference.low) / 2
-
-
-def _signed(value: float, half_width: float | None) -> str:
-    """The value with its sign, and with as many decimals as give the half width two digits."""
-    if not half_width or not 1e-6 < half_width < 1e6:
-        return f"{value:+.3g}"
-    return f"{value:+.{max(0, 1 - math.floor(math.log10(half_width)))}f}"
 
 
 def _p(comparison: Comparison, point: Point) -> str:

@@ -9,7 +9,7 @@ from compare.comparison.memory import fit, longest_context, memory_bytes
 from compare.comparison.point import Point
 from compare.metrics import KLD, PERPLEXITY, beside_kld
 from compare.results.values import number
-from compare.table import pair_columns
+from compare.table import pair_columns, position_columns
 
 
 def row(comparison: Comparison, point: Point) -> dict[str, Any]:
@@ -44,6 +44,7 @@ def row(comparison: Comparison, point: Point) -> dict[str, Any]:
         **_best(comparison, point),
         **_divergence(comparison, point),
         **pair_columns.fields(comparison, point),
+        **position_columns.fields(comparison, point),
         "engine": q.engine or None,
         "engine_version": q.engine_version or None,
         "kernel": q.kernel,

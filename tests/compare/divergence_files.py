@@ -95,6 +95,32 @@ def divergent(
     return content, lines
 
 
+def by_position(
+    slope: float = 0.001, level: float = 0.02, error: float = 0.0005, windows: int = 9, longest: int = 32768
+) -> Content:
+    """``metadata.by_position`` of disjoint windows: from position 16 on, a divergence grows by `slope` per doubling."""
+    edges = [1, 16]
+    while 2 * edges[-1] < longest:
+        edges.append(2 * edges[-1])
+    edges.append(longest)
+    bins = range(len(edges) - 1)
+
+    def curve(values: list[float], errors: float, slope: float) -> Content:
+        return {"values": values, "stderr": [errors] * len(values), "slope": slope, "slope_stderr": errors / 4}
+
+    return {
+        "edges": edges,
+        "tokens": [windows * (b - a) for a, b in pairwise(edges)],
+        "blocks": windows,
+        "metrics": {
+            "token_perplexity": curve([20 / (i + 1) for i in bins], 0.3, -0.2),
+            "kld": curve([level + slope * i for i in bins], error, slope),
+            "top1_agreement": curve([0.95 - 0.002 * i for i in bins], 0.001, -0.002),
+            "ppl_ratio": curve([1.01 + 0.001 * i for i in bins], 0.001, 0.001),
+        },
+    }
+
+
 def _sum(window: int, total: float, count: int) -> Content:
     return {"window": window, "total": total, "count": count, "nonfinite": 0}
 

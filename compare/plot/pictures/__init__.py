@@ -1,8 +1,8 @@
 """The kinds of picture, one class in one file each.
 
 `scatter` and `panels` draw one metric or several against size, `attribution` the costs of a model's parts. The kinds of
-`DISTRIBUTIONS` show how the KL divergence is distributed over the tokens: `spread` draws boxes, `histogram` step lines.
-A new one is a file NAME.py here, whose `KIND` is its class, and a row below.
+`DISTRIBUTIONS` show how a metric varies over the tokens: `spread` draws boxes, `histogram` step lines, `by_position`
+lines over the position in the window. A new one is a file NAME.py here, whose `KIND` is its class, and a row below.
 """
 
 from __future__ import annotations
@@ -17,7 +17,14 @@ if TYPE_CHECKING:
 DISTRIBUTIONS = {
     "spread": "a box per model: median, quartiles, 5, 95 and 99 % of the tokens' KL divergence, size across",
     "histogram": "a line per model: how many tokens have which KL divergence",
+    "by_position": "a line per model: the metric over the position in the window, with 95 % intervals; --metric takes "
+    "token_perplexity, kld (default), top1_agreement, ppl_ratio",
 }
+
+
+def flag_of(name: str) -> str:
+    """The flag of a row of `DISTRIBUTIONS`: ``--by-position``."""
+    return f"--{name.replace('_', '-')}"
 
 
 def distribution_kind(name: str) -> type[DistributionKind]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from itertools import pairwise
 from typing import Any
 
@@ -18,13 +17,12 @@ from compare.plot import style
 from compare.plot.axes import frame, log_ticks
 from compare.plot.captions import Texts, mixed, subtitle
 from compare.plot.distributions import Distributions, histogram, histograms
-from compare.plot.header import MARGIN, draw_texts, make_room_for_ticks
+from compare.plot.header import draw_texts, make_room_for_ticks
 from compare.plot.kind import DistributionKind, PlotSettings, Say
+from compare.plot.lines import beside_legend, draw_legend, name_room, strokes
 from compare.text import shorten
 
 _TITLE = "How far tokens diverge"
-_DASHES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)), (0, (9, 2)))
-_LEGEND = 0.31  # of the figure's width
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -76,14 +74,13 @@ def _draw(
         caption.append("Shaded: full precision, whose divergence is noise.")
     caption += mixed(comparison)
     layout = draw_texts(figure, Texts(title, subtitle(comparison), caption), [], theme)
-    left, bottom, width, height = layout.axes_box
-    box = (left, bottom, width - _LEGEND, height)
+    box = beside_legend(layout.axes_box)
     ax: Any = figure.add_axes(box)
     frame(ax, "KL divergence of a token (nats)", "Share of tokens per factor of ten")
     handles: list[Any] = []
     names: list[str] = []
-    room = 30 if len(models.points) <= 14 else 36
-    for point, stroke in zip(models.points, _strokes(models, theme), strict=True):
+    room = name_room(models)
+    for point, stroke in zip(models.points, strokes(models, theme), strict=True):
         steps, heights = _steps(point)
         ax.plot(steps, heights, **stroke, linewidth=1.7, zorder=3, solid_joinstyle="miter")
         handles.append(Line2D([], [], **stroke, linewidth=1.9))
@@ -97,29 +94,12 @@ def _draw(
         names.append(_name(point, shorten(source(point), room)))
     _limits(ax, models, log_y)
     make_room_for_ticks(figure, ax, box)
-    size = style.TICK - 1 if len(names) <= 14 else style.CAPTION - 1
-    figure.legend(
-        handles=handles, labels=names, loc="upper left", bbox_to_anchor=(1 - MARGIN - _LEGEND + 0.02, bottom + height),
-        frameon=False, fontsize=size, handlelength=2.6, borderaxespad=0, borderpad=0, labelspacing=0.55,
-    )  # fmt: skip
+    draw_legend(figure, layout.axes_box, handles, names)
 
 
 def _name(point: Point, label: str) -> str:
     more = outside(point)
     return f"{label}\n{more}" if more else label
-
-
-def _strokes(models: Distributions, theme: style.Theme) -> list[dict[str, Any]]:
-    """How each line is drawn: in its family's colour, each further one of a family paler and with other dashes."""
-    seen: dict[str, int] = defaultdict(int)
-    result = []
-    for point, series in models.pairs:
-        rank = seen[series.name]
-        seen[series.name] += 1
-        paler = (rank + rank // len(_DASHES)) % len(_DASHES)
-        colour = models.drawing.colour(point, series, theme.dark)
-        result.append({"color": colour, "alpha": 1 - 0.13 * paler, "linestyle": _DASHES[rank % len(_DASHES)]})
-    return result
 
 
 def _steps(point: Point) -> tuple[list[float], list[float]]:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from compare.comparison.build import build_comparison
 from compare.comparison.comparison import Options
-from compare.plot import distributions, figure, style
+from compare.plot import distributions, figure, lines, style
 from compare.plot.kind import PlotSettings
 from compare.plot.pictures import histogram, spread
 from compare.results.reading import read_results
@@ -200,7 +200,7 @@ def test_lines_of_one_family_differ(folder):
     for number in range(8):
         write(folder, divergent(f"GGUF {number}", bpw=2 + number / 8, scheme=f"s{number}", seed=number)[0])
     shown, _ = histogram_of(folder)
-    strokes = histogram._strokes(shown, style.LIGHT)
+    strokes = lines.strokes(shown, style.LIGHT)
     assert len({str(stroke) for stroke in strokes}) == len(LADDER) + 8
 
 
