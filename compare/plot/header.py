@@ -36,12 +36,10 @@ class Layout:
 def make_room_for_ticks(figure: Figure, ax: Any, box: Box) -> None:
     """Puts `ax` into `box` so that the widest tick label fits into it as well."""
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
-    figure.draw_without_rendering()
     taken = ax.get_window_extent(renderer).x0 - ax.yaxis.get_tightbbox(renderer).x0
     left, bottom, width, height = box
     needed = taken / figure.bbox.width
     ax.set_position((left + needed, bottom, width - needed, height))
-    figure.draw_without_rendering()
 
 
 def draw_texts(figure: Figure, texts: Texts, drawings: Sequence[Drawing], theme: style.Theme) -> Layout:
@@ -52,7 +50,6 @@ def draw_texts(figure: Figure, texts: Texts, drawings: Sequence[Drawing], theme:
     top -= _line(figure, top, texts.subtitle, style.SUBTITLE, theme.soft) + 0.10 * inch
     legend = _legend(figure, top, drawings, theme)
     if legend is not None:
-        figure.draw_without_rendering()
         top = figure.transFigure.inverted().transform(legend.get_window_extent())[0][1]
     bottom = 0.16 * inch
     for text in reversed(texts.caption):
