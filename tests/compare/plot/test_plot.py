@@ -189,7 +189,7 @@ def test_leader_across_another_point_costs_more():
     anchor, size, bounds = np.array([[500.0, 500.0]]), np.array([[40.0, 20.0]]), (0.0, 0.0, 1000.0, 1000.0)
     in_the_way = np.array([[500.0, 500.0], [560.0, 560.0]])
     layout = _Layout(anchor.copy(), size, anchor, Obstacles(in_the_way, 18.0), bounds)
-    behind, aside = layout._costs(0, np.array([[640.0, 630.0], [360.0, 630.0]]))
+    behind, aside = layout._covering_costs(0, np.array([[640.0, 630.0], [360.0, 630.0]]))
     assert behind - aside > 300
 
 
