@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -20,8 +20,10 @@ import torch
 from benchmarks import compare_scale, import_cost, random_llama, storage_headers, whole_command
 from benchmarks.common import load_adapter, random_windows, window_requests
 from lmeval_ext.storage import inspect
-from tests.conformance.adapters import Bench
 from tests.conftest import ROOT
+
+if TYPE_CHECKING:
+    from tests.conformance.adapters import Bench  # imports Transformers' models
 
 SCRIPTS = sorted(path.name for path in (ROOT / "benchmarks").glob("*.py") if "def main(" in path.read_text())
 TOY = ["--windows", "2", "--length", "48", "--repeats", "1"]
@@ -32,6 +34,8 @@ TOY_TASKS = ["--questions", "2", "--examples", "20", "--prompts", "2", "--new-to
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """Tiny checkpoints: a folder and a GGUF file of the same weights."""
+    from tests.conformance.adapters import Bench
+
     return Bench(tmp_path_factory.mktemp("benchmarks"))
 
 

@@ -29,3 +29,20 @@ def test_started_browser_is_a_violation_once(tmp_path: Path) -> None:
     subprocess.run([str(browser), "--headless"], check=True)
     assert "started chromium" in (fast_guard.violation() or "")
     assert "chromium" not in (fast_guard.violation() or "")
+
+
+@pytest.mark.parametrize(
+    ("mark", "left_out"),
+    [
+        ("pytest.mark.engine", True),
+        ("[pytest.mark.usefixtures('x'), pytest.mark.slow]", True),
+        ("pytest.mark.filterwarnings('ignore')", False),
+        ("pytest.mark.slowly", False),
+    ],
+)
+def test_file_with_a_marker_for_all_its_tests_is_left_out(tmp_path: Path, mark: str, left_out: bool) -> None:
+    file = tmp_path / "test_x.py"
+    file.write_text(f"import pytest\n\npytestmark = {mark}\n")
+    assert fast_guard.leaves_out(file) is left_out
+    file.write_text(f"import pytest\n\n# pytestmark = {mark}\n")
+    assert not fast_guard.leaves_out(file)

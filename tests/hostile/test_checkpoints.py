@@ -18,6 +18,8 @@ from lmeval_ext.errors import UserError
 from lmeval_ext.storage.gguf_header import read_gguf
 from tests.conftest import ROOT, run
 
+pytestmark = pytest.mark.slow  # each runs an engine or a whole command
+
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MISSING = "model.layers.1.mlp.up_proj.weight"
 

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.attention.bias import causal_lower_right
-from transformers import AutoModelForCausalLM
 
 import lmeval_ext.models.exllama.loading
 from tests.models.exllama.tiny_engine import (
@@ -146,6 +145,8 @@ class V2Model:
         self.splits: list[Any] = []
 
     def load(self, split: Any = None) -> None:
+        from transformers import AutoModelForCausalLM
+
         self.splits.append(split)
         self.llama = llama = AutoModelForCausalLM.from_pretrained(self.config.model_dir, dtype=torch.float32)
         embedding = Module(None, embedding=llama.model.embed_tokens, device=lambda: "cpu")
@@ -249,6 +250,8 @@ class V3Model:
     output_device = "cpu"
 
     def __init__(self, config: V3Config) -> None:
+        from transformers import AutoModelForCausalLM
+
         self.config, self.caps = config, {}
         self.llama = llama = AutoModelForCausalLM.from_pretrained(config.folder, dtype=torch.float32)
         embedding = Module(None, embedding=llama.model.embed_tokens, device=torch.device("cpu"))

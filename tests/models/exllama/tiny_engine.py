@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
 
 from lmeval_ext.models.exllama.adapter import ExLlamaLM
 from lmeval_ext.models.exllama.engine import Tokens
@@ -29,6 +28,8 @@ class TinyEngine:
     bytes_per_token = 1
 
     def __init__(self, folder: Path) -> None:
+        from transformers import AutoModelForCausalLM
+
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         self.device = torch.device("cpu")
         self.vocabulary = int(self.model.config.vocab_size)
@@ -137,6 +138,8 @@ class TinyExLlama(ExLlamaLM):
 @torch.inference_mode()
 def forward_in_pages(model: Any, states: torch.Tensor, params: dict[str, Any], page: int) -> torch.Tensor:
     """Runs the model's layers on embedded tokens, with ExLlamaV3's parameters of a paged cache."""
+    from transformers import DynamicCache
+
     layers = params["cache"].layers
     outputs = []
     for row, table, past in zip(states, params["block_table"], params["cache_seqlens"].tolist(), strict=True):
@@ -247,6 +250,8 @@ class RowCache:
 @torch.inference_mode()
 def forward_in_rows(model: Any, states: torch.Tensor, cache: RowCache, past: int) -> torch.Tensor:
     """Runs the model's layers on embedded tokens, which follow `past` tokens in the rows of the cache."""
+    from transformers import DynamicCache
+
     assert cache.current_seq_len == past
     rows, length = states.shape[:2]
     held = DynamicCache()
