@@ -119,3 +119,9 @@ def signed_text(value: float, half_width: float | None) -> str:
     if not half_width or not 1e-6 < half_width < 1e6:
         return f"{value:+.3g}"
     return f"{value:+.{max(0, 1 - math.floor(math.log10(half_width)))}f}"
+
+
+def round_up(number: int) -> int:
+    """A whole number rounded up to two significant digits: 9,741 as 9,800."""
+    step = 10 ** max(0, len(str(number)) - 2)
+    return -(-number // step) * step

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from compare.comparison.axis import AXES, MEMORY
 from compare.comparison.comparison import Options
+from compare.comparison.margins import MarginOption, parse_margin
 from compare.errors import CompareError
 from compare.write import PICTURE_SUFFIXES
 
@@ -87,6 +88,28 @@ def add_budget(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_margin(parser: argparse.ArgumentParser) -> None:
+    """Adds the margin of equivalence, which needs --versus."""
+    parser.add_argument(
+        "--margin",
+        type=_margin,
+        action="append",
+        default=[],
+        metavar="[METRIC=]MARGIN",
+        help="with --versus: test whether two models are equivalent, that is, differ by less than this: 1 is one "
+        "percentage point of an accuracy, 1%% of a perplexity, kld=0.01 nats; METRIC= names the metric where several "
+        "are compared",
+    )
+
+
+def check_margins(arguments: argparse.Namespace) -> tuple[MarginOption, ...]:
+    """The margins given. Raises CompareError for one without --versus."""
+    margins: tuple[MarginOption, ...] = tuple(arguments.margin)
+    if margins and arguments.versus is None:
+        raise CompareError(f"--margin {margins[0].text} needs --versus LABEL, the model to be equivalent to")
+    return margins
+
+
 def add_log_y(parser: argparse.ArgumentParser) -> None:
     """Adds the argument for a logarithmic metric axis."""
     parser.add_argument(
@@ -146,3 +169,12 @@ def _limit(text: str) -> float:
     if math.isnan(value):
         raise ValueError
     return value
+
+
+def _margin(text: str) -> MarginOption:
+    try:
+        return parse_margin(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected a number above 0, in points (1) or with % for perplexities (1%), or METRIC=MARGIN"
+        ) from None

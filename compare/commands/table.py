@@ -7,10 +7,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from compare.commands.common import add_best, add_selection, options_of
+from compare.commands.common import add_best, add_margin, add_selection, check_margins, options_of
 from compare.comparison.build import SORTS
 from compare.comparison.comparison import Comparison
 from compare.comparison.load import load_comparisons
+from compare.comparison.versus import add_pairs
 from compare.console import say
 from compare.errors import NOTHING_USABLE, CompareError
 from compare.text import and_more
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the difference of every model from the one with this label, paired by window or document, with 95%% "
         "intervals and a mark for those that the data cannot tell apart; needs runs with --log_samples",
     )
+    add_margin(parser)
     parser.add_argument(
         "--choose",
         action="store_true",
@@ -50,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     table_format = arguments.format or _format_of(arguments.output)
+    margins = check_margins(arguments)
     if arguments.by_position and arguments.mean:
         raise CompareError("--by-position shows the windows of one task, so it cannot be combined with --mean")
     options = replace(options_of(arguments, arguments.sort), by_position=arguments.by_position)
@@ -57,7 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.by_position:
         _check_positions(comparisons)
     if arguments.versus is not None:
-        _add_pairs(comparisons, arguments.versus)
+        for line in add_pairs(comparisons, arguments.versus, margins):
+            say(line)
     answer = _answer(comparisons, table_format) if arguments.choose else ""
     from compare.table import formats, terminal
 
@@ -105,25 +109,6 @@ def _check_positions(comparisons: list[Comparison]) -> None:
             "top1_agreement and ppl_ratio of tasks with token windows: run the task again",
             NOTHING_USABLE,
         )
-
-
-def _add_pairs(comparisons: list[Comparison], label: str) -> None:
-    """Pairs every model with the baseline `label`; reports models without a pair.
-
-    Raises CompareError if no pair can be formed.
-    """
-    from compare.comparison.pairs import check_formed, measure_pairs
-
-    measured = []
-    for comparison in comparisons:
-        comparison.pairs = measure_pairs(comparison.points, comparison.metric, label)
-        measured.append(comparison.pairs)
-    check_formed(label, measured)
-    for comparison, pairs in zip(comparisons, measured, strict=True):
-        prefix = f"{comparison.metric.label}: " if len(comparisons) > 1 else ""
-        for point in comparison.points:
-            if pairs.pair(point).reason:
-                say(f"{prefix}no pair: {point.record.label}: {pairs.pair(point).reason}")
 
 
 def _format_of(output: Path | None) -> str:

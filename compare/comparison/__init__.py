@@ -11,14 +11,19 @@ choice         Which quantization to run: the answer of ``compare choose``, in s
 chosen_metric  Which figures to compare: ``--metric TASK/METRIC`` or ``METRIC``, or the perplexity of the only
                task that has one
 comparison     `Comparison`: one metric, one axis, the points, and the judgements that follow from them
+equivalence    Whether two models differ by less than a margin: two one-sided tests, and how many units a decision
+               needs
+flips          Which answers change between two models: right to wrong, wrong to right, and from one answer to another
 labels         The model that a label on the command line names: ``--versus LABEL``, ``--baseline LABEL``
 load           Paths to comparisons: reads results, builds comparisons, reports what was left out
 loss           How much a model loses against the original, in nats, per cent or points
+margins        Margins of equivalence: ``--margin 1``, ``--margin perplexity=1%``, ``--margin kld=0.01``
 mean           The mean of several tasks: which tasks count, the figure and its error, one record per model
 memory         The memory that a model needs, and whether it fits: all weights, embeddings included, and the KV
                cache of a context
 model_sizes    Whether two results are from the same model, judged by its number of weights
 noise_floor    The noise floor of a metric that needs a reference: how far full precision is from the reference
+paired_samples The samples of two runs, checked and matched: the same windows, or the documents that both answered
 pairs          Every model of a comparison against a baseline, paired by window or document: ``compare table
                --versus LABEL``
 point          `Point`: one record on the chosen metric and axis; what must be said beside points
@@ -26,4 +31,5 @@ reruns         One record per model and task: the latest re-run counts, and labe
 significance   Whether the difference between two models is more than chance, from pairs of the same windows or
                questions
 task_hashes    Hashes of the scored prompts, which a result file has only with --log_samples
+versus         Pairs in every comparison of a command, as --versus and --margin ask
 """

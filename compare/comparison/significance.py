@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,7 +24,8 @@ _SEED = 20240229
 class PairedDifference:
     """A difference `value` with its 95 % interval and p-value, which are None where there are too few blocks.
 
-    units: the number of blocks or documents.
+    units: the number of blocks, documents or groups of documents. error: the standard error; skew: the
+    skewness of one unit's difference. Both None as above, and for McNemar's test.
     """
 
     value: float
@@ -33,6 +34,8 @@ class PairedDifference:
     p: float | None = None
     units: int = 0
     method: str = ""
+    error: float | None = None
+    skew: float | None = None
 
 
 def bootstrap(first: Array, second: Array, formula: Formula) -> PairedDifference:
@@ -70,7 +73,24 @@ def bootstrap(first: Array, second: Array, formula: Formula) -> PairedDifference
     error = float(np.concatenate(differences).std(ddof=1)) * math.sqrt(blocks / (blocks - 1))
     if not math.isfinite(error):
         raise ValueError("has no finite standard error")
-    return _by_t(difference, error, blocks)
+    return replace(_by_t(difference, error, blocks), skew=_skewness(both, formula))
+
+
+def _skewness(both: Array, formula: Formula) -> float:
+    """The skewness of the units' differences, from the jackknife's pseudo-values; 0 where all are equal.
+
+    both: [B, 4], sums and counts of the first and the second model. A pseudo-value is B × (the difference of all units)
+    − (B − 1) × (the difference without one unit); for a mean, that unit's own difference.
+    """
+    import numpy as np
+    from scipy import stats
+
+    rest = both.sum(axis=0) - both
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        pseudo = -(formula(rest[:, 0], rest[:, 1]) - formula(rest[:, 2], rest[:, 3]))
+    if not np.isfinite(pseudo).all() or np.ptp(pseudo) <= 1e-12 * np.abs(pseudo).max():
+        return 0.0
+    return float(stats.skew(pseudo, bias=False))
 
 
 def _one(formula: Formula, rows: Array) -> float:
@@ -88,7 +108,7 @@ def _by_t(difference: float, error: float, blocks: int) -> PairedDifference:
     # without error every block has the same difference
     ratio = abs(difference) / error if error else math.inf if difference else 0.0
     p = float(2 * stats.t.sf(ratio, blocks - 1))
-    return PairedDifference(difference, difference - half, difference + half, p, blocks, "paired bootstrap")
+    return PairedDifference(difference, difference - half, difference + half, p, blocks, "paired bootstrap", error)
 
 
 def mcnemar(first: Sequence[float], second: Sequence[float]) -> PairedDifference:

@@ -3,12 +3,13 @@
 attribution            Reads the file of ``compare attribute``: what each part of a quantized model costs
 arithmetic             Whether a result was computed weight-only or with quantized activations, from scheme,
                        kernel and notes
+chosen_answer          The answer that a model chose, from a line of the harness' samples
 discover               Which files to read: the files given, and every result file of the harness below the folders
                        given
 divergence             Reads ``configs.TASK.metadata.divergence``: how far a model is from a stored reference
 groups                 Groups of the harness, such as mmlu: values that a result file has only for their subtasks
-inferred_quantization  Quantization of results without such a block (the harness' own models), inferred from the
-                       model arguments
+inferred_quantization  What the result file of a stock model (the harness' own) tells of its weights: never how they
+                       are stored
 label_index            How results of `compare run` are shown: labels and figures from the spec, kept beside the
                        results, not in them
 positions              Reads ``configs.TASK.metadata.by_position``: figures by the position in the window, and

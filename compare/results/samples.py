@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from compare.metrics import KLD, metric_named
+from compare.results.chosen_answer import chosen_answer
 from compare.results.groups import leaves
 from compare.results.records import Record
 from compare.results.values import integer, mapping, number, scalar, text
@@ -35,12 +36,16 @@ class NoSamples(Exception):
 class Unit:
     """One window or document: its contribution to a sum and a count, and what must be equal in a pair.
 
-    identity: (name, value) of each property that must be equal; a message gives the name of one that differs.
+    identity: (name, value) of each property that must be equal; a message gives the name of one that differs. answer:
+    the answer that the model chose; None where the samples do not show it. group: questions with an equal one are not
+    independent of each other (several on one text); empty where the file names none.
     """
 
     total: float
     count: float
     identity: tuple[tuple[str, str], ...]
+    answer: str | None = None
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,11 +79,12 @@ def read_samples(record: Record, key: str) -> Samples:
     units: dict[tuple[str, int], Unit] = {}
     kinds: set[str] = set()
     logged: set[str] = set()
+    group_field = text(record.run.metadata.get("group_by"))
     for task in leaves(record.groups, record.task):
         path = samples_file(record, task)
         for line_number, line in _lines(path):
             try:
-                parsed = _unit(line, key)
+                parsed = _unit(line, key, group_field)
             except ValueError as error:
                 raise NoSamples(f"{path}, line {line_number}: {error}") from None
             if parsed is None:
@@ -128,7 +134,7 @@ def _parse(path: Path, line_number: int, raw: bytes) -> dict[str, Any]:
     return line
 
 
-def _unit(line: dict[str, Any], key: str) -> tuple[int, str, Unit] | None:
+def _unit(line: dict[str, Any], key: str, group_field: str) -> tuple[int, str, Unit] | None:
     """Index, kind and unit of a line; None for a line of another filter, or without this metric."""
     metric, _, key_filter = key.partition(",")
     filter_name = line.get("filter")
@@ -153,7 +159,15 @@ def _unit(line: dict[str, Any], key: str) -> tuple[int, str, Unit] | None:
     figure = float(value) if isinstance(value, bool) else number(value)  # True and False count as 1 and 0
     if figure is None:
         raise ValueError(f"{metric} is not a finite number: {shorten(clean(str(value)), 60)}")
-    return index, "document", Unit(figure, 1.0, identity)
+    answer = chosen_answer(line, metric, figure) if figure in (0.0, 1.0) else None
+    return index, "document", Unit(figure, 1.0, identity, answer, _group(line, group_field))
+
+
+def _group(line: dict[str, Any], field: str) -> str:
+    """The group of questions that are not independent: the document's field that the task names as
+    ``metadata.group_by``, or the paragraph of a document's ``idx`` (MultiRC, ReCoRD); empty without one."""
+    document = mapping(line, "doc")
+    return scalar(document.get(field)) if field else scalar(mapping(document, "idx").get("paragraph"))
 
 
 def _names(line: dict[str, Any]) -> Iterator[str]:

@@ -14,7 +14,7 @@ from compare.text import shorten
 
 _MAX_LABEL = 72
 _MANY_ROWS = 500
-_FOLDED = {"Model": 14, "Verdict": 15}  # least widths of columns that need more room than other texts
+_FOLDED = {"Model": 14, "Verdict": 18}  # least widths of columns that need more room than other texts
 
 
 def print_terminal(comparisons: Sequence[Comparison], title: str | None = None, stream: IO[str] | None = None) -> None:
