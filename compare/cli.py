@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
-from compare.commands import attribute, choose, plot, report, run, table
+from compare.commands import attribute, choose, plot, report, run, table, traces
 from compare.console import say
 from compare.errors import USAGE, CompareError
 from compare.text import clean
@@ -25,6 +25,7 @@ class Subcommand(NamedTuple):
 
 SUBCOMMANDS: dict[str, Subcommand] = {
     "run": Subcommand(run.HELP, run.add_arguments, run.run),
+    "traces": Subcommand(traces.HELP, traces.add_arguments, traces.run),
     "table": Subcommand(table.HELP, table.add_arguments, table.run),
     "plot": Subcommand(plot.HELP, plot.add_arguments, plot.run),
     "choose": Subcommand(choose.HELP, choose.add_arguments, choose.run),

@@ -1,8 +1,9 @@
-"""What tasks and models exchange: a window to score, and its scores.
+"""What tasks and models exchange: a window to score, and its scores; a prompt to answer in token ids.
 
 A `WindowRequest` is an `Instance` of the harness that is also the triple `(None, context_ids, continuation_ids)`, so
 every token-level model of the harness can score it (`models/harness_models.py`). Stock models return `(loglikelihood,
-is_greedy)`, ours a `WindowScores`, which begins with the same two.
+is_greedy)`, ours a `WindowScores`, which begins with the same two. An `AnswerRequest` asks for the token ids that a
+model generates, which only our models return.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +20,19 @@ from lm_eval.api.instance import Instance
 from lmeval_ext.errors import UserError
 
 REQUEST_TYPE = "score_token_windows"
+ANSWER_TYPE = "generate_token_ids"
+_SHORTER_WINDOWS = (
+    "eval_len={longest} is beyond this model's context of {limit} tokens{why}; lower it with --metadata "
+    "'{{\"eval_len\": {limit}}}', or raise max_length (max_model_len in vLLM, n_ctx in llama.cpp) if the model can "
+    "take it"
+)
 
 
 @dataclass
 class WindowRequest(Instance):
     """One window: `arguments` = (description, context ids, continuation ids); see the module's docstring."""
+
+    too_long: ClassVar[str] = _SHORTER_WINDOWS  # the message for a window beyond the model's context
 
     @property
     def context_ids(self) -> list[int]:
@@ -56,15 +65,62 @@ class WindowRequest(Instance):
 
 
 def window_request(
-    description: str, ids: list[int], n_context: int, doc: dict[str, Any], metadata: Any
+    description: str,
+    ids: list[int],
+    n_context: int,
+    doc: dict[str, Any],
+    metadata: Any,
+    kind: type[WindowRequest] | None = None,
 ) -> WindowRequest:
-    """A request to score `ids[n_context:]`, each token given all before it."""
-    return WindowRequest(
+    """A request to score `ids[n_context:]`, each token given all before it. kind: a subclass of WindowRequest."""
+    return (kind or WindowRequest)(
         request_type=REQUEST_TYPE,
         doc=doc,
         arguments=(description, ids[:n_context], ids[n_context:]),
         idx=0,
         metadata=metadata,
+    )
+
+
+@dataclass
+class AnswerRequest(Instance):
+    """One prompt to answer: `arguments` = (description, prompt ids, `AnswerSettings`)."""
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """Tokens before the answer; at least one."""
+        return self.arguments[1]
+
+    @property
+    def settings(self) -> AnswerSettings:
+        return self.arguments[2]
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """The description, for --log_samples."""
+        return (self.arguments[0],)
+
+
+class AnswerSettings(NamedTuple):
+    """How to answer a prompt.
+
+    max_new: the most tokens to generate. stop: whether the answer ends with the model's own end-of-answer token, which
+    is then its last id; without, it has exactly `max_new` tokens. temperature: 0 takes the likeliest token, of which no
+    penalty or generation_config.json changes the choice. seed: of the samples at another temperature.
+    """
+
+    max_new: int
+    stop: bool = True
+    temperature: float = 0.0
+    seed: int = 0
+
+
+def answer_request(
+    description: str, prompt_ids: list[int], settings: AnswerSettings, doc: dict[str, Any], metadata: Any
+) -> AnswerRequest:
+    """A request for the token ids of the model's answer to a prompt."""
+    return AnswerRequest(
+        request_type=ANSWER_TYPE, doc=doc, arguments=(description, prompt_ids, settings), idx=0, metadata=metadata
     )
 
 
@@ -141,13 +197,9 @@ def _ten_digits(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
 
 def check_length(windows: Sequence[WindowRequest], limit: int, why: str = "") -> None:
     """Raises UserError if a window has more than `limit` tokens; `why` explains the limit."""
-    longest = max(len(w.ids) for w in windows)
-    if longest > limit:
-        raise UserError(
-            f"eval_len={longest} is beyond this model's context of {limit} tokens{why and f' ({why})'}; lower it "
-            f"with --metadata '{{\"eval_len\": {limit}}}', or raise max_length (max_model_len in vLLM, n_ctx in "
-            "llama.cpp) if the model can take it"
-        )
+    longest = max(windows, key=lambda w: len(w.ids))
+    if len(longest.ids) > limit:
+        raise UserError(longest.too_long.format(longest=len(longest.ids), limit=limit, why=why and f" ({why})"))
 
 
 def same_shape(windows: Sequence[WindowRequest]) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,6 +18,16 @@ CHAT_MESSAGES = [{"role": "system", "content": ""}, {"role": "user", "content": 
 BOS_MODES = ("tokenizer", "once", "each", "none")
 
 TokenIds = npt.NDArray[np.int64]
+
+# Digits, scripts, spaces and code: tokenizers of different models split these differently
+PROBE = (
+    "In 1984, naïve cafés — l'été, größer, Привет мир, 你好世界, नमस्ते:\n\n\tdef f(x): return x**2 != 12345.678  # 🙂"
+)
+
+
+def tokenizer_sha256(probe_ids: Sequence[int] | TokenIds) -> str:
+    """Identifies a tokenizer in any engine: sha256 over the ids of `PROBE`, little-endian int64, no special tokens."""
+    return hashlib.sha256(np.asarray(probe_ids, dtype="<i8").tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)

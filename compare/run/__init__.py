@@ -30,6 +30,7 @@ The rooms, in the order data flows::
 ``processes/outcome.py``                how a task ended; publishes its result
 ``processes/failure_hints.py``          the reason of a failure, and what to do
 ``store.py``                            the results folder: results by key, labels, logs
+``traces.py``                           `compare traces`: the original's answers, made in a process of its own
 ``display.py``                          what the terminal shows
 ======================================  ==========================================================================
 """

@@ -9,15 +9,10 @@ from lmeval_ext.divergence.measured_model import MeasuredModel
 from lmeval_ext.divergence.store import ReferenceStore
 from lmeval_ext.errors import UserError
 from lmeval_ext.requests import WindowRequest
-from lmeval_ext.tokens import HFTokenizer
+from lmeval_ext.tokens import PROBE, HFTokenizer
 
 # Models pad their vocabulary to multiples of 64 to 512, some further (Phi-2: 51,200 for 50,295)
 PADDING = 1024
-
-# Digits, scripts, spaces and code: tokenizers of different models split these differently
-PROBE = (
-    "In 1984, naïve cafés — l'été, größer, Привет мир, 你好世界, नमस्ते:\n\n\tdef f(x): return x**2 != 12345.678  # 🙂"
-)
 
 
 def check_fit(model: MeasuredModel, store: ReferenceStore, windows: dict[str, WindowRequest]) -> int:

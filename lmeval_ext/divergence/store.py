@@ -48,7 +48,7 @@ class Manifest:
 
     model: label, engine, engine_version, dtype, device, kernel, weights_sha256, config_sha256 and arguments of the
     model that was run. mode: "hidden" or "logits". vocabulary: columns of the softmax. tokenizer_probe: ids of
-    `fit.PROBE`, by which the tokenizer is recognized. width, softcap, scale, head_sha256: of the output matrix
+    `tokens.PROBE`, by which the tokenizer is recognized. width, softcap, scale, head_sha256: of the output matrix
     (`OutputHead`); None in mode "logits".
     """
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from lmeval_ext.errors import UserError, first_line
 from lmeval_ext.models import harness_models  # noqa: F401 (gives every LM the method `score_token_windows`)
 from lmeval_ext.models.record import Quantization, result_block
-from lmeval_ext.requests import WindowRequest, WindowScores, check_length
+from lmeval_ext.requests import AnswerRequest, WindowRequest, WindowScores, check_length
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +124,37 @@ class Adapter(TemplateLM):
                 "with --gen_kwargs max_gen_toks=…, or raise max_length if the model can take it"
             )
         return max_new
+
+    def generate_token_ids(self, requests: Sequence[AnswerRequest]) -> list[list[int]]:
+        """The token ids of the answer to each prompt, in order, as `AnswerSettings` asks.
+
+        Raises UserError for a prompt that does not fit the model, or if the engine generates no text.
+        """
+        for request in requests:
+            tokens, limit = len(request.prompt_ids) + request.settings.max_new, int(self.max_length)
+            if tokens > limit:
+                raise UserError(
+                    f"prompt and answer take {tokens} tokens, this model's context holds {limit}; raise max_length "
+                    "(max_model_len in vLLM, n_ctx in llama.cpp) if the model can take it, or make shorter answers "
+                    "with `compare traces --max-tokens`"
+                )
+            if max(request.prompt_ids) >= self.vocabulary:
+                raise UserError(
+                    f"token id {max(request.prompt_ids)} is beyond this model's vocabulary of {self.vocabulary}: the "
+                    "prompt was tokenized for another model"
+                )
+        with tqdm(total=len(requests), desc=f"Answering prompts ({self.label})", unit="prompt") as bar:
+            return self.answer_ids(requests, bar.update)
+
+    def answer_ids(self, requests: Sequence[AnswerRequest], done: Callable[[int], Any]) -> list[list[int]]:
+        """Answers prompts that are known to fit; an engine that generates text overrides this.
+
+        done: takes how many more are answered. Raises UserError here.
+        """
+        raise UserError(
+            f"the model {type(self).__name__} scores tokens and generates none; leave out own_answers_greedy, whose "
+            "figures own_answers has too, from one pass over the stored answers"
+        )
 
     def loglikelihood(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
         """Scores as the harness class does; NaN log-likelihoods are counted and reported in the result."""

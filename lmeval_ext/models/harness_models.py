@@ -1,7 +1,7 @@
 """Token windows on every model of the harness, including the harness' own.
 
-`evaluate()` calls the method of a model that has the name of the request's type. Ours is `score_token_windows`;
-importing this module adds it to the harness' `LM`.
+`evaluate()` calls the method of a model that has the name of the request's type. Ours are `score_token_windows` and
+`generate_token_ids`; importing this module adds them to the harness' `LM`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from lm_eval.api.model import LM
 
 from lmeval_ext.errors import UserError
-from lmeval_ext.requests import REQUEST_TYPE, WindowRequest, check_length
+from lmeval_ext.requests import ANSWER_TYPE, REQUEST_TYPE, AnswerRequest, WindowRequest, check_length
 
 
 @functools.cache
@@ -51,4 +51,16 @@ def score_token_windows(model: Any, requests: list[WindowRequest]) -> Any:
     return score(requests)
 
 
+def generate_token_ids(model: Any, requests: list[AnswerRequest]) -> Any:
+    """Raises UserError: a method of every `LM`, which our adapters override.
+
+    The harness' own models return text, whose tokens are not known: several sequences of tokens have the same text.
+    """
+    raise UserError(
+        f"the model {type(model).__name__} returns text, not the token ids that it generated; use vllm_nvfp4, "
+        "hf_quant, llamacpp, exllamav3 or exllamav2"
+    )
+
+
 setattr(LM, REQUEST_TYPE, score_token_windows)
+setattr(LM, ANSWER_TYPE, generate_token_ids)

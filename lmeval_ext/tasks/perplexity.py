@@ -12,7 +12,7 @@ writes the metadata.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -33,7 +33,7 @@ from lmeval_ext.tasks import corpus
 from lmeval_ext.tasks.protocols import PROTOCOLS, Window, fingerprint, scored_spans, window_ids
 from lmeval_ext.tasks.settings import TaskSettings, check_context
 from lmeval_ext.tasks.tokenizers import load_tokenizer
-from lmeval_ext.tokens import tokenize
+from lmeval_ext.tokens import TokenSequence, tokenize
 
 logger = logging.getLogger(__name__)
 
@@ -68,14 +68,9 @@ class PerplexityTask(Task):
         check_context(self.spec.eval_len, metadata, len(self._prefix))
         source = _read_corpus(settings)
         text = source.raw() if self._protocol.raw_text else source.joined(settings.blank_rows)
-        self.tokens = tokenize(text, tokenizer, settings.bos, self._protocol.bos_each)
-        self.windows = self.spec.windows(len(self.tokens.ids))
-        self._scored = self.windows  # fewer with --limit or --samples
-        self._nonfinite = 0
-        self._errors: dict[str, float | None] = {}
-        self._divergence: dict[str, Any] | None = None
-        self._by_position: dict[str, Any] | None = None
-        self._settings_record = {
+        tokens = tokenize(text, tokenizer, settings.bos, self._protocol.bos_each)
+        self._covers_text = self._protocol.covers_text and not self.spec.warmup_tokens
+        record = {
             "protocol": self.spec.protocol,
             "eval_len": self.spec.eval_len,
             "stride": self.spec.stride,
@@ -90,8 +85,21 @@ class PerplexityTask(Task):
             "text_sha256": corpus.sha256(text),
             "tokenizer": tokenizer.name,
             "bos": settings.bos,
-            "bos_applied": self.tokens.bos,
+            "bos_applied": tokens.bos,
         }
+        self._set_windows(tokens, self.spec.windows(len(tokens.ids)), self.spec.block_windows, record)
+
+    def _set_windows(
+        self, tokens: TokenSequence, windows: list[Window], block_windows: int, record: dict[str, Any]
+    ) -> None:
+        """Set what is scored. block_windows: as in `metrics.standard_error`. record: the settings, for the result."""
+        self.tokens, self.windows, self._block_windows = tokens, windows, block_windows
+        self._settings_record = record
+        self._scored = windows  # fewer with --limit or --samples
+        self._nonfinite = 0
+        self._errors: dict[str, float | None] = {}
+        self._divergence: dict[str, Any] | None = None
+        self._by_position: dict[str, Any] | None = None
 
     def _init_harness_task(self, config: dict[str, Any], metadata: dict[str, Any]) -> None:
         """Set the attributes that the harness reads.
@@ -182,7 +190,7 @@ class PerplexityTask(Task):
             items |= divergence.sums()
             items |= dict.fromkeys(summary.QUANTILE_METRICS, divergence)
             by_token |= divergence.by_token(finite_only=True)
-        given = {name: item for metric, item in items.items() for name in (metric, metric + _STDERR)}
+        given = with_errors(items)
         if per_token:
             position = len(self._prefix) + window.first_target - window.start
             recorded = {name: by_token[name] for name in positions.BY_POSITION if name in by_token}
@@ -200,7 +208,7 @@ class PerplexityTask(Task):
         None if the protocol does not score each token once, or the tokenizer does not give byte positions.
         """
         ends = self.tokens.byte_ends
-        if ends is None or not self._protocol.covers_text or self.spec.warmup_tokens:
+        if ends is None or not self._covers_text:
             return None
         return int(ends[window.end - 1] - ends[window.first_target - 1])
 
@@ -208,7 +216,7 @@ class PerplexityTask(Task):
         functions: dict[str, Callable[[Sequence[Any]], Any]] = {}
         for metric, statistic in _STATISTICS.items():
             functions[metric] = statistic
-            functions[metric + _STDERR] = self._error_of(metric)
+            functions[metric + _STDERR] = self.error_of(metric)
         functions["token_perplexity"] = self._perplexity
         functions["token_perplexity" + _STDERR] = self._perplexity_error
         for metric, percent in summary.QUANTILE_METRICS.items():
@@ -220,14 +228,14 @@ class PerplexityTask(Task):
     def _median_divergence(self, values: Sequence[WindowDivergence]) -> float | None:
         """Return the median divergence per token; also records the summary of all divergences."""
         # The harness aggregates the windows of all ranks here, so the record is complete
-        self._divergence = summary.describe(values, self.spec.block_windows)
+        self._divergence = summary.describe(values, self._block_windows)
         return summary.quantile(values, 50.0)
 
     def _quantile_error_of(self, metric: str, percent: float) -> Callable[[Sequence[WindowDivergence]], float | str]:
         """Return the aggregation that gives, and records, the standard error of a quantile; percent: 0 to 100."""
 
         def error(values: Sequence[WindowDivergence]) -> float | str:
-            value = summary.quantile_error(values, percent, self.spec.block_windows)
+            value = summary.quantile_error(values, percent, self._block_windows)
             self._errors[metric] = value
             return _UNKNOWN if value is None else value
 
@@ -242,22 +250,21 @@ class PerplexityTask(Task):
         """Return, and record, the perplexity's standard error; also records the figures by position."""
         curves = [item.curve for item in sums if isinstance(item, PositionedSum)]  # none from the harness' own models
         if curves:
-            self._by_position = positions.describe(curves, self.spec.block_windows)
-        return self._error_of("token_perplexity")(sums)
+            self._by_position = positions.describe(curves, self._block_windows)
+        return self.error_of("token_perplexity")(sums)
 
-    def _error_of(self, metric: str) -> Callable[[Sequence[WindowSum]], float | str]:
+    def error_of(self, metric: str) -> Callable[[Sequence[WindowSum]], float | str]:
         """Return the aggregation that gives, and records, the standard error of a metric."""
 
         def error(sums: Sequence[WindowSum]) -> float | str:
-            value = metrics.standard_error(sums, _STATISTICS[metric], self.spec.block_windows)
+            value = metrics.standard_error(sums, metrics.statistic_of(metric), self._block_windows)
             self._errors[metric] = value
             return _UNKNOWN if value is None else value
 
         return error
 
     def higher_is_better(self) -> dict[str, bool]:
-        names = (*_STATISTICS, *summary.QUANTILE_METRICS)
-        return {name: higher for name in names if (higher := METRICS[name].higher_is_better) is not None}
+        return directions([*_STATISTICS, *summary.QUANTILE_METRICS])
 
     # ------------------------------------------------------------------ the record
 
@@ -270,7 +277,7 @@ class PerplexityTask(Task):
                 self._nonfinite,
             )
         scored = self._scored
-        block = self.spec.block_windows
+        block = self._block_windows
         self.config.metadata.update(
             self._settings_record,
             windows=len(scored),
@@ -291,6 +298,16 @@ class PerplexityTask(Task):
             self.config.metadata["by_position"] = self._by_position
         config: dict[str, Any] = self.config.to_dict()
         return config
+
+
+def with_errors(items: dict[str, Any]) -> dict[str, Any]:
+    """Return each metric's item also under the name of its standard error, which is aggregated from the same items."""
+    return {name: item for metric, item in items.items() for name in (metric, metric + _STDERR)}
+
+
+def directions(metrics: Iterable[str]) -> dict[str, bool]:
+    """Whether higher is better, for the metrics of which one direction is."""
+    return {name: higher for name in metrics if (higher := METRICS[name].higher_is_better) is not None}
 
 
 def _read_corpus(settings: TaskSettings) -> corpus.Corpus:

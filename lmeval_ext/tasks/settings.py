@@ -107,6 +107,17 @@ def check_context(eval_len: int, metadata: Mapping[str, Any], prefix: int = 0) -
     prefix: number of tokens before each window. This check runs before a model is loaded; `lmeval_ext.requests` checks
     the loaded model again.
     """
+    for name, limit in context_limits(metadata):
+        if eval_len + prefix > limit:
+            template = f" with the {prefix} tokens of the chat template" if prefix else ""
+            raise UserError(
+                f"eval_len={eval_len}{template} is beyond the model's context ({name}); lower eval_len with --metadata "
+                f"'{{\"eval_len\": {limit - prefix}}}', or raise the limit if the model supports more"
+            )
+
+
+def context_limits(metadata: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """Return what is known of the model's context before it is loaded: the words for it, and its tokens."""
     limits = [(f"{name}={metadata[name]}", metadata[name]) for name in ("max_length",) if _number(metadata.get(name))]
     if _number(metadata.get("max_model_len")):
         limits.append(
@@ -117,13 +128,7 @@ def check_context(eval_len: int, metadata: Mapping[str, Any], prefix: int = 0) -
         )
     if not limits and (context := _config_context(metadata.get("pretrained"))):
         limits.append((f"max_position_embeddings={context} in config.json of {metadata['pretrained']!r}", context))
-    for name, limit in limits:
-        if eval_len + prefix > int(limit):
-            template = f" with the {prefix} tokens of the chat template" if prefix else ""
-            raise UserError(
-                f"eval_len={eval_len}{template} is beyond the model's context ({name}); lower eval_len with --metadata "
-                f"'{{\"eval_len\": {int(limit) - prefix}}}', or raise the limit if the model supports more"
-            )
+    return [(name, int(limit)) for name, limit in limits]
 
 
 def _number(value: Any) -> bool:

@@ -12,7 +12,7 @@ from compare.results.label_index import Presentation
 from compare.run.plan.fingerprint import fingerprint
 from compare.run.plan.window_tasks import window_tasks
 from compare.run.specs.engine_facts import measured_models
-from compare.run.specs.engines import PATH_ARGUMENTS, engine_version
+from compare.run.specs.engines import PATH_ARGUMENTS, PATH_SETTINGS, engine_version
 from compare.run.specs.paths import exists
 
 
@@ -134,6 +134,6 @@ def _content(name: str, value: Any) -> Any:
     """For a path that exists, the fingerprint of its content; every other value unchanged."""
     if isinstance(value, list):
         return [_content(name, item) for item in value]
-    if name not in (*PATH_ARGUMENTS, "text_path") or not isinstance(value, str) or not exists(Path(value)):
+    if name not in (*PATH_ARGUMENTS, *PATH_SETTINGS) or not isinstance(value, str) or not exists(Path(value)):
         return value
     return f"content {fingerprint(Path(value), tokenizer_only=name == 'tokenizer')}"

@@ -12,7 +12,7 @@ from compare.errors import CompareError
 from compare.results.label_index import Presentation
 from compare.run.plan.job import Job
 from compare.run.specs.engine_facts import measured_models
-from compare.run.specs.engines import LOAD_FNS, PATH_ARGUMENTS
+from compare.run.specs.engines import LOAD_FNS, PATH_ARGUMENTS, PATH_SETTINGS
 from compare.run.specs.loading import Entry
 from compare.run.specs.paths import absolute, resolve, trained_context
 from compare.run.specs.schema import DataSpec, GuideModel, HarnessOptions
@@ -152,7 +152,7 @@ class JobSettings:
                 "chat_template": data.chat_template or None,
             }
         metadata = {name: value for name, value in metadata.items() if value is not None}
-        resolved, missing = resolve(metadata | data.metadata, folder, (*PATH_ARGUMENTS, "text_path"))
+        resolved, missing = resolve(metadata | data.metadata, folder, (*PATH_ARGUMENTS, *PATH_SETTINGS))
         if missing:
             raise CompareError(f"{self.data_file}: {missing}")
         return resolved

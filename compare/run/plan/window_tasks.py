@@ -8,7 +8,8 @@ from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
-_LINE = re.compile(r"^(task|tag): *(\S+) *$", re.MULTILINE)
+_LINE = re.compile(r"^(task|tag|output_type): *(\S+) *$", re.MULTILINE)
+_SCORED = "loglikelihood"
 
 
 def window_tasks(names: Iterable[str]) -> frozenset[str]:
@@ -26,6 +27,8 @@ def _tasks_by_name() -> dict[str, frozenset[str]]:
     by_name: dict[str, frozenset[str]] = {}
     for file in sorted((Path(package.origin).parent / "tasks").glob("*.yaml")):
         fields = dict(_LINE.findall(file.read_text(encoding="utf-8")))
+        if fields.pop("output_type") != _SCORED:
+            continue  # it generates
         for name in fields.values():
             by_name[name] = by_name.get(name, frozenset()) | {fields["task"]}
     return by_name

@@ -46,6 +46,9 @@ FWD_FNS = tuple(dict.fromkeys(name for row in LOAD_FNS.values() for name in row.
 # Arguments that name files or folders; relative paths count from the spec file's folder.
 PATH_ARGUMENTS = ("pretrained", "tokenizer", "peft", "delta", "lora_local_path", "override_tensors", "reference")
 
+# Settings of our tasks that name files, in the data spec's metadata
+PATH_SETTINGS = ("text_path", "trace")
+
 # Packages of what is neither a model on our contract nor replaced by one
 _PACKAGES = {
     "sglang": ("sglang",),

@@ -7,7 +7,7 @@ translates the harness' requests for them.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -34,7 +34,7 @@ from lmeval_ext.models.record import Quantization, from_storage
 from lmeval_ext.models.sampling import Sampling
 from lmeval_ext.models.shared_contexts import group_requests
 from lmeval_ext.models.token_lm import TokenLM
-from lmeval_ext.requests import WindowRequest, WindowScores
+from lmeval_ext.requests import AnswerRequest, WindowRequest, WindowScores
 from lmeval_ext.tokens import HFTokenizer, ending_tokens, special_tokens
 
 
@@ -165,6 +165,25 @@ class ExLlamaLM(Observed, TokenLM):
                 self.cache_hook.add_partial("generate_until", requests[index].args, texts[index])
                 bar.update()
         return texts
+
+    def answer_ids(self, requests: Sequence[AnswerRequest], done: Callable[[int], Any]) -> list[list[int]]:
+        ends = sorted({self.eot_token_id, *stop_tokens(self.folder, self.config)})
+        jobs = [
+            GenerationJob(
+                index=index,
+                ids=request.prompt_ids,
+                max_new=request.settings.max_new,
+                stop_tokens=ends if request.settings.stop else [],
+                sampling=Sampling(temperature=request.settings.temperature),
+                seed=request.settings.seed,
+            )
+            for index, request in enumerate(requests)
+        ]
+        answers: dict[int, list[int]] = {}
+        for index, ids in generate(self.generator(), jobs):
+            answers[index] = ids
+            done(1)
+        return [answers[index] for index in range(len(requests))]
 
     def generation_job(self, index: int, context: str, gen_kwargs: dict[str, Any]) -> tuple[GenerationJob, list[str]]:
         """Returns the job of a request, and the request's stop sequences. Raises UserError for bad arguments."""

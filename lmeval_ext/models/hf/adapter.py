@@ -19,7 +19,7 @@ from lmeval_ext.models.loading import default_label, local_checkpoint
 from lmeval_ext.models.observed import Observed, WindowParts
 from lmeval_ext.models.record import GIB, Quantization, from_storage, quantized_at_load
 from lmeval_ext.models.shared_contexts import group_requests, split_groups
-from lmeval_ext.requests import WindowRequest, WindowScores, same_shape
+from lmeval_ext.requests import AnswerRequest, WindowRequest, WindowScores, same_shape
 from lmeval_ext.storage.tensors import Header
 from lmeval_ext.tokens import ending_tokens, special_tokens
 
@@ -303,6 +303,32 @@ class HFQuantized(Observed, HFLM):
             self.batch_size_per_gpu = kept
         return texts
 
+    @torch.inference_mode()
+    def answer_ids(self, requests: Sequence[AnswerRequest], done: Callable[[int], Any]) -> list[list[int]]:
+        """Answers one prompt at a time: in a batch, padding and the other rows would change the rounding."""
+        ends = {self.eot_token_id, *_listed(self.model.generation_config.eos_token_id)} - {None}
+        stored, answers = self.model.generation_config, []
+        self.model.generation_config = transformers.GenerationConfig()  # no penalty, no stop that is not asked for
+        try:
+            for request in requests:
+                ids = torch.tensor([request.prompt_ids], device=self.device)
+                new, stop, temperature, seed = request.settings
+                options: dict[str, Any] = {"eos_token_id": sorted(ends)} if stop else {}
+                if temperature:
+                    torch.manual_seed(seed)
+                    options |= {"do_sample": True, "temperature": temperature, "top_k": 0}
+                with torch.autocast(
+                    self.device.type, dtype=self.mixed_precision_dtype, enabled=self.mixed_precision_dtype is not None
+                ):
+                    whole = self.model.generate(
+                        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, **options
+                    )
+                answers.append(whole[0, ids.shape[1] :].tolist())
+                done(1)
+        finally:
+            self.model.generation_config = stored
+        return answers
+
     def _shared(self, requests: Any) -> Iterator[tuple[int, tuple[float, bool]]]:
         """Yields (index, result) of the requests that share a context with others, if the model allows sharing."""
         if self.peft or not can_share(self.model.config):
@@ -376,3 +402,8 @@ class HFQuantized(Observed, HFLM):
             devices = range(torch.cuda.device_count())
             facts.peak_vram_gb = sum(torch.cuda.max_memory_allocated(d) for d in devices) / GIB
         return facts
+
+
+def _listed(ids: int | list[int] | None) -> list[int]:
+    """Token ids of a field that holds one, several or none."""
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)

@@ -6,7 +6,7 @@ at the scored positions only. Tried with llama-cpp-python 0.3.36.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,14 @@ from tqdm import tqdm
 from lmeval_ext.models.llamacpp.arguments import cache_label, switch, translated
 from lmeval_ext.models.llamacpp.binding import ENGINE_VERSION
 from lmeval_ext.models.llamacpp.contexts import Contexts, original_context
-from lmeval_ext.models.llamacpp.generation import generate, sampling_arguments
+from lmeval_ext.models.llamacpp.generation import generate, generate_ids, sampling_arguments
 from lmeval_ext.models.llamacpp.loading import GGUFModel, context_size, find_gguf, load_model, set_layers_on_gpu
 from lmeval_ext.models.llamacpp.scoring import ContextScorer, LogitObserver, whole_cache
 from lmeval_ext.models.llamacpp.vocabulary import GGUFTokenizer
 from lmeval_ext.models.observed import Observed
 from lmeval_ext.models.record import Quantization, from_storage
 from lmeval_ext.models.token_lm import TokenLM
-from lmeval_ext.requests import WindowRequest, WindowScores
+from lmeval_ext.requests import AnswerRequest, WindowRequest, WindowScores
 from lmeval_ext.tokens import HFTokenizer, ending_tokens
 
 
@@ -147,6 +147,22 @@ class LlamaCpp(Observed, TokenLM):
         stops = [u for u in until if u]
         text = generate(self.llama, prompt, max_new, ends, stops, sampling_arguments(kwargs), self.tok_decode)
         return str(postprocess_generated_text(text, until, None))
+
+    def answer_ids(self, requests: Sequence[AnswerRequest], done: Callable[[int], Any]) -> list[list[int]]:
+        """Answers one prompt after the other, each in an empty cache, so that no answer depends on another."""
+        self.scorer.forget()
+        answers = []
+        for request in requests:
+            new, stop, temperature, seed = request.settings
+            self.llama.reset()
+            self.contexts.select(len(request.prompt_ids) + new - 1)  # the last new token is not fed
+            ends = self._gguf.ends if stop else set()
+            self.llama.set_seed(seed)
+            arguments = sampling_arguments({"temperature": temperature})
+            answers.append(generate_ids(self.llama, request.prompt_ids, new, ends, arguments))
+            done(1)
+        self.llama.reset()
+        return answers
 
     # ------------------------------------------------------------------ tokens
 

@@ -73,3 +73,18 @@ def generate(
         if len(ids) >= max_new:
             break
     return decode(ids)
+
+
+def generate_ids(
+    llama: Any, prompt: Sequence[int], max_new: int, ends: Collection[int], arguments: dict[str, Any]
+) -> list[int]:
+    """Generates token ids after `prompt`: max_new of them, or up to and including a token of `ends`.
+
+    arguments: from `sampling_arguments`. Samples follow the seed that was set in `llama`.
+    """
+    ids: list[int] = []
+    for token in llama.generate(list(prompt), **arguments):
+        ids.append(int(token))
+        if token in ends or len(ids) >= max_new:
+            break
+    return ids

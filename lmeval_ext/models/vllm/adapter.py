@@ -9,7 +9,7 @@ import contextlib
 import functools
 import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -38,7 +38,7 @@ from lmeval_ext.models.vllm.layer_kernels import merged
 from lmeval_ext.models.vllm.loading import cache_dtype, cpu_kv_bytes, engine_in_this_process
 from lmeval_ext.models.vllm.long_rope import LongRope, original_context
 from lmeval_ext.models.vllm.messages import check_checkpoint, explain
-from lmeval_ext.requests import WindowRequest, WindowScores, key_of
+from lmeval_ext.requests import AnswerRequest, WindowRequest, WindowScores, key_of
 from lmeval_ext.tokens import ending_tokens, special_tokens
 
 answer_for_vllm_cpu()
@@ -345,6 +345,26 @@ class VLLMQuantized(Observed, VLLM):
         """Generates as the harness' `vllm`, compiled as a user's engine would be."""
         self.start_engine(COMPILED)
         return list(super().generate_until(requests, disable_tqdm=disable_tqdm))
+
+    def answer_ids(self, requests: Sequence[AnswerRequest], done: Callable[[int], Any]) -> list[list[int]]:
+        """Answers all prompts at once, compiled as for text; the same prompts are batched the same way again."""
+        self.start_engine(COMPILED)
+        if self._engine is not None:
+            self._engine.use_factors(None)
+        ids = [request.prompt_ids for request in requests]
+        params = [
+            vllm.SamplingParams(
+                temperature=temperature, seed=seed, max_tokens=new, ignore_eos=not stop, detokenize=False
+            )
+            for new, stop, temperature, seed in (request.settings for request in requests)
+        ]
+        if self.data_parallel_size > 1:
+            outputs = self._model_generate(requests=ids, generate=True, sampling_params=params)
+        else:
+            tokens = [vllm.TokensPrompt(prompt_token_ids=i) for i in ids]
+            outputs = self.model.generate(tokens, params, use_tqdm=True, lora_request=self.lora_request)
+        done(len(requests))
+        return [list(output.outputs[0].token_ids) for output in outputs]
 
     def modify_gen_kwargs(
         self, gen_kwargs: dict[str, Any], eos: Any = None, default_max_gen_toks: int = 256
