@@ -67,6 +67,6 @@ def _count(text: str) -> int:
 
 def _temperature(text: str) -> float:
     value = float(text)
-    if not 0 <= value < 100:
-        raise argparse.ArgumentTypeError("expected a number of at least 0")
+    if not 0 <= value <= 2:  # vLLM takes no higher one
+        raise argparse.ArgumentTypeError("expected a number from 0 to 2")
     return value

@@ -6,12 +6,16 @@ import random
 from typing import Any
 
 import pytest
+import torch
 
+from lmeval_ext.errors import UserError
+from lmeval_ext.requests import AnswerSettings, answer_request
 from tests.conformance.adapters import ADAPTERS, Bench, prompts
 
 pytestmark = pytest.mark.engine
 
 LONG = "Iceland is an island country in the North Atlantic Ocean. " * 13
+END = 1  # </s>
 STARTS = ("1", "Iceland: 2", "3", "say 4", "a 5", "Iceland is", "Þ")
 
 
@@ -75,3 +79,49 @@ def test_greedy_unless_asked_otherwise(bench: Bench, name: str) -> None:
 def test_an_empty_prompt_begins_with_the_prefix_token(bench: Bench, name: str) -> None:
     """Stock `hf` cannot run it where the tokenizer adds no BOS."""
     assert written(bench.model(name), "", "1") == written(bench.stock(), "<s>", "1")
+
+
+def first_choices(model: Any, ids: list[int], count: int) -> list[int]:
+    """The likeliest tokens one after the other, each by a whole forward in float32: no cache, no generation code."""
+    new: list[int] = []
+    for _ in range(count):
+        with torch.no_grad():
+            logits = model(torch.tensor([[*ids, *new]]), use_cache=False).logits
+        new.append(int(logits[0, -1].argmax()))
+    return new
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_token_ids_are_the_first_choices(bench: Bench, name: str) -> None:
+    """Without a stop, past the end of the text; with one, up to it; neither by what generation_config.json says."""
+    model, stock = bench.model(name), bench.stock()
+    if name == "hf_quant":
+        model.model.generation_config.repetition_penalty = 10.0
+    prompts = [stock.tok_encode(start) for start in STARTS]
+    whole = [bench.first(f"ids {p}", lambda p=p: first_choices(stock.model, p, 12)) for p in prompts]
+    for stop in (False, True):
+        requests = [answer_request("", p, AnswerSettings(12, stop), {}, (None, None, None)) for p in prompts]
+        ended = [w[: w.index(END) + 1] if stop and END in w else w for w in whole]
+        assert model.generate_token_ids(requests) == ended
+    assert any(END in w[:-1] for w in whole)
+
+
+@pytest.mark.parametrize("name", ["hf_quant", "vllm_nvfp4", "llamacpp"])
+def test_sampled_token_ids_follow_the_seed(bench: Bench, name: str) -> None:
+    model = bench.model(name)
+    ids = bench.stock().tok_encode("Iceland is")
+
+    def sampled(seed: int) -> list[list[int]]:
+        settings = AnswerSettings(12, stop=False, temperature=2.0, seed=seed)
+        return list(model.generate_token_ids([answer_request("", ids, settings, {}, (None, None, None))]))
+
+    assert sampled(1) == sampled(1)
+    assert sampled(1) != sampled(2)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_prompt_and_answer_beyond_the_context_are_one_line(bench: Bench, name: str) -> None:
+    model = bench.model(name)
+    request = answer_request("", [2] * 200, AnswerSettings(100), {}, (None, None, None))
+    with pytest.raises(UserError, match="prompt and answer take 300 tokens"):
+        model.generate_token_ids([request])

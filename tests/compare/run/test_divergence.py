@@ -221,6 +221,7 @@ def test_window_tasks_equal_the_tasks_of_the_package() -> None:
     from lmeval_ext.tasks.protocols import PROTOCOLS
 
     assert window_tasks(["mmlu", "sample_strided"]) == {"sample_strided"}
+    assert window_tasks(["own_answers", "own_answers_greedy"]) == {"own_answers"}  # the other one generates
     assert {"wiki2_strided", "wiki2_gptq", "wiki2_llamacpp", "wiki2_sliding"} <= window_tasks(["wiki2_perplexity"])
     assert len(window_tasks(["wiki2_perplexity"])) == len(PROTOCOLS)
 
