@@ -25,13 +25,14 @@ from typing import Any
 
 from lmeval_ext.storage import kv_config
 from lmeval_ext.storage.info import StorageError
-from lmeval_ext.storage.kv_layers import LayerCache, Layout, UnknownCache
+from lmeval_ext.storage.kv_layers import SIXTEEN_BITS, LayerCache, Layout, UnknownCache
 from lmeval_ext.storage.measure import gguf_file
 
 # Bytes per element by name. vLLM's fp8 caches have one scale per layer, which adds nothing per token; its NVFP4 has one
 # byte of scale for 16 elements (vllm/utils/torch_utils.py, nvfp4_kv_cache_full_dim).
 _BYTES = {
     "float32": Fraction(4), "float": Fraction(4), "bfloat16": Fraction(2), "float16": Fraction(2), "half": Fraction(2),
+    SIXTEEN_BITS: Fraction(2),
     "fp8": Fraction(1), "fp8_e4m3": Fraction(1), "fp8_e5m2": Fraction(1), "fp8_inc": Fraction(1),
     "nvfp4": Fraction(9, 16), "nvfp4_4over6": Fraction(9, 16),
 }  # fmt: skip

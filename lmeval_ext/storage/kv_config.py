@@ -25,7 +25,7 @@ from lmeval_ext.storage.kv_families import (
     Family,
     Fields,
 )
-from lmeval_ext.storage.kv_layers import LayerCache, Layout, UnknownCache
+from lmeval_ext.storage.kv_layers import SIXTEEN_BITS, LayerCache, Layout, UnknownCache
 from lmeval_ext.storage.shards import read_tensors
 
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -85,9 +85,10 @@ def _dtype(path: Path, checkpoint: Checkpoint, given: bool) -> str:
         stored = {form.dtype for header in read_tensors(path, []).headers for form in header.forms} & set(_STORED)
     except StorageError:
         stored = set()
-    if len(stored) != 1:
+    if not stored:
         raise UnknownCache("config.json names no dtype")
-    return _STORED[stored.pop()]
+    # Scales and sign vectors may be float16 beside bfloat16 norms (EXL3): the bytes are the same
+    return _STORED[stored.pop()] if len(stored) == 1 else SIXTEEN_BITS
 
 
 def _quantized_cache(checkpoint: Checkpoint) -> str | None:

@@ -8,6 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
+SIXTEEN_BITS = "16 bits"  # the dtype of a cache that is kept in float16 or bfloat16
+
+
 class UnknownCache(Exception):
     """The size of the cache cannot be known. The message gives the reason."""
 

@@ -250,6 +250,13 @@ def test_checkpoint_without_dtype_is_kept_in_the_type_of_its_tensors(tmp_path):
     assert kv_cache(folder).dtype == "float16"
 
 
+def test_checkpoint_without_dtype_and_both_16_bit_types_has_its_bytes(tmp_path):
+    """gpt-oss as EXL3: bfloat16 norms beside float16 sign vectors, and no dtype in config.json."""
+    tensors = dense() | {"model.layers.0.mlp.up_proj.suh": ("F16", (64,))}
+    cache = kv_cache(write_checkpoint(tmp_path, tensors, LLAMA_31_8B | {"torch_dtype": None}))
+    assert (cache.bytes_per_token, cache.dtype, cache.exact) == (131_072, "16 bits", True)
+
+
 def test_given_cache_types_override_the_checkpoints(tmp_path):
     folder = folder_with(tmp_path / "m", **LLAMA_31_8B, quantization_config={"kv_cache_scheme": {"num_bits": 8}})
     assert kv_cache(folder, "fp8", "fp8").bytes_per_token == 65_536
