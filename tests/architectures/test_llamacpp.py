@@ -1,0 +1,122 @@
+"""Architectures as GGUF files through `llamacpp`: log-probabilities of a plain forward, and references across engines.
+
+Where llama.cpp computes something else than the model's own code, the plain forward is changed in the same way: what
+differs is known then, and nothing else does.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lm_eval.api.registry import get_model
+
+from lmeval_ext.divergence.store import ReferenceStore
+from tests.architectures import checkpoints
+from tests.architectures.checkpoints import ARCHITECTURES, windows
+from tests.architectures.conftest import (
+    Checkpoint,
+    assert_equal_logprobs,
+    assert_no_divergence,
+    measure,
+    requests,
+)
+from tests.architectures.gguf_files import write_gguf
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+# What llama.cpp has no graph for, or no scaling of positions (dynamic)
+MISSING = {"llama-dynamic", "opt-projected"}
+
+
+def gelu_by_table(model: Any) -> None:
+    """On a CPU, llama.cpp reads GELU from a table: its input and output are float16 (ggml-cpu/vec.h)."""
+
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.gelu(x.half().float(), approximate="tanh").half().float()
+
+    for module in model.modules():
+        for name, child in list(module.named_children()):
+            if "GELU" in type(child).__name__:
+                setattr(module, name, Function(rounded))
+
+
+class Function(torch.nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x)
+
+
+def ends_of_yarn_on_whole_dimensions(model: Any) -> None:
+    """gpt-oss was trained with `truncate=False`, for which llama.cpp has no metadata (ggml_rope_yarn_corr_dims)."""
+    config = model.config
+    config.rope_parameters = {**config.rope_parameters, "truncate": True}
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+
+
+def no_window(model: Any) -> None:
+    """llama.cpp's StarCoder 2 attends to all tokens (src/models/starcoder2.cpp)."""
+    model.config.sliding_window = None
+    for layer in model.model.layers:
+        layer.self_attn.sliding_window = None
+
+
+def no_epsilon(model: Any) -> None:
+    """llama.cpp's Qwen2-VL does not read the epsilon of its norms, and takes 0 (src/models/qwen2vl.cpp, 0.3.36)."""
+    for module in model.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.variance_epsilon = 0.0
+
+
+DIFFERENCES: dict[str, Callable[[Any], None]] = {
+    "gemma2": gelu_by_table, "gemma3": gelu_by_table, "gemma3-wrapper": gelu_by_table, "gpt2": gelu_by_table,
+    "phi": gelu_by_table, "gpt-oss": ends_of_yarn_on_whole_dimensions, "qwen2.5-vl": no_epsilon,
+    "starcoder2": lambda model: (no_window(model), gelu_by_table(model)),
+}  # fmt: skip
+
+
+def errors(scores: Sequence[Any], expected: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.abs(s.logprobs - e) for s, e in zip(scores, expected, strict=True)])
+
+
+def load(path: Path, **arguments: Any) -> Any:
+    return get_model("llamacpp")(
+        pretrained=str(path), type_k="f32", type_v="f32", n_threads=1, n_threads_batch=1, max_length=256, **arguments
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in MISSING])
+def test_gguf_has_the_log_probabilities_of_a_plain_forward(
+    name: str, checkpoint: Callable[[str], Checkpoint], tmp_path: Path
+) -> None:
+    made = checkpoint(name)
+    path = write_gguf(made.folder, tmp_path / "model.gguf")
+    model = load(path)
+    scores = model.score_checked(requests())
+    if difference := DIFFERENCES.get(name):
+        changed = copy.deepcopy(made.plain.args[0])  # type: ignore[attr-defined]
+        difference(changed)
+        after = errors(scores, [checkpoints.logprobs(changed, ids) for ids in windows()])
+        # The table of GELU is of float16: a number near the border between two entries takes either
+        assert after.mean() < 1e-4
+        assert after.max() < 1e-3
+        before = errors(scores, made.expected)
+        assert before.mean() > 5 * after.mean(), "no difference any more: take it out here and in docs/harness.md"
+        return
+    assert_equal_logprobs(scores, made.expected)
+    assert_no_divergence(measure(model, made.store), made.expected)
+    written = load(path, save_reference=str(tmp_path / "store"))
+    written.score_checked(requests())
+    assert ReferenceStore.open(str(tmp_path / "store")).manifest.mode == "logits"
+    for found in made.measure(str(tmp_path / "store")):
+        assert np.abs((found.divergence or {})["kld"]).max() < 1e-6
