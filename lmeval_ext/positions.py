@@ -21,6 +21,7 @@ _FIRST_EDGE = 16  # earlier positions share a bin: each has one token per window
 _EDGES = np.array([1, *(_FIRST_EDGE << i for i in range(24))], dtype=np.int64)  # to 2²⁷ tokens
 _BINS = len(_EDGES) - 1
 _RESAMPLES = 10_000
+_MOST_BLOCKS = 32  # of which the sums are recorded
 
 # Of the metrics of a window's tokens, those whose figures by position are recorded
 BY_POSITION = ("token_perplexity", "kld", "top1_agreement", "ppl_ratio")
@@ -79,10 +80,13 @@ def describe(curves: Sequence[WindowCurve], block_windows: int) -> dict[str, Any
     """`by_position` in the task's metadata.
 
     edges: bin i holds the positions from edges[i] to edges[i + 1] - 1; the outer ones are those of the first and the
-    last token. tokens: in each bin. blocks: of the bootstrap. metrics: by name, `values` and `stderr` of each bin in
-    the metric's own unit, `slope` and `slope_stderr` in the unit of its mean (nats for a perplexity and its ratio) per
-    doubling of the position. A value is None where a token's is not finite; an error also below five blocks, and where
-    a resample may have no token at all.
+    last token. tokens: in each bin. blocks: of the bootstrap, consecutive ones joined until at most 32 are left.
+    block_tokens: [blocks][bins]. block_x: [blocks][2], Σ x and Σ x² of x = log2(position). metrics: by name, `values`
+    and `stderr` of each bin in the metric's own unit, `slope` and `slope_stderr` in the unit of its mean (nats for a
+    perplexity and its ratio) per doubling of the position. A value is None where a token's is not finite; an error also
+    below five blocks, and where a resample may have no token at all. `block_totals` [blocks][bins] and `block_products`
+    [blocks] are Σ value and Σ x · value, from which two models on the same windows are compared in pairs; None with a
+    value that is not finite.
     """
     ordered = sorted(curves, key=lambda c: c.window)
     tokens = np.array([c.tokens for c in ordered])  # [windows, bins]
@@ -92,10 +96,14 @@ def describe(curves: Sequence[WindowCurve], block_windows: int) -> dict[str, Any
     edges[0], edges[-1] = min(c.first for c in ordered), max(c.last for c in ordered) + 1
     blocks = metrics.count_blocks(len(ordered), block_windows)
     block = metrics.block_of_window(len(ordered), block_windows)
+    if blocks > _MOST_BLOCKS:
+        blocks, block = _MOST_BLOCKS, block * _MOST_BLOCKS // blocks
     return {
         "edges": edges,
         "tokens": tokens.sum(axis=0)[bins].tolist(),
         "blocks": blocks,
+        "block_tokens": _by_block(tokens[:, bins], block).astype(np.int64).tolist(),
+        "block_x": _by_block(np.array([c.x for c in ordered]), block).tolist(),
         "metrics": {metric: _figures(metric, ordered, bins, block, blocks) for metric in ordered[0].totals},
     }
 
@@ -131,6 +139,8 @@ def _figures(metric: str, curves: Sequence[WindowCurve], bins: slice, block: Int
     return {
         "values": values,
         "stderr": [None if value is None or errors is None else _finite(errors[i]) for i, value in enumerate(values)],
+        "block_totals": totals.tolist() if sound else None,
+        "block_products": by_block[:, 4].tolist() if sound else None,
         "slope": _finite(slope),
         "slope_stderr": None if slope_error is None or not math.isfinite(slope) else _finite(slope_error[0]),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from compare.commands.common import add_best, add_margin, add_selection, check_m
 from compare.comparison.build import SORTS
 from compare.comparison.comparison import Comparison
 from compare.comparison.load import load_comparisons
+from compare.comparison.margins import MarginOption
 from compare.comparison.versus import add_pairs
 from compare.console import say
 from compare.errors import NOTHING_USABLE, CompareError
@@ -60,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.by_position:
         _check_positions(comparisons)
     if arguments.versus is not None:
-        for line in add_pairs(comparisons, arguments.versus, margins):
+        for line in _paired(comparisons, arguments.versus, margins):
             say(line)
     answer = _answer(comparisons, table_format) if arguments.choose else ""
     from compare.table import formats, terminal
@@ -109,6 +111,27 @@ def _check_positions(comparisons: list[Comparison]) -> None:
             "top1_agreement and ppl_ratio of tasks with token windows: run the task again",
             NOTHING_USABLE,
         )
+
+
+def _paired(comparisons: list[Comparison], label: str, margins: Sequence[MarginOption]) -> list[str]:
+    """Pairs every model with the baseline `label`, by position too if that is asked for; returns lines for the user.
+
+    Raises CompareError if no pair at all can be formed.
+    """
+    from compare.comparison.by_position import measure_position_pairs
+
+    for comparison in comparisons:
+        if comparison.options.by_position:
+            comparison.position_pairs = measure_position_pairs(comparison.points, comparison.metric, label)
+    try:
+        return add_pairs(comparisons, label, margins)
+    except CompareError as error:  # pairs of means need samples; those by position do not
+        formed = any(c.position_pairs is not None and c.position_pairs.pairs for c in comparisons)
+        if error.exit_code != NOTHING_USABLE or not formed:
+            raise
+        for comparison in comparisons:
+            comparison.pairs = None
+        return [str(error)]
 
 
 def _format_of(output: Path | None) -> str:

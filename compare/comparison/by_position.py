@@ -1,14 +1,20 @@
-"""A metric by the position in the window: a point's curve, its 95 % intervals, and the slope per doubling."""
+"""A metric by the position in the window: curves with 95 % intervals, slopes per doubling, and paired differences."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from compare.comparison.chosen_metric import ChosenMetric
+from compare.comparison.labels import find_label
 from compare.comparison.point import Point
-from compare.comparison.significance import CONFIDENCE, MIN_BLOCKS
-from compare.metrics import exp_of_mean
+from compare.comparison.significance import CONFIDENCE, MIN_BLOCKS, PairedDifference, bootstrap
+from compare.metrics import exp_of_mean, formula_of, mean
 from compare.results.positions import Curve, Positions
+
+if TYPE_CHECKING:
+    from compare.metrics import Array, Formula
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,69 @@ def slope_unit(metric: ChosenMetric) -> str:
     row = metric.row
     unit = "nats" if row.formula is exp_of_mean else row.unit  # the slope of the mean, of which the metric is exp
     return f"{unit} per doubling" if unit else "per doubling"
+
+
+@dataclass(frozen=True)
+class PositionPair:
+    """A model − a baseline on the same windows: at each position bin, and in the slope; None where it is unknown."""
+
+    bins: tuple[PairedDifference | None, ...]
+    slope: PairedDifference | None
+
+
+@dataclass
+class PositionPairs:
+    """The pairs of a comparison by `id` of their point, with the baseline's label."""
+
+    label: str
+    pairs: dict[int, PositionPair] = field(default_factory=dict)
+
+
+def measure_position_pairs(points: Sequence[Point], metric: ChosenMetric, label: str) -> PositionPairs:
+    """Pairs every comparable model with the baseline called `label`, where both files have sums by block.
+
+    Raises CompareError if no model has that label.
+    """
+    found = find_label([point.record.label for point in points], label, "--versus", f" of {metric.label}")
+    baseline = next(point for point in points if point.record.label == found)
+    pairs = {id(p): pair for p in points if p is not baseline and (pair := _pair(p, baseline, metric)) is not None}
+    return PositionPairs(found, pairs)
+
+
+def _pair(point: Point, baseline: Point, metric: ChosenMetric) -> PositionPair | None:
+    ours, theirs = curve_of(point, metric), curve_of(baseline, metric)
+    if ours is None or theirs is None or metric.row.formula is None:
+        return None
+    if point.record.comparability(metric.metric) != baseline.record.comparability(metric.metric):
+        return None
+    bins, others = positions_of(point), positions_of(baseline)
+    if (bins.edges, bins.block_tokens) != (others.edges, others.block_tokens):
+        return None
+    if not all((bins.block_tokens, bins.block_x, ours.totals, theirs.totals, ours.products, theirs.products)):
+        return None
+    import numpy as np
+
+    tokens, x = np.array(bins.block_tokens), np.array(bins.block_x)
+    totals, products = (np.array([getattr(c, name) for c in (ours, theirs)]) for name in ("totals", "products"))
+    formula = formula_of(metric.metric, rolling=False)
+    at_bins = [_difference(totals[..., i], tokens[:, i], formula) for i in range(tokens.shape[1])]
+    # The least-squares slope is Σ (x − mean x) y / Σ (x − mean x)²: a ratio of sums over blocks
+    n = tokens.sum(axis=1)
+    middle = x[:, 0].sum() / n.sum()
+    spread = x[:, 1] - 2 * middle * x[:, 0] + middle**2 * n
+    slope = _difference(products - middle * totals.sum(axis=2), spread, mean)
+    return PositionPair(tuple(at_bins), slope)
+
+
+def _difference(totals: Array, counts: Array, formula: Formula) -> PairedDifference | None:
+    """The paired difference; totals: [2, blocks], of the model and the baseline. counts: [blocks]."""
+    import numpy as np
+
+    ours, theirs = (np.stack([total, counts], axis=1) for total in totals)
+    try:
+        return bootstrap(ours, theirs, formula)
+    except ValueError:  # a resample without tokens, as in a bin that one block alone has
+        return None
 
 
 def _half_width(error: float | None, blocks: int) -> float | None:

@@ -7,6 +7,7 @@ from functools import cached_property
 
 from compare.comparison.axis import Axis
 from compare.comparison.best import BudgetVerdict, frontiers, judge
+from compare.comparison.by_position import PositionPairs
 from compare.comparison.chosen_metric import ChosenMetric
 from compare.comparison.memory import Budget
 from compare.comparison.noise_floor import NoiseFloor, measure_noise_floor, within
@@ -50,6 +51,7 @@ class Comparison:
     notices: list[str] = field(default_factory=list)
     options: Options = field(default_factory=Options)
     pairs: Pairs | None = None  # with --versus: each point against a baseline
+    position_pairs: PositionPairs | None = None  # with --versus and --by-position
 
     @cached_property
     def baselines(self) -> dict[int | None, Point]:

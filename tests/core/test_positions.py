@@ -79,6 +79,21 @@ def test_errors_match_a_bootstrap_over_the_tokens(block_windows: int) -> None:
     assert found["metrics"]["kld"]["slope_stderr"] == pytest.approx(factor * np.std(slopes, ddof=1), rel=0.1)
 
 
+def test_sums_by_block_add_up_and_are_of_32_blocks_at_most() -> None:
+    curves, frame = made(windows=75)
+    found = positions.describe(curves, 1)
+    assert found["blocks"] == len(found["block_tokens"]) == 32
+    frame["block"] = frame["window"] * 32 // 75
+    by_bin = frame.groupby(["block", pd.cut(frame["position"], found["edges"], right=False)], observed=True)["kld"]
+    np.testing.assert_allclose(found["metrics"]["kld"]["block_totals"], by_bin.sum().unstack(), rtol=1e-12)
+    np.testing.assert_array_equal(found["block_tokens"], by_bin.size().unstack())
+    x = np.log2(frame["position"])
+    products = (x * frame["kld"]).groupby(frame["block"]).sum()
+    np.testing.assert_allclose(found["metrics"]["kld"]["block_products"], products, rtol=1e-12)
+    moments = pd.DataFrame({"x": x, "xx": x**2}).groupby(frame["block"]).sum()
+    np.testing.assert_allclose(found["block_x"], moments, rtol=1e-12)
+
+
 def test_errors_are_null_below_five_blocks() -> None:
     found = positions.describe(made(windows=4)[0], 1)
     assert found["blocks"] == 4

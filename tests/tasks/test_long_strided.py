@@ -120,7 +120,7 @@ def test_figures_by_position_match_transformers_and_numpy(folders: tuple[Path, P
     position = np.arange(1, LENGTH)
     assert found["edges"] == [1, 16, 32, 64, 128, LENGTH]
     assert found["tokens"] == [len(rows) * n for n in (15, 16, 32, 64, 72)]
-    assert found["blocks"] == len(rows)
+    assert found["blocks"] == 32  # of 160 windows
     for metric, values in by_token.items():
         means = [values[:, (position >= a) & (position < b)].mean() for a, b in itertools.pairwise(found["edges"])]
         expected = np.exp(means) if metric in ("token_perplexity", "ppl_ratio") else means

@@ -18,6 +18,7 @@ from compare.plot.kind import PlotSettings
 from compare.plot.pictures.by_position import ByPosition
 from compare.results.positions import read_positions
 from compare.results.reading import read_results
+from lmeval_ext.positions import WindowCurve, describe
 from tests.compare.divergence_files import TASK, by_position, divergent
 
 EDGES = [1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768]
@@ -183,6 +184,66 @@ def test_table_without_any_figures_by_position_is_an_error(folder, compare):
     assert "no result file holds wiki2_strided/kld by position" in done.err
     done = compare("table", folder.path, "--metric", "kld", "--mean", "--by-position")
     assert done.code == 1
+
+
+WINDOWS, TOKENS = 9, 4095
+
+
+def simulated(growth, seed):
+    """``metadata.by_position`` and divergences [windows, tokens] of a model that loses `growth` more per doubling.
+
+    The text makes some tokens hard for every model, so that models differ by far less than windows do.
+    """
+    hard = np.random.default_rng(1).lognormal(-4.5, 1, (WINDOWS, TOKENS)) * np.linspace(0.6, 1.5, WINDOWS)[:, None]
+    x = np.log2(np.arange(1, TOKENS + 1))
+    kld = hard * np.exp(np.random.default_rng(seed).normal(0, 0.3, hard.shape)) * (1 + growth * x)
+    return describe([WindowCurve.of(i, 1, {"kld": row}) for i, row in enumerate(kld)], 1), kld
+
+
+def test_pairs_separate_late_positions_where_intervals_of_each_model_overlap(folder, compare):
+    """The two models are alike at early positions; at late ones their own intervals overlap, and those of pairs do not
+    contain zero."""
+    models = {"f16": simulated(0.0, 2), "q8_0": simulated(0.006, 3)}
+    for label, (positions, _) in models.items():
+        add(folder, label, positions=positions)
+    done = compare("table", folder.path, "--metric", "kld", "--by-position", "--versus", "f16", "--format", "json")
+    assert done.code == 0, done.err
+    assert "does not exist: run that evaluation with --log_samples" in done.err  # the means of the windows have no pair
+    rows = {row["label"]: row for row in json.loads(done.out)}
+    row = rows["q8_0"]
+    assert row["difference_at_1_15_low"] < 0 < row["difference_at_1_15_high"]
+    assert row["difference_at_2048_4095_low"] > 0
+    assert row["at_2048_4095"] - row["at_2048_4095_half_width"] < rows["f16"]["at_2048_4095"]
+    x = np.tile(np.log2(np.arange(1, TOKENS + 1)), WINDOWS)
+    slopes = {label: np.polyfit(x, kld.ravel(), 1)[0] for label, (_, kld) in models.items()}
+    assert row["difference_slope"] == pytest.approx(slopes["q8_0"] - slopes["f16"], rel=1e-6)
+    late = {label: kld[:, 2047:] for label, (_, kld) in models.items()}
+    assert row["difference_at_2048_4095"] == pytest.approx(late["q8_0"].mean() - late["f16"].mean(), rel=1e-9)
+    # For windows of equal length, the error of the mean's difference is that of the windows' differences
+    by_window = (late["q8_0"] - late["f16"]).mean(axis=1)
+    half = stats.t.ppf(0.975, WINDOWS - 1) * by_window.std(ddof=1) / WINDOWS**0.5
+    assert (row["difference_at_2048_4095_high"] - row["difference_at_2048_4095_low"]) / 2 == pytest.approx(
+        half, rel=0.05
+    )
+    table = compare("table", folder.path, "--metric", "kld", "--by-position", "--versus", "f16", "--format", "md").out
+    assert "Δ to f16 at 2048–4095" in table
+    assert table.count("≈") == 2  # the first bin, and the note that explains it
+
+
+def test_models_are_paired_on_the_same_windows_alone(folder, compare):
+    positions, _ = simulated(0.0, 2)
+    add(folder, "base", positions=positions)
+    add(folder, "other tokens", positions=positions, tokens="others")
+    add(folder, "other reference", positions=positions, reference="another")
+    add(folder, "no sums", positions={k: v for k, v in positions.items() if k != "block_x"})
+    add(folder, "other bins", positions=simulated(0.0, 2)[0] | {"block_tokens": [[1] * 9] * 9})
+    more = ("--by-position", "--versus", "base", "--format", "json", "--allow-mixed")
+    done = compare("table", folder.path, "--metric", "kld", *more)
+    assert done.code == 2  # nothing can be paired, by position or by samples
+    add(folder, "same", positions=positions)
+    rows = json.loads(compare("table", folder.path, "--metric", "kld", *more).out)
+    assert {row["label"] for row in rows if row["difference_slope"] is not None} == {"same"}
+    assert next(row for row in rows if row["label"] == "same")["difference_slope"] == 0
 
 
 def test_report_has_a_section_where_the_data_exist(folder, compare, tmp_path):
