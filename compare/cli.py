@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
-from compare.commands import attribute, choose, plot, report, run, table, traces
+from compare.commands import attribute, choose, domains, plot, report, run, table, traces
 from compare.console import say
 from compare.errors import USAGE, CompareError
 from compare.text import clean
@@ -30,6 +30,7 @@ SUBCOMMANDS: dict[str, Subcommand] = {
     "plot": Subcommand(plot.HELP, plot.add_arguments, plot.run),
     "choose": Subcommand(choose.HELP, choose.add_arguments, choose.run),
     "attribute": Subcommand(attribute.HELP, attribute.add_arguments, attribute.run),
+    "domains": Subcommand(domains.HELP, domains.add_arguments, domains.run),
     "report": Subcommand(report.HELP, report.add_arguments, report.run),
 }
 

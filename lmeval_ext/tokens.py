@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -56,6 +56,8 @@ class TextTokenizer(Protocol):
     def encode(self, text: str) -> Encoded: ...
 
     def chat_prefix(self) -> list[int]: ...
+
+    def chat_text(self, messages: Sequence[Mapping[str, str]]) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -137,15 +139,23 @@ class HFTokenizer:
 
         Raises UserError if the tokenizer has no template, or if its template rejects the messages.
         """
-        try:
-            text = self.transformers.apply_chat_template(CHAT_MESSAGES, add_generation_prompt=True, tokenize=False)
-        except Exception as error:  # a template may raise any exception
-            reason = first_line(error)
-            raise UserError(
-                f"chat_template=true: the tokenizer {self.name!r} renders none ({reason}); use the tokenizer of an "
-                "instruction-tuned model, or leave chat_template out"
-            ) from error
+        text = self._render(CHAT_MESSAGES, True, "chat_template=true", ", or leave chat_template out")
         return list(self.transformers(text, add_special_tokens=False)["input_ids"])
+
+    def chat_text(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """A complete conversation by the chat template. Raises UserError as `chat_prefix` does."""
+        return self._render(messages, False, "conversations by a chat template", "; the other texts need none")
+
+    def _render(self, messages: Sequence[Mapping[str, str]], reply: bool, what: str, otherwise: str) -> str:
+        try:
+            return str(
+                self.transformers.apply_chat_template(list(messages), add_generation_prompt=reply, tokenize=False)
+            )
+        except Exception as error:  # a template may raise any exception
+            raise UserError(
+                f"{what}: the tokenizer {self.name!r} renders none ({first_line(error)}); use the tokenizer "
+                f"of an instruction-tuned model{otherwise}"
+            ) from error
 
     def _find_prefix(self) -> list[int]:
         # The tokens before a text's own when special tokens are added. A suffix (EOS) does not count.

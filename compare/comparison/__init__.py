@@ -15,6 +15,7 @@ equivalence    Whether two models differ by less than a margin: two one-sided te
                needs
 flips          Which answers change between two models: right to wrong, wrong to right, and from one answer to another
 labels         The model that a label on the command line names: ``--versus LABEL``, ``--baseline LABEL``
+domains        One metric over several domains: the losses of each, and whether they order the models alike
 load           Paths to comparisons: reads results, builds comparisons, reports what was left out
 loss           How much a model loses against the original, in nats, per cent or points
 margins        Margins of equivalence: ``--margin 1``, ``--margin perplexity=1%``, ``--margin kld=0.01``

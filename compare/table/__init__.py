@@ -5,6 +5,7 @@ column              `Column`: a column of the tables for readers
 columns             The columns of the tables for readers, as text: terminal, Markdown, report
 divergence_columns  The columns beside a divergence: its spread, the agreement of the first choices, and the noise
                     floor
+domains             The table of ``compare domains``: a column a domain, the worst of each model marked
 formats             The table as JSON, CSV and Markdown
 pair_columns        The columns that --versus adds to a table: the difference, its interval, its p-value, and the
                     outcome

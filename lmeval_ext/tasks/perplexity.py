@@ -30,10 +30,11 @@ from lmeval_ext.models import harness_models  # noqa: F401 (gives every LM the m
 from lmeval_ext.positions import PositionedSum, WindowCurve
 from lmeval_ext.requests import REQUEST_TYPE, WindowRequest, WindowScores, window_request
 from lmeval_ext.tasks import corpus
+from lmeval_ext.tasks.bundled import read_bundled
 from lmeval_ext.tasks.protocols import PROTOCOLS, Window, fingerprint, scored_spans, window_ids
 from lmeval_ext.tasks.settings import TaskSettings, check_context
 from lmeval_ext.tasks.tokenizers import load_tokenizer
-from lmeval_ext.tokens import TokenSequence, tokenize
+from lmeval_ext.tokens import TextTokenizer, TokenSequence, tokenize
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ class PerplexityTask(Task):
         tokenizer = load_tokenizer(metadata)
         self._prefix = tokenizer.chat_prefix() if settings.chat_template else []
         check_context(self.spec.eval_len, metadata, len(self._prefix))
-        source = _read_corpus(settings)
+        source = _read_corpus(settings, tokenizer)
         text = source.raw() if self._protocol.raw_text else source.joined(settings.blank_rows)
         tokens = tokenize(text, tokenizer, settings.bos, self._protocol.bos_each)
         self._covers_text = self._protocol.covers_text and not self.spec.warmup_tokens
@@ -310,22 +311,20 @@ def directions(metrics: Iterable[str]) -> dict[str, bool]:
     return {name: higher for name in metrics if (higher := METRICS[name].higher_is_better) is not None}
 
 
-def _read_corpus(settings: TaskSettings) -> corpus.Corpus:
+def _read_corpus(settings: TaskSettings, tokenizer: TextTokenizer) -> corpus.Corpus:
     """Read the rows that the settings name, at most `max_text_rows` of them."""
-    source = _read_source(settings)
+    source = _read_source(settings, tokenizer)
     return source.first(settings.max_text_rows) if settings.max_text_rows else source
 
 
-def _read_source(settings: TaskSettings) -> corpus.Corpus:
+def _read_source(settings: TaskSettings, tokenizer: TextTokenizer) -> corpus.Corpus:
     if settings.bundled_text and settings.text_path:
         # One --metadata may serve several tasks, and a task of this name always scores the same text
         logger.warning("text_path=%r is ignored: this task always scores the bundled text", settings.text_path)
     elif settings.text_path is not None:
         return corpus.read_corpus(settings.text_path, settings.text_column)
     if settings.bundled_text:
-        if settings.bundled_text != corpus.SAMPLE.name:
-            raise UserError(f"bundled_text={settings.bundled_text!r}: the package bundles {corpus.SAMPLE.name} only")
-        return corpus.read_corpus(corpus.SAMPLE)
+        return read_bundled(settings.bundled_text, tokenizer)
     return corpus.load_hub_corpus(
         settings.dataset_path,
         settings.dataset_name,

@@ -6,7 +6,7 @@ import ctypes
 import functools
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -112,8 +112,14 @@ class GGUFTokenizer:
         return Encoded(np.array(ids, dtype=np.int64), ends if exact else None)
 
     def chat_prefix(self) -> list[int]:
-        raise UserError(
-            f"chat_template=true: {self.name!r} has no template that can be rendered here; name the original model's "
+        raise self._no_chat("chat_template=true")
+
+    def chat_text(self, messages: Sequence[Mapping[str, str]]) -> str:
+        raise self._no_chat("conversations by a chat template")
+
+    def _no_chat(self, what: str) -> UserError:
+        return UserError(
+            f"{what}: {self.name!r} has no template that can be rendered here; name the original model's "
             "tokenizer with tokenizer="
         )
 
@@ -175,6 +181,9 @@ class ComparedTokenizer:
 
     def chat_prefix(self) -> list[int]:
         return self._tokenizer.chat_prefix()
+
+    def chat_text(self, messages: Sequence[Mapping[str, str]]) -> str:
+        return self._tokenizer.chat_text(messages)
 
 
 def _first_difference(a: TokenIds, b: TokenIds) -> int | None:
