@@ -4,6 +4,7 @@ build         Puts a page together: the interactive plot alone, or the whole rep
 content       What the sections of the report hold, as plain text; the templates escape it and give it its markup
 divergence    The report's section on divergence from a reference: plots, figures, and tables by the reference's
               confidence
+domains       The report's section on domains: a row a model, a column a domain
 family_notes  What a reader should know of each family before comparing its numbers with another's; one row per
               family
 page          The frame of a self-contained page: content security policy, colours, script

@@ -12,7 +12,7 @@ from compare.plot.captions import subtitle, title_of
 from compare.plot.kind import PlotSettings
 from compare.plot.pictures.panels import title_of_all
 from compare.plot.series import Drawing, arrange
-from compare.report import content, divergence, positions
+from compare.report import content, divergence, domains, positions
 from compare.report.page import page
 from compare.report.pictures import PageFigure, interactive, palette
 from compare.text import clean, show_controls
@@ -68,12 +68,14 @@ def build(
         colours |= part.colours
     first = firsts[0]
     subject = first.metric.name if one else f"{len(firsts)} metrics"
+    by_domain = domains.section([*divergences, *firsts])
     answer = _answer(divergences[0] if divergences else first, note)
     parts = [
         *([Part("answer", "Which one to run")] if answer else []),
         Part("plots", "Plots"),
         Part("table", "Table"),
         *([Part("divergence", "Divergence from the reference")] if measured else []),
+        *([Part("domains", "By domain")] if by_domain is not None else []),
         *([Part("position", "By position in the window")] if by_position else []),
         Part("settings", "Settings"),
         Part("families", "About the formats"),
@@ -93,6 +95,7 @@ def build(
         tables=[table for c in firsts for table in content.tables(c)],
         divergences=measured,
         meaning=divergence.MEANING,
+        by_domain=by_domain,
         by_position=by_position,
         position_meaning=positions.MEANING,
         settings=[content.settings(c, "" if one else c.metric.label) for c in firsts],

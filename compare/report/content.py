@@ -124,7 +124,12 @@ def sort_key(value: float | None) -> str:
 
 def family_colour(point: Point) -> str:
     """The page's variable of the family's colour."""
-    return colour_variable(family_style(point.record.quantization.family).light)
+    return colour_of_family(point.record.quantization.family)
+
+
+def colour_of_family(family: str) -> str:
+    """The page's variable of a family's colour."""
+    return colour_variable(family_style(family).light)
 
 
 def settings(comparison: Comparison, heading: str) -> SettingsList:

@@ -22,7 +22,7 @@ def render_markdown(domains: Domains) -> str:
     lines.append(f"|---|---|---:|{'---:|' * len(domains.names)}")
     for model in domains.models():
         bpw = "–" if model.bpw is None else f"{model.bpw:.3f}"
-        cells = [_cell(loss, number == model.worst) for number, loss in enumerate(model.losses)]
+        cells = [cell(loss, number == model.worst) for number, loss in enumerate(model.losses)]
         lines.append(f"| {markdown(model.label)} | {markdown(model.family)} | {bpw} | {' | '.join(cells)} |")
     floors = domains.floors()
     if any(floor is not None for floor in floors):
@@ -33,7 +33,8 @@ def render_markdown(domains: Domains) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cell(loss: Loss, worst: bool) -> str:
+def cell(loss: Loss, worst: bool) -> str:
+    """The loss with its error and marks."""
     if loss.value is None:
         return "–"
     error = "" if loss.error is None else f" ± {loss.error:.2g}"

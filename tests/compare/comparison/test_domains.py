@@ -90,6 +90,18 @@ def test_each_domain_has_its_own_noise_floor(folder, domains, compare):
     assert "≈" in compare("domains", folder.path).out
 
 
+def test_report_has_a_section_with_the_worst_domain_marked(folder, compare, tmp_path):
+    add(folder, PERPLEXITY)
+    metrics = [f"--metric=domain_{domain}/token_perplexity" for domain in DOMAINS]
+    assert compare("report", folder.path, *metrics, "-o", tmp_path / "r.html").code == 0
+    page = (tmp_path / "r.html").read_text()
+    assert "By domain" in page
+    assert "5 ▲" in page
+    assert "Kendall" in page
+    assert compare("report", folder.path, metrics[0], "-o", tmp_path / "one.html").code == 0
+    assert "By domain" not in (tmp_path / "one.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
