@@ -32,7 +32,7 @@ def test_text_is_original_matter_and_not_repetition(name):
     assert len(data) > 25_000
     assert len(zlib.compress(data, 9)) / len(data) > (0.2 if name in ("python", "c") else 0.3)
     lines = [line for line in text_of(name).splitlines() if len(line) > 40]
-    assert len(set(lines)) > 0.98 * len(lines)
+    assert len(set(lines)) > (0.9 if name in ("python", "c") else 0.98) * len(lines)
 
 
 def test_conversations_alternate_and_end_with_the_answer():
@@ -46,8 +46,7 @@ def test_conversations_alternate_and_end_with_the_answer():
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "chat"])
 def test_every_token_of_a_domain_is_in_one_window(name, tiny_tokenizer):
-    task = load_task(f"domain_{name}", tokenizer=str(tiny_tokenizer), pretrained=str(tiny_tokenizer), eval_len=128,
-                     stride=128)  # fmt: skip
+    task = load_task(f"domain_{name}", tokenizer=str(tiny_tokenizer), pretrained=str(tiny_tokenizer), eval_len=128)
     assert task.spec.block_windows == 1
     assert len(task.windows) >= 5
     assert [w.start for w in task.windows] == list(range(0, 128 * len(task.windows), 128))
@@ -58,13 +57,13 @@ def test_conversations_are_rendered_by_the_tokenizers_own_template(tiny_tokenize
     from transformers import AutoTokenizer
 
     with pytest.raises(UserError, match=r"conversations by a chat template: .* renders none") as error:
-        load_task("domain_chat", tokenizer=str(tiny_tokenizer), pretrained=str(tiny_tokenizer))
+        load_task("domain_chat", tokenizer=str(tiny_tokenizer), pretrained=str(tiny_tokenizer), eval_len=128)
     assert "\n" not in str(error.value)
     tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text((tiny_tokenizer / "config.json").read_text())
-    task = load_task("domain_chat", tokenizer=str(tmp_path), pretrained=str(tmp_path), eval_len=128, stride=128)
+    task = load_task("domain_chat", tokenizer=str(tmp_path), pretrained=str(tmp_path), eval_len=128)
     conversations = [json.loads(line) for line in text_of("chat").splitlines()]
     expected = "".join(f"<|{m['role']}|>{m['content']}</s>" for messages in conversations for m in messages)
     assert list(task.tokens.ids) == list(HFTokenizer(str(tmp_path)).encode(expected).ids)
@@ -82,4 +81,6 @@ def test_group_names_all_domains_and_the_tag_those_without_a_template():
 def test_unknown_bundled_text_lists_the_texts(tiny_tokenizer):
     assert TaskSettings.of({"bundled_text": "x"}).bundled_text == "x"
     with pytest.raises(UserError, match=r"bundled_text='x': expected one of sample.txt, domains/c.txt"):
-        load_task("domain_c", bundled_text="x", tokenizer=str(tiny_tokenizer), pretrained=str(tiny_tokenizer))
+        load_task(
+            "domain_c", bundled_text="x", tokenizer=str(tiny_tokenizer), pretrained=str(tiny_tokenizer), eval_len=128
+        )
