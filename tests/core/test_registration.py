@@ -138,10 +138,12 @@ def test_another_version_of_the_harness_has_all_its_tasks_read() -> None:
 
 
 def test_names_of_ours_are_tasks_and_tags_of_our_files() -> None:
-    more = {"text_strided", "long_strided", "wiki2_perplexity", "own_answers", "own_answers_greedy"}
-    assert our_names() == TASKS | more
+    more = {"text_strided", "long_strided", "wiki2_perplexity", "own_answers", "own_answers_greedy", "domains_text"}
+    names = ("prose", "german", "chinese", "japanese", "mathematics", "python", "c", "chat")
+    domains = {f"domain_{name}" for name in names}
+    assert our_names() == TASKS | more | domains | {"domains"}
     for file in OUR_TASKS.glob("*.yaml"):
-        assert file.read_text().startswith(f"task: {file.stem}\n")
+        assert file.read_text().startswith(f"{'group' if file.stem == 'domains' else 'task'}: {file.stem}\n")
 
 
 @pytest.mark.slow
