@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from compare.commands.common import add_best, add_log_y, add_selection, options_of
+from compare.commands.common import add_best, add_log_y, add_margin, add_selection, check_margins, options_of
 from compare.comparison.build import build_comparisons
 from compare.comparison.comparison import Comparison, Options
 from compare.comparison.load import load_records
+from compare.comparison.versus import add_pairs, changed_answers
 from compare.console import say
 from compare.errors import CompareError
 from compare.metrics import KLD
@@ -22,6 +23,13 @@ HELP = "write one HTML page: plots, sortable table, settings, the command behind
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_selection(parser)
     add_best(parser)
+    parser.add_argument(
+        "--versus",
+        metavar="LABEL",
+        help="compare every model with this one, paired by window or document, in the tables too (default: answers are "
+        "compared with the full-precision model); needs runs with --log_samples",
+    )
+    add_margin(parser)
     parser.add_argument("--title", help="heading of the page (default: the metric)")
     add_log_y(parser)
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", required=True, help="write the page to FILE.html")
@@ -38,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
             notices.append(message)
             say(message)
 
-    options = options_of(arguments)
+    options, margins = options_of(arguments), check_margins(arguments)
     records = load_records(arguments.paths, note)
     axes = (
         [arguments.x] if arguments.x else ["memory", "bpw", "vram"] if arguments.budget is not None else ["bpw", "vram"]
@@ -46,10 +54,13 @@ def run(arguments: argparse.Namespace) -> int:
     by_axis = [build_comparisons(records, replace(options, axis=axis)) for axis in axes]
     comparisons = list(zip(*by_axis, strict=True))  # a metric each, on every axis
     divergences = _divergences(replace(options, axis=axes[-1] if arguments.x else "bpw"), records, note)
+    answered = changed_answers(records, options, arguments.versus, margins, note)
+    if arguments.versus is not None:
+        add_pairs([on[0] for on in comparisons], arguments.versus, margins, note, answered)
     from compare.files import write_output
     from compare.report.build import build
 
-    content = build(comparisons, divergences, arguments.title, arguments.log_y, notices, note)
+    content = build(comparisons, divergences, answered, arguments.title, arguments.log_y, notices, note)
     write_output(output, content)
     say(f"wrote {output} ({max(len(on[0].points) for on in comparisons)} models)")
     return 0

@@ -62,8 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.by_position:
         _check_positions(comparisons)
     if arguments.versus is not None:
-        for line in _paired(comparisons, arguments.versus, margins):
-            say(line)
+        _add_pairs(comparisons, arguments.versus, margins)
     answer = _answer(comparisons, table_format) if arguments.choose else ""
     from compare.table import formats, terminal
 
@@ -113,8 +112,8 @@ def _check_positions(comparisons: list[Comparison]) -> None:
         )
 
 
-def _paired(comparisons: list[Comparison], label: str, margins: Sequence[MarginOption]) -> list[str]:
-    """Pairs every model with the baseline `label`, by position too if that is asked for; returns lines for the user.
+def _add_pairs(comparisons: list[Comparison], label: str, margins: Sequence[MarginOption]) -> None:
+    """Pairs every model with the baseline `label`, by position too if that is asked for.
 
     Raises CompareError if no pair at all can be formed.
     """
@@ -124,14 +123,14 @@ def _paired(comparisons: list[Comparison], label: str, margins: Sequence[MarginO
         if comparison.options.by_position:
             comparison.position_pairs = measure_position_pairs(comparison.points, comparison.metric, label)
     try:
-        return add_pairs(comparisons, label, margins)
+        add_pairs(comparisons, label, margins, say)
     except CompareError as error:  # pairs of means need samples; those by position do not
         formed = any(c.position_pairs is not None and c.position_pairs.pairs for c in comparisons)
         if error.exit_code != NOTHING_USABLE or not formed:
             raise
         for comparison in comparisons:
             comparison.pairs = None
-        return [str(error)]
+        say(str(error))
 
 
 def _format_of(output: Path | None) -> str:

@@ -209,7 +209,7 @@ def _about(pairs: Pairs, labels: dict[int, str]) -> Iterator[str]:
             if difference.p is not None
         )
         yield (
-            f"Δ is model − {pairs.label}, in pairs ({how}). The 95 % intervals are each pair's own; p is corrected for "
+            f"Δ is model − {pairs.label}, in pairs ({how}), with 95 % intervals, each pair's own; p is corrected for "
             f"the {tested} pairs of this table (Holm)."
         )
     else:

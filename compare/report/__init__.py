@@ -1,5 +1,6 @@
 """Self-contained HTML: interactive plot and report page. It fetches nothing; no text of a result file runs.
 
+answers       The report's section on answers: which of them changed against the full-precision model, task by task
 build         Puts a page together: the interactive plot alone, or the whole report
 content       What the sections of the report hold, as plain text; the templates escape it and give it its markup
 divergence    The report's section on divergence from a reference: plots, figures, and tables by the reference's

@@ -12,7 +12,7 @@ from compare.plot.captions import subtitle, title_of
 from compare.plot.kind import PlotSettings
 from compare.plot.pictures.panels import title_of_all
 from compare.plot.series import Drawing, arrange
-from compare.report import content, divergence, domains, positions
+from compare.report import answers, content, divergence, domains, positions
 from compare.report.page import page
 from compare.report.pictures import PageFigure, interactive, palette
 from compare.text import clean, show_controls
@@ -44,6 +44,7 @@ def plot_page(panels: Sequence[tuple[Comparison, Drawing]], settings: PlotSettin
 def build(
     comparisons: Sequence[Sequence[Comparison]],
     divergences: Sequence[Comparison],
+    answered: Sequence[Comparison],
     title: str | None,
     log_y: bool | None,
     notices: list[str],
@@ -52,7 +53,8 @@ def build(
     """The report.
 
     comparisons: one sequence per metric, the same results on each axis that is drawn; divergences: one comparison per
-    task that was measured against a reference; notices: the messages so far, to which `note` adds.
+    task that was measured against a reference; answered: one per task with right and wrong answers, with its pairs;
+    notices: the messages so far, to which `note` adds.
     """
     one = len(comparisons) == 1
     pictures, colours = _plots(comparisons, log_y, note)
@@ -66,6 +68,10 @@ def build(
     by_position = positions.sections([*firsts, *divergences], 1000 * (len(divergences) + 1), note)
     for part in by_position:
         colours |= part.colours
+    tabled = {c.metric for c in firsts if c.pairs is not None}
+    changed = answers.sections(answered, tabled, 1000 * (len(divergences) + 2), note)
+    for item in changed:
+        colours |= item.colours
     first = firsts[0]
     subject = first.metric.name if one else f"{len(firsts)} metrics"
     by_domain = domains.section([*divergences, *firsts])
@@ -77,6 +83,7 @@ def build(
         *([Part("divergence", "Divergence from the reference")] if measured else []),
         *([Part("domains", "By domain")] if by_domain is not None else []),
         *([Part("position", "By position in the window")] if by_position else []),
+        *([Part("answers", "Answers that changed")] if changed else []),
         Part("settings", "Settings"),
         Part("families", "About the formats"),
         Part("reproduce", "Reproduce"),
@@ -98,6 +105,8 @@ def build(
         by_domain=by_domain,
         by_position=by_position,
         position_meaning=positions.MEANING,
+        answers=changed,
+        answers_meaning=answers.MEANING,
         settings=[content.settings(c, "" if one else c.metric.label) for c in firsts],
         families=content.families(firsts),
         runs=content.runs(firsts),

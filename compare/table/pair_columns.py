@@ -35,7 +35,7 @@ def columns(comparison: Comparison) -> Iterator[Column]:
         return
     unit = " (points)" if _in_points(comparison) else ""
     yield Column(f"Δ to {shorten(comparison.pairs.label, 24)}{unit}", _difference, _difference_number, always=True)
-    yield Column("95 % interval", _interval, lambda c, p: _low(c, p), always=True)
+    yield Column("Verdict", lambda c, p: "≈" if outcome(c, p) == NOT_APART else outcome(c, p), always=True)
     yield Column("p (Holm)", _p, _p_number, always=True)
     if comparison.pairs.margin is not None:
         yield Column(f"p (within {comparison.pairs.margin})", _equivalence_p, _equivalence_number)
@@ -43,7 +43,6 @@ def columns(comparison: Comparison) -> Iterator[Column]:
     yield Column("Flips", *_share(lambda flips: flips.both))
     yield Column("→ wrong : → right", _directions, _lost)
     yield Column("Other answer", *_share(lambda flips: flips.changed))
-    yield Column("Verdict", lambda c, p: "≈" if outcome(c, p) == NOT_APART else outcome(c, p), always=True)
 
 
 def outcome(comparison: Comparison, point: Point) -> str:
@@ -130,34 +129,20 @@ def _paired(comparison: Comparison, point: Point) -> PairedDifference | None:
 
 
 def _difference(comparison: Comparison, point: Point) -> str:
-    value, scale = _difference_number(comparison, point), _scale(comparison)
-    return "" if value is None else signed_text(value * scale, _half_width(comparison, point))
+    """``-2.3 (-3.4 to -1.3)``: the difference and its 95 % interval."""
+    difference, scale = _paired(comparison, point), _scale(comparison)
+    if difference is None:
+        return ""
+    if difference.low is None or difference.high is None:
+        return signed_text(difference.value * scale, None)
+    half = (difference.high - difference.low) / 2 * scale
+    value, low, high = (signed_text(each * scale, half) for each in (difference.value, difference.low, difference.high))
+    return f"{value} ({low} to {high})"
 
 
 def _difference_number(comparison: Comparison, point: Point) -> float | None:
     difference = _paired(comparison, point)
     return None if difference is None else difference.value
-
-
-def _interval(comparison: Comparison, point: Point) -> str:
-    difference, half_width = _paired(comparison, point), _half_width(comparison, point)
-    if difference is None or difference.low is None or difference.high is None:
-        return ""
-    scale = _scale(comparison)
-    return f"{signed_text(difference.low * scale, half_width)} to {signed_text(difference.high * scale, half_width)}"
-
-
-def _low(comparison: Comparison, point: Point) -> float | None:
-    difference = _paired(comparison, point)
-    return None if difference is None else difference.low
-
-
-def _half_width(comparison: Comparison, point: Point) -> float | None:
-    """Half the width of the interval, as it is shown."""
-    difference = _paired(comparison, point)
-    if difference is None or difference.low is None or difference.high is None:
-        return None
-    return (difference.high - difference.low) / 2 * _scale(comparison)
 
 
 def _in_points(comparison: Comparison) -> bool:

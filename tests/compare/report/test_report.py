@@ -168,23 +168,29 @@ def test_plot_template_escapes_every_text(text):
 @pytest.mark.parametrize("text", HOSTILE_TEXTS)
 def test_report_template_escapes_every_text(text):
     """Every value is hostile: the parts, tables, verdict, settings, runs and the section on divergence."""
-    from compare.report import build, content, divergence, domains
+    from compare.report import answers, build, content, divergence, domains
+    from compare.report.pictures import PageFigure
 
     table = content.PageTable(
-        text, [content.Head(text)], [content.PageRow(text, text, [content.Cell(text), content.Cell(text, text)])]
-    )
-    names = ("answer", "plots", "table", "divergence", "domains", "settings", "families", "reproduce", "left-out")
+        text, [content.Head(text)], [content.PageRow(text, text, [content.Cell(text), content.Cell(text, text)])],
+        [text],
+    )  # fmt: skip
+    picture = PageFigure(text, text)
+    names = (
+        "answer", "plots", "table", "divergence", "answers", "domains", "settings", "families", "reproduce", "left-out",
+    )  # fmt: skip
     run = content.RunEntry(text, text, text, [text], runs_foreign_code=True, shown_inexactly=True)
     page = rendered(
         "report", title=text, about=text, parts=[build.Part(name, text) for name in names],
         verdicts=[content.VerdictText(text, [text])], answer=[text], pictures=[], tables=[table],
         by_domain=domains.DomainSection(table, [text]),
         divergences=[divergence.DivergenceSection(text, tables=[table], by_confidence=[table])],
-        meaning=[(text, text)], settings=[content.SettingsList(text, [(text, text)])], families=[(text, text)],
+        meaning=[(text, text)], answers=[answers.AnswerSection(picture, [table])], answers_meaning=[(text, text)],
+        settings=[content.SettingsList(text, [(text, text)])], families=[(text, text)],
         runs=[run], notices=[text],
     )  # fmt: skip
     assert text not in page
-    assert sum(text in part for _, part in Page(page).texts) >= 42
+    assert sum(text in part for _, part in Page(page).texts) >= 55
     assert not [tag for tag, _ in Page(page).tags if tag == "img"]
 
 
