@@ -37,6 +37,8 @@ from lmeval_ext.models.token_lm import TokenLM
 from lmeval_ext.requests import AnswerRequest, WindowRequest, WindowScores
 from lmeval_ext.tokens import HFTokenizer, ending_tokens, special_tokens
 
+CACHE_UNUSED = "cache_bits concerns generated text: token windows are scored without the KV cache"
+
 
 class ExLlamaLM(Observed, TokenLM):
     """A checkpoint folder on an ExLlama engine; see `exllamav3` and `exllamav2` for the engines' own arguments.
@@ -239,4 +241,6 @@ class ExLlamaLM(Observed, TokenLM):
             revision=self.revision,
             scoring="engine",
         )
+        if self.cache_bits is not None:
+            facts.notes.append(CACHE_UNUSED)
         return self.describe_engine(facts)

@@ -19,7 +19,7 @@ from lm_eval.config.evaluate_config import EvaluatorConfig
 
 from lmeval_ext.errors import MissingEngineError, UserError
 from lmeval_ext.models.exllama import batching
-from lmeval_ext.models.exllama.adapter import ExLlamaLM
+from lmeval_ext.models.exllama.adapter import CACHE_UNUSED, ExLlamaLM
 from lmeval_ext.models.exllama.config import context_length, stop_tokens
 from lmeval_ext.models.exllama.generation import GenerationJob, generate
 from lmeval_ext.models.exllama.loading import (
@@ -582,3 +582,10 @@ def test_record_names_engine_and_storage(tiny_llama: Path) -> None:
     assert ExLlamaLM.dtype == torch.float16  # of the real engines
     assert facts["layer_bpw"] == 32.0
     assert facts["kv_bytes_per_token"] == 2 * 2 * 2 * 16 * 2  # layers × (K, V) × KV heads × head_dim × float16
+
+
+def test_result_says_that_a_quantized_cache_is_not_in_the_scores_of_windows(tiny_llama: Path) -> None:
+    model = TinyExLlama(str(tiny_llama))
+    assert CACHE_UNUSED not in model.describe().notes
+    model.cache_bits = (4, 4)
+    assert CACHE_UNUSED in model.describe().notes
