@@ -15,6 +15,10 @@ descriptors sent with it                                the log; a pipe that clo
 A process in which the imports must not be kept (an import failed, a GPU driver is open, threads run) starts Python
 anew, as without this server; its log says why. The server ends with its client.
 
+On a machine with a GPU, importing an engine may open its driver (vLLM 0.33 does), and then nothing can be forked any
+more. So there the server imports the harness alone, and the first process the engine. If that opens nothing, the server
+imports it too. If it does, the log says so, and every process is forked with the harness and imports the engine itself.
+
 Only names of modules lead from here to the harness: importing this file imports the standard library alone.
 """
 
@@ -28,10 +32,12 @@ import importlib.util
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +55,9 @@ _INSTALLED = {"lm_eval": ("torch.utils.collect_env", "transformers", "pytablewri
 _LATE_IMPORTS = "late_imports"
 # Open in a process that has initialized CUDA or ROCm; a fork of it cannot use the GPU
 _DRIVERS = ("/dev/nvidia-uvm", "/dev/kfd")
+# There on a machine with a GPU; the first of the above may appear only when CUDA is initialized
+_GPUS = ("/dev/nvidiactl", *_DRIVERS)
+_NO_OBSTACLE = "none"  # what the first process reports of an engine that the server can import
 
 
 def main() -> None:
@@ -56,32 +65,56 @@ def main() -> None:
     module, model = sys.argv[1:]
     supervisor.end_with_parent()
     supervisor.ignore_signals()
-    obstacle = _import(module, model)
-    gc.freeze()  # the collector of a forked process would otherwise write to all of the shared pages
-    arguments = _serve(obstacle)
+    server = _Server(module, model)
+    arguments, trial = server.serve()
     # from here on in the forked process
-    if obstacle:
+    obstacle, failed = server.obstacle, bool(server.obstacle)
+    if trial is not None:
+        obstacle, failed = _import_engine(module, model)
+        os.write(trial, (obstacle or _NO_OBSTACLE).encode())
+        os.close(trial)
+    if failed:
         print(f"compare: nothing imported beforehand: {obstacle}", file=sys.stderr, flush=True)
         os.execv(sys.executable, [sys.executable, "-m", module, *arguments])
+    if obstacle:
+        print(f"compare: each model imports the engine itself: {obstacle}", file=sys.stderr, flush=True)
     sys.argv[1:] = arguments
     runpy.run_module(module, run_name="__main__", alter_sys=True)  # sets sys.argv[0]
 
 
-def _import(harness: str, model: str) -> str:
-    """Import the harness and the engine of `model`. Returns why processes must not be forked from here, or ``""``."""
-    try:
+def _import_harness(harness: str) -> tuple[str, bool]:
+    """Import the harness. Returns why processes must not be forked from here, or ``""``; and whether it failed."""
+
+    def modules() -> None:
         for name in _HARNESS:
             importlib.import_module(f"{harness}.{name}")
+        for name in _INSTALLED.get(harness, ()):
+            if importlib.util.find_spec(name.partition(".")[0]):
+                importlib.import_module(name)
+
+    return _obstacle(modules)
+
+
+def _import_engine(harness: str, model: str) -> tuple[str, bool]:
+    """Import the engine of `model`. Returns why processes must not be forked from here; and whether it failed."""
+
+    def modules() -> None:
         class_: Any = importlib.import_module(f"{harness}.{_REGISTRY}").get_model(model)
-        installed = [name for name in _INSTALLED.get(harness, ()) if importlib.util.find_spec(name.partition(".")[0])]
-        for name in (*installed, *getattr(class_, _LATE_IMPORTS, ())):
+        for name in getattr(class_, _LATE_IMPORTS, ()):
             importlib.import_module(name)
+
+    return _obstacle(modules)
+
+
+def _obstacle(imports: Callable[[], None]) -> tuple[str, bool]:
+    try:
+        imports()
     except BaseException as error:  # whatever it is, it happens again in the process that is meant to report it
-        return f"{type(error).__name__}: {first_line(error)}"
+        return f"{type(error).__name__}: {first_line(error)}", True
     if threading.active_count() > 1:
-        return "imports have started threads"
+        return "imports have started threads", False
     opened = [driver for driver in _DRIVERS if driver in _open_files()]
-    return f"imports have opened {opened[0]}" if opened else ""
+    return (f"imports have opened {opened[0]}" if opened else ""), False
 
 
 def _open_files() -> set[str]:
@@ -92,24 +125,61 @@ def _open_files() -> set[str]:
     return files
 
 
-def _serve(obstacle: str) -> list[str]:
-    """Fork one supervisor per request, and in each one harness process, where this returns the arguments."""
-    control = socket.socket(fileno=os.dup(0))
-    while True:
-        data, descriptors = _receive(control)
-        if not data:
-            _reap()
-            os._exit(0)  # without the exit handlers, which belong to the harness processes
-        request = json.loads(data)
-        for pid in request["ended"]:
-            os.waitpid(pid, 0)  # until here its pid, which is its group's, was not given to another process
-        if os.fork() == 0:
-            control.close()
-            log, client, report = descriptors
-            _supervise(log, client, report, b"" if obstacle else _output())
-            return list(request["arguments"])
-        for descriptor in descriptors:
-            os.close(descriptor)
+class _Server:
+    """Imports what it may, and forks processes.
+
+    obstacle: why no process must be forked with the imports, or ``""``.
+    """
+
+    def __init__(self, harness: str, model: str) -> None:
+        self._harness, self._model = harness, model
+        self._engine_is_tried = True  # whether it is known where the engine has to be imported
+        self._trial: int | None = None  # a pipe with what the first process reports of the engine
+        self.obstacle, _ = _import_harness(harness)
+        if not self.obstacle:
+            if any(Path(device).exists() for device in _GPUS):
+                self._engine_is_tried = False
+            else:
+                self.obstacle, _ = _import_engine(harness, model)
+        gc.freeze()  # the collector of a forked process would otherwise write to all of the shared pages
+
+    def serve(self) -> tuple[list[str], int | None]:
+        """Fork one supervisor per request, and in each one harness process, where this returns.
+
+        Returns the arguments; and for a process that is to try the engine, the pipe to write its obstacle to.
+        """
+        control = socket.socket(fileno=os.dup(0))
+        while True:
+            if self._trial is not None and self._trial in select.select([control.fileno(), self._trial], [], [])[0]:
+                self._read_trial(self._trial)
+                continue
+            data, descriptors = _receive(control)
+            if not data:
+                _reap()
+                os._exit(0)  # without the exit handlers, which belong to the harness processes
+            request = json.loads(data)
+            for pid in request["ended"]:
+                os.waitpid(pid, 0)  # until here its pid, which is its group's, was not given to another process
+            trial = None
+            if not self._engine_is_tried and self._trial is None:
+                self._trial, trial = os.pipe()
+            if os.fork() == 0:
+                control.close()
+                log, client, report = descriptors
+                _supervise(log, client, report, trial, b"" if self.obstacle else _output())
+                return list(request["arguments"]), trial
+            for descriptor in (*descriptors, *([] if trial is None else [trial])):
+                os.close(descriptor)
+
+    def _read_trial(self, trial: int) -> None:
+        """Import the engine if the first process has found no obstacle; where that process ended, have another try."""
+        reported = os.read(trial, select.PIPE_BUF).decode()
+        os.close(trial)
+        self._trial = None
+        self._engine_is_tried = bool(reported)
+        if reported == _NO_OBSTACLE:
+            self.obstacle, _ = _import_engine(self._harness, self._model)
+            gc.freeze()
 
 
 def _reap() -> None:
@@ -134,8 +204,11 @@ def _output() -> bytes:
     return os.pread(1, os.fstat(1).st_size, 0)
 
 
-def _supervise(log: int, client: int, report: int, output: bytes) -> None:
-    """Fork the harness process, where this returns. Here, wait for it, report its exit code and end."""
+def _supervise(log: int, client: int, report: int, trial: int | None, output: bytes) -> None:
+    """Fork the harness process, where this returns. Here, wait for it, report its exit code and end.
+
+    trial: a pipe that only the harness process keeps.
+    """
     os.setsid()
     with contextlib.suppress(OSError):  # a full disk: the harness will say so
         os.write(log, output)
@@ -149,6 +222,8 @@ def _supervise(log: int, client: int, report: int, output: bytes) -> None:
         os.close(report)
         _prepare(parent)
         return
+    if trial is not None:
+        os.close(trial)
     code = 1
     try:
         code = supervisor.supervise(lambda: os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))

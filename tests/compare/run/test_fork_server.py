@@ -73,9 +73,45 @@ def test_open_driver_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(fork_server, "_DRIVERS", (str(driver),))
     monkeypatch.setenv("STUB_IMPORTS", str(tmp_path / "imports"))
     monkeypatch.setattr(fork_server.threading, "active_count", lambda: 1)  # pytest-xdist has threads
-    assert fork_server._import(STUB, "hf") == ""
+    assert fork_server._import_engine(STUB, "hf") == ("", False)
     with driver.open():
-        assert fork_server._import(STUB, "hf") == f"imports have opened {driver}"
+        assert fork_server._import_engine(STUB, "hf") == (f"imports have opened {driver}", False)
+
+
+def test_engine_that_opens_the_driver_is_imported_by_each_process_alone(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The harness is imported once, by the server; the engine never by the server, and the first log says why."""
+    driver = workshop.root / "nvidia-uvm"
+    driver.touch()
+    monkeypatch.setenv("STUB_DRIVER", str(driver))
+    monkeypatch.setenv("STUB_LATE", f"{STUB}.late.driver")
+    assert workshop.run() == 0
+    assert workshop.calls() == ["a", "b", "c"]
+    (server,) = workshop.servers()
+    (first,) = workshop.root.joinpath("engine-imports").read_text().split()  # the stub harness imports no engine
+    assert int(first) != server
+    said = [
+        f"compare: each model imports the engine itself: imports have opened {driver}" in log for log in logs(workshop)
+    ]
+    assert said == [True, False, False]
+
+
+def test_engine_that_opens_no_driver_is_imported_by_the_server_too(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU is there, so the first process tries the engine, and the others are forked with it."""
+    device = workshop.root / "nvidia-uvm"
+    device.touch()
+    monkeypatch.setenv("STUB_DRIVER", str(device))
+    monkeypatch.setenv("STUB_LATE", f"{STUB}.late.counted")
+    assert workshop.run() == 0
+    assert workshop.calls() == ["a", "b", "c"]
+    (server,) = workshop.servers()
+    first, second = map(int, workshop.root.joinpath("engine-imports").read_text().split())
+    assert first != server
+    assert second == server
+    assert not any("imports the engine itself" in log for log in logs(workshop))
 
 
 def test_killed_server_ends_no_model(workshop: Workshop) -> None:
