@@ -5,12 +5,18 @@ from __future__ import annotations
 import ast
 import json
 import re
+import runpy
+import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
+from lmeval_ext import _register
 from lmeval_ext._register import MODELS, WITHOUT_OUR_NAMES, our_names
 from lmeval_ext._register import TASKS as OUR_TASKS
+from lmeval_ext.errors import MissingEngineError
 from tests.conftest import ROOT, run
 
 TASKS = {"wiki2_strided", "wiki2_llamacpp", "wiki2_gptq", "wiki2_sliding", "sample_strided"}
@@ -77,64 +83,95 @@ def test_stock_command_lists_our_tasks_and_keeps_its_own() -> None:
     assert {"hellaswag", "mmlu", "wikitext"} <= listed
 
 
-def test_task_precedence(tmp_path: Path) -> None:
+@pytest.fixture
+def manager() -> ModuleType:
+    """The harness' task manager as this process has it, with our hook."""
+    import lm_eval.tasks.manager
+
+    return lm_eval.tasks.manager
+
+
+@pytest.fixture
+def folders_read(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Folders that were indexed since. Of each, only the files at its top are: not the harness' 14,000."""
+    import lm_eval.tasks._index
+
+    read: list[Path] = []
+
+    def files_of(root: Path) -> list[Path]:
+        read.append(root)
+        return sorted(root.glob("*.yaml"))
+
+    monkeypatch.setattr(lm_eval.tasks._index.TaskIndex, "_iter_yaml_files", staticmethod(files_of))
+    return read
+
+
+def index_of(tasks: list[str], include: Path | None = None) -> Any:
+    """The index of tasks that a command line makes: `--tasks` and `--include_path`."""
+    from lm_eval.config.evaluate_config import EvaluatorConfig
+
+    config = EvaluatorConfig(tasks=tasks, include_path=None if include is None else str(include))
+    index = config.process_tasks({}).task_index
+    assert config.tasks
+    return index
+
+
+def test_task_precedence(tmp_path: Path, manager: Any) -> None:
     """A task of ours never replaces one of the harness, nor one of the user's folder."""
     theirs = tmp_path / "mine.yaml"
     theirs.write_text("task: sample_strided\noutput_type: generate_until\n")
-    code = f"""
-from lm_eval.tasks import manager
-index = manager.TaskIndex.build([manager.Path(manager.__file__).parent / "wikitext", manager.Path({str(tmp_path)!r})])
-print(index["sample_strided"].yaml_path == manager.Path({str(theirs)!r}))"""
-    assert python(code).split() == ["True"]
+    index = manager.TaskIndex.build([Path(manager.__file__).parent / "wikitext", tmp_path])
+    assert index["sample_strided"].yaml_path == theirs
 
 
-def test_tasks_are_indexed_with_the_default_folder() -> None:
-    code = f"""
-from lm_eval.tasks import manager
-import lm_eval.tasks._index as files
-files.TaskIndex._iter_yaml_files = staticmethod(lambda root: sorted(root.glob("*.yaml")))  # not 14,000 files
-print(set({sorted(TASKS)!r}) <= set(manager.TaskIndex.build([manager.Path(manager.__file__).parent])))"""
-    assert python(code).split() == ["True"]
-
-
-INDEX = """
-import lm_eval.tasks._index as files
-from lm_eval.config.evaluate_config import EvaluatorConfig
-from lm_eval.tasks import manager
-read = []
-files.TaskIndex._iter_yaml_files = staticmethod(lambda root: read.append(root) or list(root.glob("*.yaml")))
-config = EvaluatorConfig(tasks={tasks!r}, include_path={include!r})
-index = config.process_tasks({{}}).task_index
-print(manager.Path(manager.__file__).parent in read, config.tasks, index["sample_strided"].yaml_path)"""
+@pytest.mark.usefixtures("folders_read")
+def test_tasks_are_indexed_with_the_default_folder(manager: Any) -> None:
+    assert set(manager.TaskIndex.build([Path(manager.__file__).parent])) >= TASKS
 
 
 @pytest.mark.parametrize(
     "tasks", [["wiki2_strided"], ["wiki2_strided,sample_strided"], ["wiki2_perplexity", "text_strided"]]
 )
-def test_command_line_with_our_tasks_alone_leaves_the_harness_tasks_unread(tasks: list[str]) -> None:
-    read, *rest = python(INDEX.format(tasks=tasks, include=None)).split()
-    assert read == "False"
-    assert rest[-1].endswith("lmeval_ext/tasks/sample_strided.yaml")
+def test_command_line_with_our_tasks_alone_leaves_the_harness_tasks_unread(
+    tasks: list[str], manager: Any, folders_read: list[Path]
+) -> None:
+    index = index_of(tasks)
+    assert Path(manager.__file__).parent not in folders_read
+    assert index["sample_strided"].yaml_path == OUR_TASKS / "sample_strided.yaml"
 
 
 @pytest.mark.parametrize("tasks", [["wiki2_strided", "hellaswag"], ["wiki2_*"], ["wiki2_strided,wiki2_strode"]])
-def test_any_other_name_has_the_harness_tasks_read(tasks: list[str], tmp_path: Path) -> None:
+def test_any_other_name_has_the_harness_tasks_read(
+    tasks: list[str], tmp_path: Path, manager: Any, folders_read: list[Path]
+) -> None:
     """hellaswag and wiki2_strode are found in the user's folder."""
     for name in ("hellaswag", "wiki2_strode"):
         (tmp_path / f"{name}.yaml").write_text(f"task: {name}\noutput_type: generate_until\n")
-    assert python(INDEX.format(tasks=tasks, include=str(tmp_path))).split()[0] == "True"
+    index_of(tasks, tmp_path)
+    assert Path(manager.__file__).parent in folders_read
 
 
-def test_users_folder_replaces_our_task_on_the_command_line(tmp_path: Path) -> None:
+def test_users_folder_replaces_our_task_on_the_command_line(
+    tmp_path: Path, manager: Any, folders_read: list[Path]
+) -> None:
     (tmp_path / "mine.yaml").write_text("task: sample_strided\noutput_type: generate_until\n")
-    printed = python(INDEX.format(tasks=["sample_strided"], include=str(tmp_path))).split()
-    assert printed == ["False", "['sample_strided']", str(tmp_path / "mine.yaml")]
+    assert index_of(["sample_strided"], tmp_path)["sample_strided"].yaml_path == tmp_path / "mine.yaml"
+    assert Path(manager.__file__).parent not in folders_read
 
 
-def test_another_version_of_the_harness_has_all_its_tasks_read() -> None:
-    """Its tasks may have names of ours, which then stay its own."""
-    code = "import lmeval_ext._register as ours; ours.WITHOUT_OUR_NAMES = frozenset()"
-    assert python(code + INDEX.format(tasks=["wiki2_strided"], include=None)).split()[0] == "True"
+@pytest.mark.parametrize("known", [True, False])
+def test_only_a_known_version_of_the_harness_leaves_its_tasks_unread(
+    known: bool, manager: Any, folders_read: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of another version may have names of ours, which then stay its own."""
+    from lm_eval.config.evaluate_config import EvaluatorConfig
+
+    unhooked = EvaluatorConfig.process_tasks.__wrapped__
+    monkeypatch.setattr(EvaluatorConfig, "process_tasks", unhooked)
+    monkeypatch.setattr(_register, "WITHOUT_OUR_NAMES", WITHOUT_OUR_NAMES if known else frozenset())
+    _register.register_tasks(manager)
+    index_of(["wiki2_strided"])
+    assert (Path(manager.__file__).parent in folders_read) is not known
 
 
 def test_names_of_ours_are_tasks_and_tags_of_our_files() -> None:
@@ -192,12 +229,19 @@ print("vllm_nvfp4" in model_registry)"""
     assert python(code).split() == ["1", "True"]
 
 
+def test_error_of_a_missing_engine_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    with pytest.raises(MissingEngineError, match=re.escape("pip install 'lmeval-ext[gguf]'")):
+        runpy.run_path(str(ROOT / "lmeval_ext" / "models" / "llamacpp" / "binding.py"))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "module", "words"),
     [
-        pytest.param("vllm_nvfp4", "vllm", "lmeval-ext[vllm]", marks=pytest.mark.slow),
+        ("vllm_nvfp4", "vllm", "lmeval-ext[vllm]"),
         ("llamacpp", "llama_cpp", "lmeval-ext[gguf]"),
-        pytest.param("hf_quant", "accelerate", "lmeval-ext[quant]", marks=pytest.mark.slow),
+        ("hf_quant", "accelerate", "lmeval-ext[quant]"),
     ],
 )
 def test_missing_engine_is_one_line(tmp_path: Path, model: str, module: str, words: str) -> None:
