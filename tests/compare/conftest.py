@@ -184,6 +184,22 @@ def compare(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     return run
 
 
+BLANK = b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 460"/>'
+
+
+@pytest.fixture
+def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --fast, every picture is blank: for tests of messages, or of the text around pictures."""
+    if not request.config.getoption("--fast"):
+        return
+    from compare.plot import figure
+    from compare.report import pictures
+
+    for module in (figure, pictures):
+        monkeypatch.setattr(module, "render", lambda *_: BLANK)
+    monkeypatch.setattr(pictures, "render_svg", lambda *_: (BLANK, []))
+
+
 LADDERS: dict[str, tuple[tuple[str, float, float], ...]] = {
     "EXL2": (("2.25", 2.25, 14.9), ("3.0", 3.0, 9.9), ("4.0", 4.0, 8.55), ("5.0", 5.0, 8.28), ("6.0", 6.0, 8.21)),
     "EXL3": (("2.0", 2.03, 12.1), ("2.5", 2.53, 10.1), ("3.0", 3.03, 9.05), ("4.0", 4.03, 8.39), ("5.0", 5.03, 8.24)),

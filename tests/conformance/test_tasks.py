@@ -7,12 +7,11 @@ import random
 from pathlib import Path
 from typing import Any
 
-import lm_eval
 import pytest
 from lm_eval.tasks import TaskManager
 
 from tests.conformance.adapters import ADAPTERS, Bench
-from tests.conftest import run
+from tests.conftest import run, simple_evaluate
 
 pytestmark = pytest.mark.engine
 
@@ -32,7 +31,7 @@ def manager() -> TaskManager:
 
 
 def evaluated(model: Any, manager: TaskManager, tasks: list[str], **options: Any) -> Any:
-    return lm_eval.simple_evaluate(
+    return simple_evaluate(
         model=model, tasks=list(tasks), task_manager=manager, bootstrap_iters=0, **{"limit": 8, **options}
     )
 

@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from compare.results.reading import read_file
-from tests.conftest import TASKS
+from tests.conftest import TASKS, simple_evaluate
 
 pytestmark = pytest.mark.engine
 
@@ -49,7 +49,6 @@ def write_tasks(folder: Path) -> None:
 def evaluated(model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Evaluates a window task and the tasks above; returns the result file."""
     monkeypatch.setenv("HF_HOME", str(folder / "hf"))
-    import lm_eval
     from lm_eval.loggers import EvaluationTracker
     from lm_eval.tasks import TaskManager
 
@@ -57,7 +56,7 @@ def evaluated(model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     arguments = {"pretrained": str(model), "dtype": "float32"}
     metadata = {**arguments, "eval_len": 64, "stride": 64, "max_rows": 2}
     tracker = EvaluationTracker(output_path=str(folder / "out"))
-    results: Any = lm_eval.simple_evaluate(
+    results: Any = simple_evaluate(
         model="hf_quant",
         model_args=arguments,
         tasks=["sample_strided", "choice", "rolling"],

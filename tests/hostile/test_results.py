@@ -50,6 +50,7 @@ def test_output_paths_that_cannot_be_written_are_refused(tmp_path: Path, name: s
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_an_unwritable_output_path_ends_the_command_before_the_model_loads(tmp_path: Path) -> None:
     """The model does not exist, so loading it would fail otherwise."""
     (tmp_path / "file").write_text("x")

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import lm_eval
 import numpy as np
 import pytest
 import torch
@@ -23,7 +22,7 @@ from compare.cli import main
 from compare.run.specs.engine_facts import measured_models
 from compare.run.specs.engines import engine_version
 from lmeval_ext.errors import UserError
-from tests.conftest import ROOT, VOCABULARY, evaluate, make_tokenizer, run
+from tests.conftest import ROOT, VOCABULARY, evaluate, make_tokenizer, run, simple_evaluate
 
 SETTINGS = {"eval_len": 64, "stride": 32, "max_rows": 10}
 
@@ -103,7 +102,7 @@ def test_divergence_from_its_own_reference_is_zero(toy: Path, tmp_path: Path) ->
 def test_harness_task_scores_equal_numpy(toy: Path) -> None:
     """Multiple choice and rolling log-likelihoods use `score_windows`; an engine needs no code for them."""
     manager = TaskManager(include_path=str(ROOT / "tests" / "conformance" / "data"), include_defaults=False)
-    result = lm_eval.simple_evaluate(
+    result = simple_evaluate(
         model="toy",
         model_args={"pretrained": str(toy)},
         tasks=["conf_choice", "conf_pages"],
@@ -128,7 +127,7 @@ def test_harness_task_scores_equal_numpy(toy: Path) -> None:
 def test_generation_is_an_error_that_names_the_engine(toy: Path) -> None:
     manager = TaskManager(include_path=str(ROOT / "tests" / "conformance" / "data"), include_defaults=False)
     with pytest.raises(UserError, match="Toy scores tokens and generates no text"):
-        lm_eval.simple_evaluate(
+        simple_evaluate(
             model="toy", model_args={"pretrained": str(toy)}, tasks=["conf_sums"], task_manager=manager, limit=1
         )
 

@@ -99,6 +99,7 @@ def test_longest_context_worked_by_hand(changes, expected):
     assert str(longest_context(Quantization(**({"weight_bytes": 5 * GIB} | changes)), 8)) == expected
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_budget_names_the_best_model_known_to_fit(folder, compare, tmp_path):
     add_three(folder)
     out = compare("plot", folder.path, "--budget", 8, "--context", 8192, "-o", tmp_path / "p.svg")

@@ -207,6 +207,7 @@ def test_mistakes_are_one_line(folder, compare, arguments, message):
     assert outcome.err.count("\n") == 1
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_answer_stands_below_a_table_and_in_the_report(folder, compare, tmp_path):
     fill(folder, samples=False)
     sentence = "Within the noise of the original, 0 to "

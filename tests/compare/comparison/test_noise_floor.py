@@ -180,6 +180,7 @@ def test_divergences_have_no_column_relative_to_a_baseline(folder, compare):
 # ------------------------------------------------------------------ plot and table
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_divergences_have_a_logarithmic_axis_by_default(folder, compare, tmp_path):
     fill(folder, samples=False)
     content, _ = divergent("exact", bpw=7.0)
@@ -204,7 +205,7 @@ def test_divergences_without_positive_values_have_a_linear_axis(folder):
 
 
 @pytest.mark.parametrize("extra", [pytest.param([], marks=pytest.mark.slow), ["--dark", "--no-log-y", "--pareto"]])
-@pytest.mark.parametrize("suffix", ["png", "svg", "pdf", "html"])
+@pytest.mark.parametrize("suffix", ["png", pytest.param("svg", marks=pytest.mark.slow), "pdf", "html"])
 def test_same_input_same_bytes(folder, compare, tmp_path, suffix, extra):
     fill(folder, samples=False)
     for name in ("a", "b"):
@@ -326,6 +327,7 @@ def test_unsound_divergence_values_are_left_out(change, lost):
     assert getattr(divergence_block(), lost)
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("value", [None, 1, "x", [], {}, {"reference": 1}, {"reference": {"id": ["x"]}}])
 @pytest.mark.parametrize("command", [("table",), ("plot", "-o", "OUT.png"), ("report", "-o", "OUT.html")])
 def test_a_malformed_divergence_block_does_not_stop_a_command(folder, compare, tmp_path, value, command):

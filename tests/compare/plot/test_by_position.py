@@ -43,7 +43,7 @@ def drawn(folder, metric="kld", **settings):
         canvas = Figure(figsize=picture.size, dpi=style.DPI)
         FigureCanvasAgg(canvas)
         picture.draw(canvas, look, pytest.fail)
-        canvas.canvas.draw()
+        canvas.draw_without_rendering()
     return picture, canvas
 
 
@@ -135,6 +135,7 @@ def test_values_at_or_below_zero_are_gaps_on_a_logarithmic_axis(folder):
     assert np.flatnonzero(np.isnan(line.get_ydata())).tolist() == [2, 3]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_plot_command_draws_the_metric_that_is_named(folder, compare, tmp_path):
     add(folder, "one")
     folder.write(divergent("old", scheme="old")[0])
@@ -246,6 +247,7 @@ def test_models_are_paired_on_the_same_windows_alone(folder, compare):
     assert next(row for row in rows if row["label"] == "same")["difference_slope"] == 0
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_report_has_a_section_where_the_data_exist(folder, compare, tmp_path):
     add(folder, "one", slope=0.003)
     page = tmp_path / "r.html"
@@ -258,6 +260,7 @@ def test_report_has_a_section_where_the_data_exist(folder, compare, tmp_path):
     assert "+0.00300 ± 0.00029" in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_report_of_older_results_has_no_such_section(folder, compare, tmp_path):
     folder.write(divergent("old")[0])
     page = tmp_path / "r.html"

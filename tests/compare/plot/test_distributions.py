@@ -34,7 +34,7 @@ def drawn(picture, settings):
         canvas = Figure(figsize=picture.size, dpi=style.DPI)
         FigureCanvasAgg(canvas)
         picture.draw(canvas, settings, pytest.fail)
-        canvas.canvas.draw()
+        canvas.draw_without_rendering()
     return canvas
 
 
@@ -108,7 +108,7 @@ def test_noise_floor_is_a_band_up_to_its_upper_quartile(folder):
 
 
 @pytest.mark.parametrize("log_y", [True, False])
-@pytest.mark.parametrize("count", [3, 20, 45])
+@pytest.mark.parametrize("count", [3, pytest.param(20, marks=pytest.mark.slow), 45])
 def test_boxes_and_labels_do_not_overlap(folder, count, log_y):
     """A third of the models have 4.5 bits per weight; extents are those that matplotlib draws."""
     rng = np.random.default_rng(1)
@@ -160,12 +160,13 @@ def test_whiskers_that_reach_below_the_axis_are_marked(folder):
 
 
 @pytest.mark.parametrize("value", [0.0, -1e-9])
-def test_model_without_divergence_is_drawn(folder, compare, tmp_path, value):
+def test_model_without_divergence_is_drawn(folder, value):
     content, _ = divergent("exact", bpw=4.0)
     divergence_of(content)["quantiles"] = dict.fromkeys(("5", "25", "50", "75", "95", "99"), value)
     folder.write(content)
-    for extra in ([], ["--no-log-y"]):
-        assert compare("plot", folder.path, "--spread", "-o", tmp_path / "p.png", *extra).code == 0
+    for log_y in (True, False):
+        shown, canvas = spread_of(folder, log_y)
+        assert [point.record.label for point in shown.points] == [text.get_text() for text in canvas.axes[0].texts]
 
 
 def test_lines_show_the_counts_of_the_file(folder):
@@ -199,11 +200,12 @@ def test_lines_of_one_family_differ(folder):
     fill(folder, samples=False)
     for number in range(8):
         write(folder, divergent(f"GGUF {number}", bpw=2 + number / 8, scheme=f"s{number}", seed=number)[0])
-    shown, _ = histogram_of(folder)
+    shown = distributions.histograms(comparison_of(folder))
     strokes = lines.strokes(shown, style.LIGHT)
     assert len({str(stroke) for stroke in strokes}) == len(LADDER) + 8
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_results_that_cannot_be_drawn_are_named(folder, compare, tmp_path):
     write(folder, divergent("good", bpw=4.0)[0])
     write(folder, divergent("apart", bpw=4.5, reference="another")[0])
@@ -225,6 +227,7 @@ def test_results_that_cannot_be_drawn_are_named(folder, compare, tmp_path):
     assert "(3 models)" in lines_out.err, "a histogram needs no size"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_models_beyond_the_most_lines_are_named(folder, compare, tmp_path):
     for number in range(distributions.MOST_LINES + 2):
         write(folder, divergent(f"m{number:02}", bpw=2 + number / 5, scheme=f"s{number}", seed=number)[0])

@@ -48,6 +48,7 @@ def test_points_of_other_tokens_or_arithmetic_are_not_joined(folder):
     assert joined(mixed) == {("a16", "marlin"), ("g1", "g2", "g3")}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_full_precision_is_a_line_and_unknown_sizes_are_not_drawn(folder, compare, tmp_path):
     from tests.compare.conftest import result
 
@@ -77,6 +78,7 @@ def test_stock_model_alone_is_drawn_as_the_baseline_that_the_user_names(folder, 
     assert compare("plot", folder.path, "-o", tmp_path / "p.png", "--baseline", "base").code == 0
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_null_perplexity_is_not_drawn_but_named(folder, compare, tmp_path):
     folder.add("bad", ppl=None)
     assert compare("plot", folder.path, "-o", tmp_path / "p.png").code == 2
@@ -205,7 +207,7 @@ def through(a, b, centre, radius):
 
 
 def test_points_without_room_for_a_label_are_counted_in_a_message(folder, compare, tmp_path):
-    for number in range(90):
+    for number in range(65):
         folder.add(f"m{number}", "GGUF", f"s{number}", 2 + number / 20, 12 - number / 30)
     out = compare("plot", folder.path, "-o", tmp_path / "p.png")
     assert out.code == 0

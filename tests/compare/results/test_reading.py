@@ -18,6 +18,7 @@ from compare.plot.series import arrange
 from compare.results.reading import model_arguments, read_file, read_results
 from compare.results.records import UNSTATED
 from tests.compare.conftest import result
+from tests.conftest import simple_evaluate
 
 BROKEN = {
     "results_truncated.json": json.dumps(result()).encode()[:700],
@@ -201,7 +202,6 @@ def test_a_file_written_by_the_harness(tmp_path, monkeypatch):
     """lm-eval writes the file: its dummy model on a task of three lines."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    import lm_eval
     from lm_eval.loggers import EvaluationTracker
     from lm_eval.tasks import TaskManager
 
@@ -215,7 +215,7 @@ def test_a_file_written_by_the_harness(tmp_path, monkeypatch):
         "metadata: {version: 2.0}\n"
     )
     tracker = EvaluationTracker(output_path=str(tmp_path / "out"))
-    results = lm_eval.simple_evaluate(
+    results = simple_evaluate(
         model="dummy",
         tasks=["tiny"],
         task_manager=TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False),
@@ -348,6 +348,7 @@ def test_baseline_that_the_user_names_goes_before_one_in_full_precision(folder, 
     assert row["relative_to_reference"] == pytest.approx(8.5 / 8.1 - 1)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_picture_and_report_say_what_is_unknown_of_the_baseline(folder, compare, tmp_path):
     content = result("base", ppl=8.2, quantized=False)
     content["config"] |= {"model": "hf", "model_args": {"pretrained": "org/base", "dtype": "float32"}}

@@ -147,6 +147,7 @@ def test_table_imports_no_engine_and_no_matplotlib(folder):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_huge_figures_are_readable_and_a_log_scale_is_offered(folder, compare, tmp_path):
     folder.add("BF16", "full precision", "bfloat16", 16.0, 6.2)
     folder.add("W2", "EXL3", "exl3-2.0bpw", 2.0, 3.4e37, 1e37)
