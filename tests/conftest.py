@@ -35,6 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--fast"):
         config.option.markexpr = " and ".join(f"not {marker}" for marker in fast_guard.MARKERS)
         fast_guard.watch_commands()
+        fast_guard.fast.append(True)
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest deselects by marker

@@ -22,6 +22,12 @@ FILE_MARKED = re.compile(rf"^pytestmark = .*\bpytest\.mark\.({'|'.join(MARKERS)}
 started: list[str] = []  # forbidden commands, in the order of their start
 known: set[str] = set()  # forbidden modules that were reported, so that one test is blamed for each
 watching: list[bool] = []
+fast: list[bool] = []  # of one element under --fast, else empty
+
+
+def examples(count: int) -> int:
+    """Examples of a property test: `count`, or a fifth of them under --fast."""
+    return max(20, count // 5) if fast else count
 
 
 def leaves_out(path: Path) -> bool:

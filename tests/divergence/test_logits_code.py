@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmeval_ext.divergence.logits_code import EXACT, decode, encode
+from tests.fast_guard import examples
 
 INF = math.inf
 
@@ -64,7 +65,7 @@ def test_error_equals_the_figure_in_the_docstring() -> None:
     assert 0.0002 < error < 0.00024
 
 
-@settings(deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(st.lists(st.floats(-80, 80, width=32), min_size=1, max_size=700), st.integers(0, 3))
 def test_error_of_any_row_is_within_the_bound(values: list[float], ruled_out: int) -> None:
     row = torch.tensor([values + values[::-1] + [-INF] * ruled_out])

@@ -20,6 +20,7 @@ from scipy.stats import entropy
 from lmeval_ext.divergence import measure as module
 from lmeval_ext.divergence.measure import TokenDivergence, fetched, token_divergence
 from tests.conftest import ROOT
+from tests.fast_guard import examples
 
 INF, NAN = math.inf, math.nan
 
@@ -174,7 +175,7 @@ def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 rows_of_logits = st.lists(st.floats(-30, 30, width=32), min_size=2, max_size=40)
 
 
-@settings(deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(rows_of_logits, st.integers(0, 2**32 - 1), st.floats(0.0, 10.0))
 def test_never_negative_and_zero_for_shifted_logits(row: list[float], seed: int, size: float) -> None:
     """Gibbs' inequality, up to rounding; adding a constant to all logits changes nothing."""

@@ -25,6 +25,7 @@ from lmeval_ext.divergence.store_files import tensors_sha256
 from lmeval_ext.errors import UserError
 from lmeval_ext.requests import window_key
 from tests.divergence.stores import equal, made, manifest, same, some_head, window
+from tests.fast_guard import examples
 
 MODES = ["hidden", "logits"]
 
@@ -211,7 +212,7 @@ def test_changed_byte_anywhere_is_detected(part: str, sound: ReferenceStore, tmp
     store = made(folder)
     path, messages = parts(store)[part], list[str]()
 
-    @settings(max_examples=400, deadline=None)
+    @settings(max_examples=examples(400), deadline=None)
     @given(st.integers(0, len(content) - 1), st.integers(1, 255))
     def check(index: int, change: int) -> None:
         path.write_bytes(content[:index] + bytes([content[index] ^ change]) + content[index + 1 :])
@@ -224,7 +225,7 @@ def test_changed_byte_anywhere_is_detected(part: str, sound: ReferenceStore, tmp
             assert content[index : index + 1].isspace()
 
     check()
-    assert len(messages) > 100
+    assert len(messages) > examples(400) / 4
     assert all(str(path) in message and "\n" not in message for message in messages)
 
 

@@ -23,6 +23,7 @@ from lmeval_ext.storage.__main__ import main
 from lmeval_ext.storage.checkpoint import read_checkpoint
 from lmeval_ext.storage.grouping import group_tensors
 from lmeval_ext.storage.safetensors_header import read_header
+from tests.fast_guard import examples
 from tests.storage.builders import (
     FIXTURES,
     LLAMA,
@@ -34,7 +35,7 @@ from tests.storage.builders import (
     write_raw,
 )
 
-FAST = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FAST = settings(max_examples=examples(150), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def entry(dtype: Any = "F32", shape: Any = (2, 2), offsets: Any = (0, 16)) -> dict[str, Any]:

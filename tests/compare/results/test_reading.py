@@ -19,6 +19,7 @@ from compare.results.reading import model_arguments, read_file, read_results
 from compare.results.records import UNSTATED
 from tests.compare.conftest import result
 from tests.conftest import simple_evaluate
+from tests.fast_guard import examples
 
 BROKEN = {
     "results_truncated.json": json.dumps(result()).encode()[:700],
@@ -179,7 +180,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(150), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(junk=JSON, where=st.sampled_from(
     ["results", "configs", "config", "date", "higher_is_better", "n-samples", "versions", "config.quantization",
      "config.model_args", "config.quantization.label", "configs.wiki2_strided", "configs.wiki2_strided.metadata",
