@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests import fast_guard
 
@@ -24,6 +25,11 @@ VOCABULARY = 384
 FOLDER_MARKERS = {"gpu": "gpu", "conformance": "engine", "demo": "engine"}
 # Pictures are drawn as SVG in every test of them; these formats repeat the same test, more slowly
 SLOW_FORMATS = {"png", "pdf"}
+
+
+# A busy machine is not a failure
+settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
