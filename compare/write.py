@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compare.comparison.comparison import Comparison, Options
-from compare.comparison.load import load_comparisons
+from compare.comparison.load import compare_records, load_comparisons, load_records
 from compare.console import say
 from compare.errors import NOTHING_USABLE, CompareError
 from compare.files import write_output
+from compare.metrics import KLD
 
 if TYPE_CHECKING:
     from compare.plot.series import Drawing
@@ -63,14 +64,19 @@ def write_plot(paths: Sequence[Path], options: Options, request: PlotRequest) ->
 def write_distributions(paths: Sequence[Path], options: Options, request: PlotRequest, name: str) -> None:
     """Draws how the one metric of `options` varies over tokens, by the kind `name` of `pictures`.
 
-    Raises CompareError for a metric that this kind cannot draw, and if there is nothing to draw.
+    Without a metric in `options`, the KL divergence; the perplexity for a kind that can draw it, if no result has a
+    divergence. Raises CompareError for a metric that this kind cannot draw, and if there is nothing to draw.
     """
-    (comparison,) = load_comparisons(paths, options)
     from compare.plot import figure
     from compare.plot.kind import PlotSettings
     from compare.plot.pictures import distribution_kind, flag_of
 
     kind = distribution_kind(name)
+    records = load_records(paths)
+    diverge = any(metric.partition(",")[0] == KLD for record in records for metric in record.metrics)
+    if not options.metrics and (diverge or kind.metrics):
+        options = replace(options, metrics=(KLD,))
+    (comparison,) = compare_records(records, options)
     if kind.metrics and comparison.metric.metric not in kind.metrics:
         raise CompareError(f"{flag_of(name)} shows {', '.join(kind.metrics)} only, not {comparison.metric.label}")
     settings = PlotSettings(request.title, request.dark, request.log_y)

@@ -21,10 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, request: PlotRequest) -> int:
-    """Draws the distributions of the one task with divergences, or of the one named."""
+    """Draws the distributions of the one task that has them, or of the one named."""
     name: str = arguments.distribution
     _check(arguments, name, request)
-    arguments.metric = arguments.metric or [KLD]
     write_distributions(arguments.paths, options_of(arguments), request, name)
     return 0
 

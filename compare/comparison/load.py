@@ -17,7 +17,12 @@ def load_comparisons(paths: Sequence[Path], options: Options) -> list[Comparison
 
     Raises CompareError if there is no usable result or the options do not fit the records.
     """
-    comparisons = build_comparisons(load_records(paths), options)
+    return compare_records(load_records(paths), options)
+
+
+def compare_records(records: list[Record], options: Options) -> list[Comparison]:
+    """One comparison per metric, as `load_comparisons` does, of records that are read already."""
+    comparisons = build_comparisons(records, options)
     for comparison in comparisons:
         for notice in comparison.notices:
             say(notice)

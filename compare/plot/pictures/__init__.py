@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 DISTRIBUTIONS = {
     "spread": "a box per model: median, quartiles, 5, 95 and 99 % of the tokens' KL divergence, size across",
     "histogram": "a line per model: how many tokens have which KL divergence",
-    "by_position": "a line per model: the metric over the position in the window, with 95 % intervals; --metric takes "
-    "token_perplexity, kld (default), top1_agreement, ppl_ratio",
+    "by_position": "a line per model: a metric over the position in the window, with 95 % intervals; --metric takes "
+    "kld (default), top1_agreement, ppl_ratio, token_perplexity (default without a reference)",
 }
 
 

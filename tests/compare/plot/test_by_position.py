@@ -19,6 +19,7 @@ from compare.plot.pictures.by_position import ByPosition
 from compare.results.positions import read_positions
 from compare.results.reading import read_results
 from lmeval_ext.positions import WindowCurve, describe
+from tests.compare.conftest import result
 from tests.compare.divergence_files import TASK, by_position, divergent
 
 EDGES = [1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768]
@@ -147,6 +148,18 @@ def test_plot_command_draws_the_metric_that_is_named(folder, compare, tmp_path):
     done = compare("plot", folder.path, "--by-position", "--x", "vram", "-o", tmp_path / "p.svg")
     assert done.code == 1
     assert "--by-position shows distributions; --x cannot be combined with it" in done.err
+
+
+def test_plot_without_a_reference_draws_the_perplexity(folder, compare, tmp_path):
+    content = result("plain")
+    content["configs"][TASK]["metadata"]["by_position"] = by_position()
+    folder.write(content)
+    done = compare("plot", folder.path, "--by-position", "-o", tmp_path / "p.svg")
+    assert done.code == 0, done.err
+    assert "Perplexity by position in the window" in (tmp_path / "p.svg").read_text(encoding="utf-8")
+    done = compare("plot", folder.path, "--spread", "-o", tmp_path / "p.svg")
+    assert done.code == 1
+    assert "--metric kld: no such metric" in done.err
 
 
 def test_table_shows_slopes_with_intervals_and_the_outer_bins(folder, compare):
