@@ -374,7 +374,8 @@ class HFQuantized(Observed, HFLM):
 
     def describe(self) -> Quantization:
         stored, running = (quant_method(c) for c in (self.config, self.model.config))
-        dtype = str(main_dtype(self.model) or self.model.dtype).removeprefix("torch.")
+        main = main_dtype(self.model) or self.model.dtype
+        dtype = str(main).removeprefix("torch.")
         facts = from_storage(
             self.checkpoint(),
             (dtype, dtype),
@@ -394,8 +395,8 @@ class HFQuantized(Observed, HFLM):
         if self._ran_decoded:
             facts.kernel = "decoded"
         facts.notes += self._loading_notes + self._notes
-        if others := other_dtypes(self.model, dtype):
-            facts.notes.append(f"not in {facts.dtype}: {some(others)}")
+        if others := other_dtypes(self.model, main):
+            facts.notes.append(f"not in {dtype}: {some(others)}")
         if self.peft or self.delta:
             facts.notes.append(f"sizes are of the base model, without {self.peft or self.delta!r}")
         if self.device.type == "cuda":

@@ -26,7 +26,9 @@ def test_float32_is_float32_everywhere(name: str, tmp_path: Path) -> None:
         pretrained=str(tmp_path), dtype="float32", device="cpu", multimodal=ARCHITECTURES[name].multimodal
     )
     assert {p.dtype for p in model.model.parameters()} == {torch.float32}
-    assert model.describe().dtype == "float32"
+    facts = model.describe()
+    assert facts.dtype == "float32"
+    assert not [note for note in facts.notes if note.startswith("not in")]
     for ids, scores in zip(windows(), model.score_windows(requests()), strict=True):
         np.testing.assert_allclose(scores.logprobs, plain(ids), atol=1e-4)
 
@@ -127,6 +129,15 @@ def test_narrow_weights_are_widened_and_scales_of_packed_ones_are_not() -> None:
     assert model.experts.weight.dtype == torch.float32
     assert model.packed.weight_scale.dtype == torch.bfloat16
     assert other_dtypes(model, torch.float32) == []
+
+
+def test_note_names_weights_of_another_dtype(tmp_path: Path) -> None:
+    make_checkpoint("qwen3-moe", tmp_path, "bfloat16")
+    model = get_model("hf_quant")(pretrained=str(tmp_path), dtype="bfloat16", device="cpu")
+    assert not [note for note in model.describe().notes if note.startswith("not in")]
+    head = model.model.lm_head
+    head.weight.data = head.weight.data.float()
+    assert [n for n in model.describe().notes if n.startswith("not in")] == ["not in bfloat16: lm_head.weight"]
 
 
 def test_weights_that_appear_at_the_first_forward_are_widened() -> None:
