@@ -8,11 +8,13 @@ layers of several kinds, so each kind is reported. Names are those of vLLM 0.26 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from lmeval_ext.models.vllm.kernels import Activations, quantizes_activations
 
+_CHOSEN = "lmeval_ext_chosen"
 # What a quantization asks for, by the name of its class, where no attribute says it: the first match counts
 _ASKED: tuple[tuple[str, bool], ...] = (
     (r"A16|AWQ|GPTQ|GptOss|^Mxfp4MoE|Int4|BitsAndBytes", False),
@@ -34,6 +36,27 @@ def layer_kernels(model: Any) -> dict[str, Activations]:
         elif isinstance(module, LinearBase):  # attention and embeddings have methods too, but are not quantized layers
             found |= _linear_kernels(module, method)
     return merged(found)
+
+
+def watch_choices(model: Any) -> None:
+    """Records from now on which kernel each `FallbackExperts` takes, which it decides anew at every call. Idempotent.
+
+    Such experts hold two kernels: `TritonOrCutlassExperts`, `TritonOrDeepGemmExperts`. Replayed CUDA graphs decide
+    nothing: where no choice was recorded, the result names the pair.
+    """
+    for module in model.modules():
+        kernel = _built_kernel(getattr(module, "quant_method", None))
+        choose = getattr(kernel, "_select_experts_impl", None)
+        if kernel is None or choose is None or hasattr(kernel, _CHOSEN):
+            continue
+        setattr(kernel, _CHOSEN, {})
+        kernel._select_experts_impl = partial(_recorded_choice, choose, getattr(kernel, _CHOSEN))
+
+
+def _recorded_choice(choose: Callable[..., Any], chosen: dict[str, Any], *arguments: Any, **keywords: Any) -> Any:
+    kernel = choose(*arguments, **keywords)
+    chosen[_name(kernel)] = kernel
+    return kernel
 
 
 def merged(kernels: Iterable[tuple[str, Activations]]) -> dict[str, Activations]:
@@ -58,23 +81,32 @@ def _linear_kernels(module: Any, method: Any) -> set[tuple[str, Activations]]:
     return {_layer_kernel(kernel, _name(kernel), holders) for kernel in kernels or holders[:1]}
 
 
+def _built_kernel(method: Any) -> Any:
+    """The object that multiplies experts; None before it is built, and where the method itself multiplies."""
+    kernel = getattr(getattr(method, "moe_kernel", None), "fused_experts", None)
+    return getattr(method, "fused_experts", None) if kernel is None else kernel
+
+
 def _experts_kernel(method: Any) -> set[tuple[str, Activations]]:
-    """The kernel of experts: the class that multiplies them, else the name of the backend that was selected."""
+    """The kernels of experts: the classes that multiply them, else the name of the backend that was selected."""
     if type(method).__name__.startswith("Unquantized"):
         return set()
     inner = getattr(method, "old_quant_method", method)  # `FusedMoEModularMethod` wraps the checkpoint's own method
-    kernel = getattr(getattr(method, "moe_kernel", None), "fused_experts", None)
-    kernel = getattr(method, "fused_experts", None) if kernel is None else kernel
-    name = None if kernel is None else _name(kernel)
-    if name is None:
+    kernel = _built_kernel(method)
+    kernels = {} if kernel is None else getattr(kernel, _CHOSEN, None) or {_name(kernel): kernel}
+    if not kernels:
         chosen = [v for v in vars(inner).values() if _is_backend(v)]
-        name = str(chosen[0]) if chosen else _name(inner)
+        kernels = {str(chosen[0]) if chosen else _name(inner): None}
     config = getattr(method, "moe_quant_config", None) or getattr(inner, "moe_quant_config", None)
-    ran = getattr(kernel, "quantizes_activations", None)  # ours says so itself
+    asked = _asked(inner, [inner])
+    return {(name, Activations(asked, _experts_ran(name, kernel, config))) for name, kernel in kernels.items()}
+
+
+def _experts_ran(name: str, kernel: Any, config: Any) -> bool | None:
+    """Whether a kernel of experts quantizes activations. config: of the method, which gives their quantized dtype."""
+    ran: bool | None = getattr(kernel, "quantizes_activations", None)  # ours says so itself
     ran = quantizes_activations(name) if ran is None else ran
-    if ran is None and config is not None:
-        ran = config.quant_dtype is not None
-    return {(name, Activations(_asked(inner, [inner]), ran))}
+    return config.quant_dtype is not None if ran is None and config is not None else ran
 
 
 def _layer_kernel(kernel: Any, name: str, holders: list[Any]) -> tuple[str, Activations]:

@@ -17,6 +17,7 @@ from lmeval_ext.divergence.plan import ObservationPlan, cut_head, head_facts
 from lmeval_ext.divergence.store import ReferenceStore
 from lmeval_ext.models.vllm import long_rope, runners
 from lmeval_ext.models.vllm.layer_kernels import layer_kernels as _kernels
+from lmeval_ext.models.vllm.layer_kernels import watch_choices
 from lmeval_ext.models.vllm.scoring import PromptScorer
 
 
@@ -32,6 +33,7 @@ class WorkerExtension:
         if hasattr(self, "lmeval_ext_scorer"):
             return None
         try:
+            watch_choices(self.lmeval_ext_model())
             self.lmeval_ext_scorer = runners.install(self.model_runner)
         except (AttributeError, TypeError) as error:
             return f"{type(error).__name__}: {error}"
@@ -89,8 +91,7 @@ class WorkerExtension:
         kv_pool_bytes: size of the preallocated KV cache. weight_bytes: memory that loading took, None if unknown.
         peak_bytes: most GPU memory allocated since start or `lmeval_ext_reset_peak`, None on a CPU.
         """
-        runner = self.model_runner
-        model = runner.get_model() if hasattr(runner, "get_model") else runner.model
+        runner, model = self.model_runner, self.lmeval_ext_model()
         # The layers of hybrid models are views of one buffer, so each storage counts once
         pool = {s.data_ptr(): s.nbytes() for s in map(_storage, runners.kv_cache_tensors(runner))}
         return {
@@ -100,6 +101,11 @@ class WorkerExtension:
             "weight_bytes": runners.weight_bytes(runner),
             "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         }
+
+    def lmeval_ext_model(self) -> Any:
+        """The model that the worker loaded; not for `collective_rpc`."""
+        runner = self.model_runner
+        return runner.get_model() if hasattr(runner, "get_model") else runner.model
 
     def lmeval_ext_reset_peak(self) -> None:
         """Starts the measurement of `peak_bytes` again."""

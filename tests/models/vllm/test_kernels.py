@@ -123,6 +123,47 @@ def test_experts_are_named_by_the_class_that_multiplies_them() -> None:
 
 
 @pytest.mark.engine
+def test_experts_with_a_fallback_are_named_by_the_kernel_that_ran() -> None:
+    """vLLM's `FallbackExperts` decide at every call; the pair is named where no call was seen."""
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
+    from vllm.model_executor.layers.fused_moe.experts.fallback import FallbackExperts
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+    from lmeval_ext.models.vllm.layer_kernels import watch_choices
+    from lmeval_ext.models.vllm.worker import _kernels
+
+    class TritonOrCutlassExperts(FallbackExperts):  # vLLM's own imports a library of GPUs
+        def __init__(self, *experts: Any) -> None:
+            self.experts, self.fallback_experts = experts
+
+        def _select_experts_impl(self, hidden_states: Any, w1: Any, w2: Any) -> Any:
+            return self.fallback_experts if hidden_states < 8 else self.experts
+
+    TritonOrCutlassExperts.__abstractmethods__ = frozenset()  # type: ignore[attr-defined]
+
+    class CutlassExpertsFp8(SimpleNamespace): ...
+
+    class TritonExperts(SimpleNamespace): ...
+
+    cutlass, triton = CutlassExpertsFp8(apply=lambda *_: None), TritonExperts(apply=lambda *_: None)
+    experts: Any = TritonOrCutlassExperts(cutlass, triton)
+    method = SimpleNamespace(
+        moe_kernel=SimpleNamespace(fused_experts=experts),
+        moe_quant_config=FusedMoEQuantConfig.make(torch.float8_e4m3fn),
+        input_quant="fp8",
+    )
+    model = root_with(blank(RoutedExperts), quant_method=method)
+    native = Activations(True, True)
+    watch_choices(model)
+    assert _kernels(model) == {"TritonOrCutlassExperts": native}
+    experts.apply(None, 2048, *[None] * 13)
+    watch_choices(model)
+    assert _kernels(model) == {"CutlassExpertsFp8": native}
+    experts.apply(None, 4, *[None] * 13)
+    assert _kernels(model) == {"CutlassExpertsFp8": native, "TritonExperts": native}
+
+
+@pytest.mark.engine
 def test_linear_layers_say_what_each_scheme_asks_for() -> None:
     """compressed-tensors' NVFP4 with and without activations, ModelOpt's, FP8, INT8, and 4-bit integers."""
     from vllm.model_executor.layers.linear import LinearBase
