@@ -22,7 +22,7 @@ margins        Margins of equivalence: ``--margin 1``, ``--margin perplexity=1%`
 mean           The mean of several tasks: which tasks count, the figure and its error, one record per model
 memory         The memory that a model needs, and whether it fits: all weights, embeddings included, and the KV
                cache of a context
-model_sizes    Whether two results are from the same model, judged by its number of weights
+model_sizes    Whether two results are from the same model, judged by its number of weights and architecture
 noise_floor    The noise floor of a metric that needs a reference: how far full precision is from the reference
 paired_samples The samples of two runs, checked and matched: the same windows, or the documents that both answered
 pairs          Every model of a comparison against a baseline, paired by window or document: ``compare table

@@ -17,7 +17,7 @@ from compare.comparison.chosen_metric import ChosenMetric, choose_metrics
 from compare.comparison.comparison import Comparison, Options
 from compare.comparison.labels import find_label
 from compare.comparison.mean import Part, average
-from compare.comparison.model_sizes import size_clusters, size_text
+from compare.comparison.model_sizes import model_clusters, model_text
 from compare.comparison.point import Point
 from compare.comparison.reruns import distinct_labels, newest
 from compare.comparison.task_hashes import settle_hashes
@@ -181,17 +181,17 @@ def _differing(points: list[Point], metric: ChosenMetric) -> str:
 
 
 def _sized(points: list[Point], notices: list[str]) -> list[Point]:
-    """Numbers the model sizes; `notices` names the models of each, if there are several."""
-    numbers = size_clusters([point.record for point in points])
+    """Numbers the models by size and architecture; `notices` names the results of each, if there are several."""
+    numbers = model_clusters([point.record for point in points])
     points = [replace(point, size=number) for point, number in zip(points, numbers, strict=True)]
     sizes = sorted({p.size for p in points if p.comparable}, key=lambda size: (size is None, size or 0))
     if len(sizes) > 1:
         notices.append(
-            "warning: models of different size: no line joins them, each is compared with the baseline of its own size"
+            "warning: models of different size or architecture: no line joins them, each has a baseline of its own"
         )
         for size in sizes:
             records = [p.record for p in points if p.comparable and p.size == size]
-            notices.append(f"warning: {size_text(records)}: {and_more([r.label for r in records])}")
+            notices.append(f"warning: {model_text(records)}: {and_more([r.label for r in records])}")
     return points
 
 

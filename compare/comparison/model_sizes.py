@@ -1,7 +1,7 @@
-"""Whether two results are from the same model, judged by its number of weights.
+"""Whether two results are from the same model, judged by its number of weights and its architecture.
 
-Quantization does not change the number of weights, so results that differ in it are from different models: no line
-joins them, and none is compared with the other's baseline.
+Quantization changes neither, so results that differ in one are from different models: no line joins them, and none is
+compared with the other's baseline. (The decoders of Llama 3 8B and Mistral 7B have equally many weights.)
 """
 
 from __future__ import annotations
@@ -20,8 +20,29 @@ def parameters(q: Quantization) -> float | None:
     return None if not q.weight_bytes or not q.file_bpw else q.weight_bytes * 8 / q.file_bpw
 
 
-def size_clusters(records: Sequence[Record]) -> list[int | None]:
-    """The size number of each record: 0 for the most frequent model size, 1 for the next …; None for unknown sizes.
+def model_clusters(records: Sequence[Record]) -> list[int | None]:
+    """The model number of each record: 0 for the most frequent model, 1 for the next …; None where it is unknown.
+
+    Models of one size are told apart by architecture, if results of that size name several; a result that names none is
+    then of an unknown model.
+    """
+    sizes = _size_clusters(records)
+    names: dict[int, set[str]] = {}
+    for size, record in zip(sizes, records, strict=True):
+        if size is not None and record.quantization.architecture:
+            names.setdefault(size, set()).add(record.quantization.architecture)
+    models: list[tuple[int, str] | None] = []
+    for size, record in zip(sizes, records, strict=True):
+        several = size is not None and len(names.get(size, ())) > 1
+        name = record.quantization.architecture if several else ""
+        models.append(None if size is None or (several and not name) else (size, name))
+    counts = Counter(model for model in models if model is not None)
+    order = sorted(counts, key=lambda model: (-counts[model], model))
+    return [None if model is None else order.index(model) for model in models]
+
+
+def _size_clusters(records: Sequence[Record]) -> list[int | None]:
+    """The size number of each record, from the smallest; None for unknown sizes.
 
     The size is that of the decoder's matrices if every sized result has it (it does not depend on how the output matrix
     is stored), else of all tensors. If there is one size only, results of unknown size are taken for that size.
@@ -35,14 +56,16 @@ def size_clusters(records: Sequence[Record]) -> list[int | None]:
             starts.append(size)
     if len(starts) < 2:
         return [0] * len(records)
-    clusters = [None if not size else max(i for i, start in enumerate(starts) if start <= size) for size in sizes]
-    counts = Counter(number for number in clusters if number is not None)
-    order = sorted(counts, key=lambda number: (-counts[number], number))
-    return [None if number is None else order.index(number) for number in clusters]
+    return [None if not size else max(i for i, start in enumerate(starts) if start <= size) for size in sizes]
 
 
-def size_text(records: Sequence[Record]) -> str:
-    """``about 134.5 million weights``, or ``unknown size``, for the records of one cluster."""
+def model_text(records: Sequence[Record]) -> str:
+    """``about 134.5 million weights, llama``, or ``unknown size``, for the records of one cluster."""
+    architectures = sorted({r.quantization.architecture for r in records} - {""})
+    return ", ".join([_size_text(records), *architectures])
+
+
+def _size_text(records: Sequence[Record]) -> str:
     sizes = [size for r in records if (size := parameters(r.quantization) or r.quantization.layer_parameters)]
     if not sizes:
         return "unknown size"

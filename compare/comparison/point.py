@@ -16,7 +16,7 @@ class Point:
     """A record on the chosen metric and axis. Group 0 is the comparison; the other groups stand apart.
 
     parts: the tasks of a mean, including those left out of it, in the order of `Comparison.parts`.
-    size: number of the model size (`compare.comparison.model_sizes`): 0 is the most frequent, None unknown.
+    size: number of the model, by size and architecture (`model_sizes`): 0 is the most frequent, None unknown.
     """
 
     record: Record

@@ -226,6 +226,7 @@ def _quantization(config: dict[str, Any], arguments: dict[str, str], checkpoint:
         file_bpw=positive(block.get("file_bpw")),
         weight_bytes=count(block.get("weight_bytes")),
         layer_parameters=count(block.get("layer_parameters")),
+        architecture=text(block.get("architecture")),
         draft_bytes=count(block.get("draft_bytes")) or 0,
         kv_bytes_per_token=count(block.get("kv_bytes_per_token")),
         kv_cache=_kv_cache(block.get("kv_cache")),

@@ -57,8 +57,9 @@ class Quantization:
 
     Bits per weight: `layer_bpw` decoder matrices, `head_bpw` output matrix, `file_bpw` all tensors of the file.
     `vram_gb` is (layer + head bits) / 8 / 1024³; `weight_bytes` counts every tensor, of which `draft_bytes` belong to
-    draft layers that no engine loads; `layer_parameters` the weights of the decoder's matrices. `kv_bytes_per_token`:
-    one token in a KV cache of `kv_cache_dtype`, where all tokens take the same; `kv_cache`: its size at any context.
+    draft layers that no engine loads; `layer_parameters` the weights of the decoder's matrices; `architecture` its name
+    in config.json, "" if unknown (also of GGUF files, whose names are others). `kv_bytes_per_token`: one token in a KV
+    cache of `kv_cache_dtype`, where all tokens take the same; `kv_cache`: its size at any context.
     `nan_loglikelihoods`: how many log-likelihoods of this run were NaN, from which the harness computes accuracies all
     the same.
     """
@@ -73,6 +74,7 @@ class Quantization:
     weight_bytes: int | None = None
     draft_bytes: int = 0
     layer_parameters: int | None = None
+    architecture: str = ""
     kv_bytes_per_token: int | None = None
     kv_cache: KVCacheSize | None = None
     kv_cache_dtype: str = ""

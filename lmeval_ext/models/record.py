@@ -7,9 +7,11 @@ import numbers
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from lmeval_ext.storage import StorageError, StorageInfo, inspect
+from lmeval_ext.storage.checkpoint import architecture
 from lmeval_ext.storage.kv_cache import kv_cache
 from lmeval_ext.storage.tensors import Header
 
@@ -25,6 +27,7 @@ class Quantization:
     Bits per weight and sizes follow `lmeval_ext.storage.StorageInfo`. weight_vram_gb: measured GiB that loading took.
     peak_vram_gb: measured GiB of weights and activations, without the engine's preallocated KV pool (kv_pool_gb).
     layer_parameters: logical elements of the decoder's matrices, the same for every quantization of one model.
+    architecture: the decoder's `model_type` in config.json (`lmeval_ext.storage.checkpoint.architecture`).
     draft_bytes: bytes of draft layers (MTP) among weight_bytes, which no engine loads. kv_cache: bytes of a KV cache of
     kv_cache_dtype at any context (`lmeval_ext.storage.kv_cache.KVCache.to_dict`). kv_bytes_per_token: the same per
     token, where every token takes the same. bos: the rule by which texts of the harness' own requests become tokens
@@ -46,6 +49,7 @@ class Quantization:
     weight_bytes: int | None = None
     draft_bytes: int | None = None
     layer_parameters: int | None = None
+    architecture: str | None = None
     kv_bytes_per_token: int | None = None
     kv_cache: dict[str, Any] | None = None
     kv_cache_dtype: str | None = None
@@ -112,6 +116,7 @@ def from_storage(
     if path is None:
         return Quantization(**facts, notes=["bits per weight unknown: the checkpoint is not a local file or folder"])
     cache = kv_cache(path, *cache_types, windows=windowed_cache)
+    facts["architecture"] = architecture(Path(path))
     facts |= {"kv_bytes_per_token": cache.bytes_per_token, "kv_cache_dtype": cache.dtype, "kv_cache": cache.to_dict()}
     try:
         info: StorageInfo = inspect(path, headers, precision)

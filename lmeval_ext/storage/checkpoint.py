@@ -94,6 +94,22 @@ class Checkpoint:
         return list(map(str, names)) if isinstance(names, list) else []
 
 
+def architecture(path: Path) -> str | None:
+    """Return the decoder's `model_type` in a checkpoint's config.json, None without one.
+
+    A decoder has the same name alone and in a multimodal wrapper. A GGUF file has none: llama.cpp's names are others.
+    """
+    folder = path if path.is_dir() else path.parent
+    if path.suffix == ".gguf" or not (folder / "config.json").exists():
+        return None
+    try:
+        checkpoint = read_config(folder)
+    except (StorageError, OSError):
+        return None
+    name = checkpoint.text_config.get("model_type") or checkpoint.config.get("model_type")
+    return name.removesuffix("_text") if isinstance(name, str) and name else None
+
+
 def _count(text: dict[str, Any], config: dict[str, Any], key: str) -> int | None:
     """Return a positive number of the language model's config, or of the whole config if it is only there."""
     value = text.get(key, config.get(key))

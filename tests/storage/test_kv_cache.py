@@ -393,6 +393,7 @@ def test_quantization_record_has_the_figure(tiny_llama):
     from lmeval_ext.models.record import from_storage
 
     facts = from_storage(str(tiny_llama), label="m", engine="e", engine_version="1")
+    assert facts.architecture == "llama"
     assert facts.layer_parameters == 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
     assert (facts.kv_bytes_per_token, facts.kv_cache_dtype) == (2 * 2 * 16 * 2 * 4, "float32")
     assert not [note for note in facts.notes if "kv_bytes" in note]
@@ -401,3 +402,24 @@ def test_quantization_record_has_the_figure(tiny_llama):
     unknown = from_storage(str(tiny_llama), ("float7", "float7"), label="m", engine="e", engine_version="1")
     assert unknown.kv_bytes_per_token is None
     assert [note for note in unknown.notes if "kv_bytes_per_token unknown" in note]
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"model_type": "gemma3_text"}, "gemma3"),
+        ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}, "gemma3"),
+        ({"model_type": "mistral3", "text_config": {"model_type": "mistral"}}, "mistral"),
+        ({"model_type": "qwen3_moe"}, "qwen3_moe"),
+        ({"model_type": 7}, None),
+        (None, None),
+    ],
+)
+def test_architecture_is_the_decoders(config, expected, tmp_path):
+    from lmeval_ext.storage.checkpoint import architecture
+
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    assert architecture(tmp_path) == expected
+    assert architecture(tmp_path / "model.safetensors") == expected
+    assert architecture(tmp_path / "model.gguf") is None

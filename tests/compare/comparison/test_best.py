@@ -12,7 +12,7 @@ from compare.comparison.best import frontier
 from compare.comparison.build import build_comparison
 from compare.comparison.comparison import Options
 from compare.comparison.memory import Budget, Fit, fit, longest_context
-from compare.comparison.model_sizes import size_clusters
+from compare.comparison.model_sizes import model_clusters
 from compare.comparison.point import Point
 from compare.plot.series import arrange
 from compare.results.reading import read_results
@@ -249,17 +249,33 @@ def test_frontier_over_bits_per_weight_is_per_model_size(folder):
     assert [[p.record.label for p in points] for points in by_size.frontiers] == [["a", "b"]]
 
 
-def record(layers: int | None, weight_bytes: int | None = None, file_bpw: float | None = None) -> Record:
-    q = Quantization(layer_parameters=layers, weight_bytes=weight_bytes, file_bpw=file_bpw)
+def test_architectures_of_one_size_are_not_joined(folder, compare):
+    """Two mixtures with as many weights each; a GGUF file of that size may be of either."""
+    for name, ppl in (("qwen3_moe", 20.0), ("gpt_oss", 10.0)):
+        for bits, family, worse in ((16.0, "full precision", 0.0), (4.0, "EXL3", 1.0)):
+            folder.add(f"{name} {bits}", family, name, bits, ppl + worse, architecture=name)
+    folder.add("neither", "GGUF", "Q4_K_M", 4.0, 21.0)
+    shown = compare("table", folder.path, "--format", "json")
+    records = shown.by_label()
+    assert records["qwen3_moe 4.0"]["relative_to_reference"] == pytest.approx(0.05)
+    assert records["gpt_oss 4.0"]["relative_to_reference"] == pytest.approx(0.10)
+    assert records["neither"]["relative_to_reference"] is None
+    assert "weights, gpt_oss: gpt_oss 16.0, gpt_oss 4.0" in shown.err
+
+
+def record(
+    layers: int | None, weight_bytes: int | None = None, file_bpw: float | None = None, architecture: str = ""
+) -> Record:
+    q = Quantization(layer_parameters=layers, weight_bytes=weight_bytes, file_bpw=file_bpw, architecture=architecture)
     return Record("m", "t", {}, q, file=Path("f"))
 
 
-def test_size_clusters_by_decoder_weights_or_all_weights():
-    assert size_clusters([record(100), record(None), record(102)]) == [0, 0, 0]
-    assert size_clusters([record(100), record(103), record(103), record(None)]) == [1, 0, 0, None]
+def test_clusters_by_decoder_weights_or_all_weights():
+    assert model_clusters([record(100), record(None), record(102)]) == [0, 0, 0]
+    assert model_clusters([record(100), record(103), record(103), record(None)]) == [1, 0, 0, None]
     # without the decoder's weights in each result all weights count: 1000 × 8 / 4 and 2000 × 8 / 8
-    assert size_clusters([record(5, 1000, 4.0), record(None, 2000, 8.0)]) == [0, 0]
-    assert size_clusters([record(5, 1000, 4.0), record(None, 2000, 4.0)]) == [0, 1]
+    assert model_clusters([record(5, 1000, 4.0), record(None, 2000, 8.0)]) == [0, 0]
+    assert model_clusters([record(5, 1000, 4.0), record(None, 2000, 4.0)]) == [0, 1]
 
 
 WINDOWED = {
@@ -328,3 +344,10 @@ def test_damaged_size_of_the_cache_is_unknown(folder, compare, damage):
     folder.add("m", "GGUF", "m", 3.0, 8.0, weight_bytes=3 * GIB, kv_bytes_per_token=None, kv_cache=block)
     out = compare("table", folder.path, "--budget", 8, "--context", 8192, "--format", "json")
     assert out.by_label()["m"]["fits"] == "unknown"
+
+
+def test_clusters_by_architecture_only_where_one_size_has_several():
+    llama, mistral, unknown = (record(100, architecture=name) for name in ("llama", "mistral", ""))
+    assert model_clusters([llama, llama, mistral, unknown]) == [0, 0, 1, None]
+    assert model_clusters([llama, unknown, record(None)]) == [0, 0, 0]
+    assert model_clusters([llama, record(200, architecture="mistral"), unknown]) == [0, 1, 0]
