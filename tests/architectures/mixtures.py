@@ -105,6 +105,10 @@ def make_dense(folder: Path, family: str) -> Path:
                 tensor.copy_(_random(name, tensor, family))
     model.tie_weights()
     model.to(torch.bfloat16).save_pretrained(folder)
+    saved = json.loads((folder / "config.json").read_text())
+    # As published checkpoints name it, and ExLlamaV3 reads it; Transformers 5 writes num_local_experts
+    saved |= {name: value for name, value in row.fields.items() if name == "num_experts"}
+    (folder / "config.json").write_text(json.dumps(saved))
     make_tokenizer(folder)
     return folder
 
