@@ -140,7 +140,7 @@ def test_values_at_or_below_zero_are_gaps_on_a_logarithmic_axis(folder):
 def test_plot_command_draws_the_metric_that_is_named(folder, compare, tmp_path):
     add(folder, "one")
     folder.write(divergent("old", scheme="old")[0])
-    for metric in (), ("--metric", "ppl_ratio"), ("--metric", "token_perplexity"):
+    for metric in (), ("--metric", "ppl_ratio"):
         done = compare("plot", folder.path, "--by-position", *metric, "-o", tmp_path / "p.svg")
         assert done.code == 0, done.err
         assert "(1 models)" in done.err
@@ -274,6 +274,7 @@ def test_report_has_a_section_where_the_data_exist(folder, compare, tmp_path):
 
 
 @pytest.mark.usefixtures("undrawn")
+@pytest.mark.slow
 def test_report_of_older_results_has_no_such_section(folder, compare, tmp_path):
     folder.write(divergent("old")[0])
     page = tmp_path / "r.html"
