@@ -25,7 +25,7 @@ PLAIN = frozenset({
     "apertus", "arcee", "arctic", "baichuan", "bailingmoe", "bailingmoe2", "bitnet", "bloom", "chameleon", "chatglm",
     "codeshell", "cogvlm", "command-r", "dbrx", "deci", "deepseek", "deepseek2", "dots1", "ernie4_5", "ernie4_5-moe",
     "exaone", "falcon", "gemma", "glm4", "glm4moe", "gpt2", "gptneox", "granite", "granitemoe", "grok", "grovemoe",
-    "hunyuan-dense", "hunyuan-moe", "hunyuan-vl", "hy_v3", "internlm2", "jais", "jais2", "llama", "maincoder",
+    "hunyuan-dense", "hunyuan-moe", "hunyuan_vl", "hy_v3", "internlm2", "jais", "jais2", "llama", "maincoder",
     "minicpm", "minicpm3", "minimax-m2", "mistral3", "mistral4", "mpt", "nemotron", "olmo", "olmoe", "openelm",
     "orion", "paddleocr", "pangu-embedded", "phi2", "phi3", "phimoe", "plamo", "plm", "qwen", "qwen2", "qwen2moe",
     "qwen2vl", "qwen3", "qwen3moe", "qwen3vl", "qwen3vlmoe", "refact", "seed_oss", "smollm3", "stablelm", "starcoder",
@@ -35,7 +35,9 @@ PLAIN = frozenset({
 
 @dataclass(frozen=True)
 class Window:
-    """period: one layer of so many keeps all tokens, None: the file lists them. first: it is the first of them.
+    """period: one layer of so many keeps all tokens, 0: no layer does, None: the file lists them.
+
+    first: it is the first of them.
 
     usual: the window where the file names none; None: without one there are no windows. needed: the file must name it.
     """
@@ -48,7 +50,7 @@ class Window:
 WINDOWS = {
     "afmoe": Window(4), "cohere2": Window(4), "cohere2moe": Window(4, first=True), "exaone-moe": Window(4, usual=128),
     "exaone4": Window(4, usual=4096), "gemma2": Window(2, usual=4096), "gemma3": Window(6), "gemma3n": Window(5),
-    "gemma4": Window(None), "gpt-oss": Window(2), "granite-swa": Window(None), "laguna": Window(4, first=True),
+    "gemma4": Window(None), "gpt-oss": Window(2), "granite_swa": Window(None), "laguna": Window(4, first=True), "lfm2": Window(0),
     "llama4": Window(4, usual=8192), "mellum": Window(4), "mimo2": Window(None), "olmo2": Window(4),
     "plamo3": Window(8), "smallthinker": Window(4, first=True), "step35": Window(None),
 }  # fmt: skip

@@ -36,13 +36,13 @@ _TEXT = {
 }
 _TWO_KINDS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 24}
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
-_MLA = {
+_MLA = {  # sizes that vLLM's latent attention takes on a CPU
     "num_key_value_heads": 4,
-    "kv_lora_rank": 32,
+    "kv_lora_rank": 512,
     "q_lora_rank": 48,
-    "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 32,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
 }
 _LINEAR = {
     "linear_num_value_heads": 4,
@@ -173,6 +173,7 @@ ARCHITECTURES = {
             "n_group": 2,
             "topk_group": 1,
             "routed_scaling_factor": 2.0,
+            "topk_method": "noaux_tc",  # as published; vLLM has no place for the router's bias without it
         },
     ),
     "falcon-h1": Architecture(

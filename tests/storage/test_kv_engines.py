@@ -183,3 +183,81 @@ def test_figure_matches_what_llama_cpp_allocates(tmp_path, arch, type_k, type_v)
         assert mib == pytest.approx(size * cells / 1024**2, abs=0.006)
         # A window and one batch, in blocks of 256
         assert cells == (4096 if window is None else window + 512)
+
+
+RECURRENT = re.compile(r"llama_memory_recurrent: size = +([\d.]+) MiB \( *(\d+) cells, +(\d+) layers")
+SSM = {"ssm.conv_kernel": 4, "ssm.inner_size": 1024, "ssm.state_size": 128}
+
+
+def layers_of(count: int, *shapes: dict[str, tuple[int, ...]], norm: str = "output_norm") -> dict[str, tuple[int, ...]]:
+    """Return an embedding, the last norm, and tensors for each of `count` layers; the layers have `shapes` in turn."""
+    tensors = {"token_embd.weight": (32, 512), f"{norm}.weight": (512,)}
+    for layer in range(count):
+        tensors |= {f"blk.{layer}.{name}": shape for name, shape in shapes[layer % len(shapes)].items()}
+    return tensors
+
+
+FEED_FORWARD = {"ffn_gate.weight": (64, 512), "ffn_up.weight": (64, 512), "ffn_down.weight": (512, 64)}
+ATTENTION = {"attn_q.weight": (512, 512), "attn_k.weight": (256, 512), "attn_v.weight": (256, 512),
+             "attn_output.weight": (512, 512), "attn_norm.weight": (512,)}  # fmt: skip
+LATENT = {
+    "attn_q_a.weight": (64, 512), "attn_q_a_norm.weight": (64,), "attn_q_b.weight": (4 * 192, 64),
+    "attn_kv_a_mqa.weight": (576, 512), "attn_kv_a_norm.weight": (512,), "attn_k_b.weight": (4, 512, 128),
+    "attn_v_b.weight": (4, 128, 512), "attn_output.weight": (512, 512), "attn_norm.weight": (512,),
+    "ffn_norm.weight": (512,), **FEED_FORWARD,
+}  # fmt: skip
+MAMBA = {
+    "attn_norm.weight": (512,), "ssm_in.weight": (2048, 512), "ssm_conv1d.weight": (1024, 4),
+    "ssm_conv1d.bias": (1024,),
+    "ssm_x.weight": (32 + 256, 1024), "ssm_dt.weight": (1024, 32), "ssm_dt.bias": (1024,), "ssm_a": (1024, 128),
+    "ssm_d": (1024,), "ssm_out.weight": (512, 1024),
+}  # fmt: skip
+MAMBA_2 = {
+    "ssm_in.weight": (2048 + 512 + 16, 512), "ssm_conv1d.weight": (1024 + 512, 4), "ssm_conv1d.bias": (1536,),
+    "ssm_dt.bias": (16,), "ssm_a": (16, 1), "ssm_d": (16, 1), "ssm_norm.weight": (2, 512),
+    "ssm_out.weight": (512, 1024), "ffn_norm": (512,), **ATTENTION, **FEED_FORWARD,
+}  # fmt: skip
+CONVOLUTION = {"shortconv.conv.weight": (512, 64), "shortconv.in_proj.weight": (1536, 512),
+               "shortconv.out_proj.weight": (512, 512), "attn_norm.weight": (512,), "ffn_norm.weight": (512,),
+               **FEED_FORWARD}  # fmt: skip
+NORMED = {"attn_q_norm.weight": (128,), "attn_k_norm.weight": (128,), "ffn_norm.weight": (512,), **ATTENTION,
+          **FEED_FORWARD}  # fmt: skip
+HYBRID = layers_of(4, CONVOLUTION, NORMED, norm="token_embd_norm")
+LATENT_KEYS = {
+    "attention.head_count_kv": 1, "attention.q_lora_rank": 64, "attention.kv_lora_rank": 512,
+    "attention.key_length": 576, "attention.value_length": 512, "attention.key_length_mla": 192,
+    "attention.value_length_mla": 128, "rope.dimension_count": 64, "leading_dense_block_count": 4, "expert_count": 0,
+    "expert_shared_count": 0, "expert_feed_forward_length": 64,
+}  # fmt: skip
+# Metadata beside that of `decoder`, and tensors
+KEPT: dict[str, tuple[str, dict[str, Any], dict[str, tuple[int, ...]]]] = {
+    "a latent": ("deepseek2", LATENT_KEYS, layers_of(4, LATENT)),
+    "states": ("mamba", {**SSM, "ssm.time_step_rank": 32, "attention.head_count": 0, "attention.head_count_kv": 0},
+               layers_of(4, MAMBA)),
+    "keys, values and states": ("falcon-h1", {**SSM, "ssm.time_step_rank": 16, "ssm.group_count": 2},
+                                layers_of(4, MAMBA_2)),
+    "states, or keys and values": ("lfm2", {"shortconv.l_cache": 64, "attention.head_count_kv": [0, 2, 0, 2]},
+                                   HYBRID),
+    "states, or a window": ("lfm2", {"shortconv.l_cache": 64, "attention.head_count_kv": [0, 2, 0, 2],
+                                     "attention.sliding_window": 512}, HYBRID),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kept", KEPT)
+def test_latents_and_states_match_what_llama_cpp_allocates(tmp_path, kept):
+    """Bytes per cell of the keys and values, and those of the states of one sequence, which llama.cpp's log names."""
+    pytest.importorskip("llama_cpp")
+    arch, more, tensors = KEPT[kept]
+    path = write_model(tmp_path / "m.gguf", arch, decoder(4, PLAIN_NORMS)[0] | more, tensors)
+    done = subprocess.run([sys.executable, "-c", ALLOCATE, path, "1", "1"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, [x for x in done.stderr.splitlines() if "error" in x]
+    found = kv_cache(path, 1, 1)
+    assert found.exact, found.note
+    states = RECURRENT.findall(done.stderr)
+    assert sum(float(mib) for mib, _, _ in states) == pytest.approx(found.state_bytes / 1024**2, abs=0.006)
+    assert bool(states) == ("states" in kept)
+    allocated = [(float(mib), int(cells)) for mib, cells, _ in LINE.findall(done.stderr) if float(mib)]
+    assert len(allocated) == len(found.groups) == (0 if kept == "states" else 1), done.stderr
+    for (mib, cells), (size, window) in zip(allocated, found.groups, strict=True):
+        assert mib == pytest.approx(size * cells / 1024**2, abs=0.006)
+        assert cells == (4096 if window is None else window + 512)
