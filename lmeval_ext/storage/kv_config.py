@@ -182,6 +182,9 @@ def _layer(
     if kind not in (FULL, SLIDING, CHUNKED, HYBRID):
         return LayerCache(conv=conv, recurrent=recurrent)
     window = window if kind in (SLIDING, CHUNKED) else None
+    if fields.get("kv_lora_rank") and FAMILIES[model_type].expanded:
+        elements = fields.count(*_HEADS) * (fields.count("qk_nope_head_dim") + fields.count("qk_rope_head_dim"))
+        return LayerCache(elements, elements, window)
     if fields.get("kv_lora_rank"):
         # One latent and one rotary key per token, for all heads (vLLM, MLAAttentionSpec).
         latent = fields.count("kv_lora_rank") + fields.count("qk_rope_head_dim")

@@ -12,7 +12,7 @@ gets an upper bound.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lmeval_ext.storage.kv_layers import UnknownCache
@@ -68,13 +68,15 @@ State = Callable[[Fields], tuple[int, int]]  # elements of the convolution's sta
 class Family:
     """One row. usual: values of absent fields. kinds: of the layers, where the config has no list. state: see `State`.
 
-    window: the name of the field that holds the window.
+    window: the name of the field that holds the window. expanded: whether keys and values of every head are cached
+    although they come from a latent.
     """
 
     usual: Mapping[str, Any] = field(default_factory=dict)
     kinds: Kinds | None = None
     state: State | None = None
     window: str = "sliding_window"
+    expanded: bool = False
 
 
 def _every(period: int | str, kind: str = SLIDING, usual: int | None = None, first: bool = False) -> Kinds:
@@ -385,7 +387,9 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v32": _row(61, 7168, 128, 128, 64, **_DSA),
     "glm4_moe_lite": _row(47, 2048, 20, 20, **_MLA),
     "glm_moe_dsa": _row(78, 6144, 64, 64, 64, **_DSA),
-    "minicpm3": _row(62, 2560, 40, 40, kv_lora_rank=256, qk_rope_head_dim=32),
+    # vLLM and llama.cpp have no latent attention for it (vllm/model_executor/models/minicpm3.py)
+    "minicpm3": replace(_row(62, 2560, 40, 40, kv_lora_rank=256, qk_nope_head_dim=64, qk_rope_head_dim=32),
+                        expanded=True),
     "mistral4": _row(36, 4096, 32, 32, kv_lora_rank=256, qk_rope_head_dim=64),
     "youtu": _row(32, 2048, 16, 16, **_MLA),
     # Linear attention, Mamba and convolutions.

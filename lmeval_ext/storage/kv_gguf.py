@@ -50,8 +50,8 @@ class Window:
 WINDOWS = {
     "afmoe": Window(4), "cohere2": Window(4), "cohere2moe": Window(4, first=True), "exaone-moe": Window(4, usual=128),
     "exaone4": Window(4, usual=4096), "gemma2": Window(2, usual=4096), "gemma3": Window(6), "gemma3n": Window(5),
-    "gemma4": Window(None), "gpt-oss": Window(2), "granite_swa": Window(None), "laguna": Window(4, first=True), "lfm2": Window(0),
-    "llama4": Window(4, usual=8192), "mellum": Window(4), "mimo2": Window(None), "olmo2": Window(4),
+    "gemma4": Window(None), "gpt-oss": Window(2), "granite_swa": Window(None), "laguna": Window(4, first=True),
+    "lfm2": Window(0), "llama4": Window(4, usual=8192), "mellum": Window(4), "mimo2": Window(None), "olmo2": Window(4),
     "plamo3": Window(8), "smallthinker": Window(4, first=True), "step35": Window(None),
 }  # fmt: skip
 _GEMMA_3N_OWN = 20  # layers with a cache of their own (src/models/gemma3n.cpp, n_layer_kv_from_start)

@@ -17,6 +17,7 @@ import torch
 from lm_eval.api.registry import get_model
 
 from lmeval_ext.divergence.store import ReferenceStore
+from lmeval_ext.models.llamacpp.deviations import DEVIATIONS
 from tests.architectures import checkpoints
 from tests.architectures.checkpoints import ARCHITECTURES, windows
 from tests.architectures.conftest import (
@@ -111,6 +112,8 @@ def test_gguf_has_the_log_probabilities_of_a_plain_forward(
         assert after.mean() < 1e-4
         assert after.max() < 1e-3
         before = errors(scores, made.expected)
+        noted = DEVIATIONS.get(model.llama.metadata["general.architecture"])
+        assert noted is None or noted in model.describe().notes
         assert before.mean() > 5 * after.mean(), "no difference any more: take it out here and in docs/harness.md"
         return
     assert_equal_logprobs(scores, made.expected)

@@ -154,6 +154,8 @@ ARCHITECTURES = {
     "Kimi K2": ({"model_type": "kimi_k2", "num_hidden_layers": 61, "num_attention_heads": 64, "kv_lora_rank": 512,
                  "qk_rope_head_dim": 64}, [(61 * 576 * 2, None)], 0),
     "Mistral Small 4": ({"model_type": "mistral4"}, [(36 * 320 * 2, None)], 0),
+    # The latent is expanded before it is cached: 40 heads of 64 + 32, keys and values alike in vLLM
+    "MiniCPM 3": ({"model_type": "minicpm3"}, [(62 * 2 * 40 * 96 * 2, None)], 0),
     # DeepSeek-VL2's small language model has plain heads in the same family
     "DeepSeek-V2 without latents": ({"model_type": "deepseek_v2", "kv_lora_rank": None, "num_hidden_layers": 12,
                                      "num_attention_heads": 10, "num_key_value_heads": 10, "hidden_size": 1280},

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from lmeval_ext.models.llamacpp.arguments import cache_label, switch, translated
 from lmeval_ext.models.llamacpp.binding import ENGINE_VERSION
 from lmeval_ext.models.llamacpp.contexts import Contexts, original_context
+from lmeval_ext.models.llamacpp.deviations import DEVIATIONS
 from lmeval_ext.models.llamacpp.generation import generate, generate_ids, sampling_arguments
 from lmeval_ext.models.llamacpp.loading import GGUFModel, context_size, find_gguf, load_model, set_layers_on_gpu
 from lmeval_ext.models.llamacpp.scoring import ContextScorer, LogitObserver, whole_cache
@@ -70,6 +71,7 @@ class LlamaCpp(Observed, TokenLM):
         add_bos_token = None if add_bos_token is None else switch("add_bos_token", add_bos_token)
         trust_remote_code = switch("trust_remote_code", trust_remote_code)
         model = GGUFModel.read(self.path, settings.get("kv_overrides"))
+        self._architecture = model.architecture
         settings = model.rotary() | settings
         self._offloaded = set_layers_on_gpu(settings, device)
         self._cache_types = settings.get("type_k"), settings.get("type_v")
@@ -222,6 +224,8 @@ class LlamaCpp(Observed, TokenLM):
             scoring="logits",
         )
         facts.notes += [f"llama.cpp warns: {line}" for line in self._warnings]
+        if deviation := DEVIATIONS.get(self._architecture):
+            facts.notes.append(deviation)
         if self._offloaded:
             facts.notes.append("peak_vram_gb unknown: llama.cpp does not tell through its bindings")
         return facts
