@@ -84,7 +84,8 @@ BUFFERS = re.compile(
 )
 # Scales of the KV cache, of attention scores and of activations, one per tensor or per head ([heads, 1, 1]).
 CACHE_SCALE = re.compile(
-    r"(^|\.)(q|k|v|kv|qk|p|prob|softmax|attn|attn_output|o)(_cache)?[_.](scale|zero_point|global_scale|scaling_factor)s?$"
+    r"(^|\.)(q|k|v|kv|qk|p|prob|softmax|attn|o|query|key|value)(_cache|_proj\.output|_output)?[_.]"
+    r"(scale|scale_inv|zero_point|global_scale|scaling_factor)s?$"
 )
 
 

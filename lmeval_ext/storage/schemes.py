@@ -220,8 +220,9 @@ SCHEMES: dict[str, Callable[[Config], str | None]] = {
 }
 # Former names of methods, as older checkpoints have them.
 FORMER_NAMES = {
-    "intel/auto-round": "auto-round", "auto_round": "auto-round", "autoround": "auto-round", "bnb": "bitsandbytes",
-    "compressed_tensors": "compressed-tensors", "sparseml": "compressed-tensors",
+    "intel/auto-round": "auto-round", "intel/auto_round": "auto-round", "auto_round": "auto-round",
+    "autoround": "auto-round", "bnb": "bitsandbytes", "compressed_tensors": "compressed-tensors",
+    "sparseml": "compressed-tensors",
 }  # fmt: skip
 
 

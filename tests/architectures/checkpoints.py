@@ -173,7 +173,9 @@ ARCHITECTURES = {
             "n_group": 2,
             "topk_group": 1,
             "routed_scaling_factor": 2.0,
-            "topk_method": "noaux_tc",  # as published; vLLM has no place for the router's bias without it
+            # As published; vLLM has no place for the router's bias without the one, and takes softmax without the other
+            "topk_method": "noaux_tc",
+            "scoring_func": "sigmoid",
         },
     ),
     "falcon-h1": Architecture(

@@ -320,6 +320,10 @@ INSIDE = [
     ("self_attn.v_scale", "BF16", (8, 1, 1), "other"),
     ("self_attn.q_scale", "BF16", (8, 1, 1), "other"),
     ("self_attn.k_proj.k_scale", "F32", (), "other"),  # ModelOpt
+    ("self_attn.k_proj.output_scale", "BF16", (8, 1, 1), "other"),  # compressed-tensors before 0.10
+    ("self_attn.prob_output_scale", "F32", (8, 1, 1), "other"),  # Quark
+    ("self_attn.key_scale", "F32", (1, 8, 1, 1), "other"),
+    ("self_attn.v_scale_inv", "F32", (8, 1), "other"),
     ("self_attn.k_bmm_quantizer._amax", "F32", (8, 1, 1), "other"),
     ("self_attn.k_cache.scale", "F32", (8, 1, 1), "other"),
     ("self_attn.kv_cache_scaling_factor", "F32", (2, 1), "other"),
@@ -587,7 +591,7 @@ def test_microscaled_floats_match_figures_by_hand(
     assert (info.family, info.scheme) == (family, scheme)
 
 
-@pytest.mark.parametrize("method", ["intel/auto-round", "auto_round", "auto-round"])
+@pytest.mark.parametrize("method", ["intel/auto-round", "intel/auto_round", "auto_round", "auto-round"])
 def test_auto_round_is_known_by_its_former_names(tmp_path: Path, method: str) -> None:
     base = "model.layers.0.mlp.up_proj"
     spec: Spec = {

@@ -9,6 +9,8 @@ import torch
 from lmeval_ext.errors import UserError
 from lmeval_ext.models.vllm import cpu_rotary
 
+_MAMBA_1 = {"mamba", "falcon_mamba", "jamba"}  # model types
+
 
 def check(config: Any, pretrained: str, version: str, on_cpu: bool) -> None:
     """Raises UserError for such a model.
@@ -22,6 +24,11 @@ def check(config: Any, pretrained: str, version: str, on_cpu: bool) -> None:
         raise UserError(
             f"pretrained={pretrained!r}: on a CPU, this vLLM ({version}) may rotate multi-head latent attention "
             "wrongly; run the checkpoint with --model hf_quant"
+        )
+    if config.hf_text_config.model_type in _MAMBA_1 and not hasattr(torch.ops._C, "selective_scan_fwd"):
+        raise UserError(
+            f"pretrained={pretrained!r}: this vLLM ({version}) has no kernel for Mamba's first version on a CPU; use "
+            "--model hf_quant"
         )
     # vllm/model_executor/layers/mamba/ops/cpu/gdn_attention.py (0.32): an assertion at the first forward
     delta_net = getattr(config.hf_text_config, "linear_num_value_heads", None)
