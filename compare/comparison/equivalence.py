@@ -44,14 +44,15 @@ def by_t(difference: float, error: float, units: int, margin: float, skew: float
     expansion of a Studentized mean, |skew| (2 t² + 1) φ(t) / (6 √units) (Hall 1992, The Bootstrap and Edgeworth
     Expansion, §2.6), is added to p on the side that the skewness favours, and never subtracted on the other.
     """
-    from scipy import stats
+    from scipy import special
 
     if not error:
         return 0.0 if abs(difference) < margin else 1.0
 
     def side(t: float, favoured: float) -> float:
-        more = max(0.0, favoured) * (2 * t * t + 1) * float(stats.norm.pdf(t)) / (6 * math.sqrt(units))
-        return min(1.0, float(stats.t.sf(t, units - 1)) + more)
+        density = math.exp(-t * t / 2) / math.sqrt(2 * math.pi)
+        more = max(0.0, favoured) * (2 * t * t + 1) * density / (6 * math.sqrt(units))
+        return min(1.0, float(special.stdtr(units - 1, -t)) + more)
 
     return max(side((margin - difference) / error, skew), side((margin + difference) / error, -skew))
 
