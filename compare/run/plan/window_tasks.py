@@ -8,12 +8,13 @@ from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
-_LINE = re.compile(r"^(task|tag|output_type): *(\S+) *$", re.MULTILINE)
+_LINE = re.compile(r"^(task|tag|group|output_type): *(\S+) *$", re.MULTILINE)
+_MEMBER = re.compile(r"^ +- *(\S+) *$", re.MULTILINE)  # a task of a group
 _SCORED = "loglikelihood"
 
 
 def window_tasks(names: Iterable[str]) -> frozenset[str]:
-    """The tasks with token windows among `names`; a tag stands for its tasks."""
+    """The tasks with token windows among `names`; a tag or a group stands for its tasks."""
     tasks = _tasks_by_name()
     return frozenset().union(*(tasks.get(name, frozenset()) for name in names))
 
@@ -25,10 +26,17 @@ def _tasks_by_name() -> dict[str, frozenset[str]]:
     if package is None or package.origin is None:
         return {}
     by_name: dict[str, frozenset[str]] = {}
+    groups: dict[str, list[str]] = {}
     for file in sorted((Path(package.origin).parent / "tasks").glob("*.yaml")):
-        fields = dict(_LINE.findall(file.read_text(encoding="utf-8")))
+        text = file.read_text(encoding="utf-8")
+        fields = dict(_LINE.findall(text))
+        if "group" in fields:
+            groups[fields["group"]] = _MEMBER.findall(text)
+            continue
         if fields.pop("output_type") != _SCORED:
             continue  # it generates
         for name in fields.values():
             by_name[name] = by_name.get(name, frozenset()) | {fields["task"]}
+    for group, members in groups.items():
+        by_name[group] = frozenset().union(*(by_name.get(member, frozenset()) for member in members))
     return by_name
