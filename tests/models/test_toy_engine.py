@@ -16,7 +16,6 @@ import torch
 from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
 from safetensors.torch import save_file
-from transformers import AutoTokenizer
 
 from compare.cli import main
 from compare.run.specs.engine_facts import measured_models
@@ -64,6 +63,8 @@ def bigram_logprobs(folder: Path) -> np.ndarray:
 
 def numpy_perplexity(folder: Path, eval_len: int, stride: int, max_rows: int) -> float:
     """Returns the perplexity of the bundled text: every token of a window but the first, given the one before it."""
+    from transformers import AutoTokenizer
+
     logprobs = bigram_logprobs(folder)
     lines = (ROOT / "lmeval_ext" / "tasks" / "sample.txt").read_text(encoding="utf-8").splitlines()
     text = "\n\n".join(line + "\n" if line.strip() else "" for line in lines)  # joined as WikiText's rows are
@@ -101,6 +102,8 @@ def test_divergence_from_its_own_reference_is_zero(toy: Path, tmp_path: Path) ->
 @pytest.mark.usefixtures("installed")
 def test_harness_task_scores_equal_numpy(toy: Path) -> None:
     """Multiple choice and rolling log-likelihoods use `score_windows`; an engine needs no code for them."""
+    from transformers import AutoTokenizer
+
     manager = TaskManager(include_path=str(ROOT / "tests" / "conformance" / "data"), include_defaults=False)
     result = simple_evaluate(
         model="toy",

@@ -261,7 +261,12 @@ def panels_of(folder, *metrics, **options):
 
 
 @pytest.mark.parametrize(
-    ("count", "options"), [(2, {}), (3, {}), (5, {"axis": "memory", "budget": 4.5, "context": 4096})]
+    ("count", "options"),
+    [
+        pytest.param(2, {}, marks=pytest.mark.slow),
+        pytest.param(3, {}, marks=pytest.mark.slow),
+        (5, {"axis": "memory", "budget": 4.5, "context": 4096}),
+    ],
 )
 def test_panels_and_texts_do_not_overlap(folder, count, options):
     """Measures the drawn axes, with their tick and axis labels, and every text of the figure."""

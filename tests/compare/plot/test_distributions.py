@@ -107,7 +107,7 @@ def test_noise_floor_is_a_band_up_to_its_upper_quartile(folder):
     assert "BF16 in vllm, rounding and BF16 GGUF in llama.cpp" in caption
 
 
-@pytest.mark.parametrize("log_y", [True, False])
+@pytest.mark.parametrize("log_y", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("count", [3, pytest.param(20, marks=pytest.mark.slow), 45])
 def test_boxes_and_labels_do_not_overlap(folder, count, log_y):
     """A third of the models have 4.5 bits per weight; extents are those that matplotlib draws."""

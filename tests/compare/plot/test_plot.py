@@ -140,7 +140,7 @@ def test_hostile_labels_are_drawn_as_text(folder, compare, tmp_path, suffix):
         assert not [element for element in root.iter() if element.tag.endswith("script")]
 
 
-@pytest.mark.parametrize("count", [3, 15, 25])
+@pytest.mark.parametrize("count", [3, pytest.param(15, marks=pytest.mark.slow), 25])
 @pytest.mark.parametrize("options", [{}, {"pareto": True, "axis": "memory", "budget": 5.0, "context": 8192}])
 def test_labels_overlap_neither_each_other_nor_points(folder, count, options):
     """No two labels overlap, no label covers a marker, and no leader line crosses the marker of another point.

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn.attention.bias import causal_lower_right
 
 import lmeval_ext.models.exllama.loading
 from tests.models.exllama.tiny_engine import (
@@ -52,6 +51,13 @@ def _install(monkeypatch: pytest.MonkeyPatch, package: str, modules: dict[str, d
     monkeypatch.setattr(lmeval_ext.models.exllama.loading, "require", lambda package: None)
     gpu = types.SimpleNamespace(total_memory=1 << 36)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+
+
+def _causal_lower_right(rows: int, columns: int) -> Any:
+    """PyTorch's, whose module also imports the compiler."""
+    from torch.nn.attention.bias import causal_lower_right
+
+    return causal_lower_right(rows, columns)
 
 
 class Module:
@@ -191,7 +197,7 @@ def install_exllamav2(monkeypatch: pytest.MonkeyPatch) -> None:
         "has_flash_attn": False,
         "has_flash_attn_with_paged": False,
         "has_xformers": False,
-        "causal_lower_right": causal_lower_right,
+        "causal_lower_right": _causal_lower_right,
     }
     sampler = type("ExLlamaV2Sampler", (), {"Settings": types.SimpleNamespace})
     modules: dict[str, dict[str, Any]] = {
