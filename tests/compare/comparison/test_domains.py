@@ -90,6 +90,7 @@ def test_each_domain_has_its_own_noise_floor(folder, domains, compare):
     assert "≈" in compare("domains", folder.path).out
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_report_has_a_section_with_the_worst_domain_marked(folder, compare, tmp_path):
     add(folder, PERPLEXITY)
     metrics = [f"--metric=domain_{domain}/token_perplexity" for domain in DOMAINS]

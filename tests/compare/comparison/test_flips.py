@@ -16,6 +16,7 @@ from compare.errors import CompareError
 from compare.metrics import LossForm
 from tests.compare.answer_files import TASK, answer_lines, fill, made_choices, write_answers
 from tests.compare.comparison.test_pairs import add_task, documents
+from tests.compare.conftest import Folder
 from tests.compare.divergence_files import divergent, write, write_samples
 from tests.compare.harness_files import suite
 
@@ -199,10 +200,20 @@ def test_questions_that_only_one_model_answered_are_in_no_pair_and_said(folder, 
 # ------------------------------------------------------------------ verdicts
 
 
-def test_verdicts_with_a_margin(folder, compare):
+@pytest.fixture(scope="module")
+def answered(tmp_path_factory):
+    """A baseline and five models that answered 3,000 questions: parsing them takes a second per command."""
+    folder = Folder(tmp_path_factory.mktemp("answered"))
     fill(folder, 3000)
-    chosen = ("--metric", f"{TASK}/acc", "--versus", "BF16", "--margin", "1")
-    rows = compare("table", folder.path, *chosen, "--format", "json").by_label()
+    return folder.path
+
+
+MARGIN = ("--metric", f"{TASK}/acc", "--versus", "BF16", "--margin", "1")
+
+
+def test_verdicts_with_a_margin_and_how_many_questions_they_need(answered, compare):
+    """The needed number is that of the power formula at the corrected level."""
+    rows = compare("table", answered, *MARGIN, "--format", "json").by_label()
     verdicts = {label: row["verdict"] for label, row in rows.items()}
     assert verdicts["BF16"] == "baseline"
     assert verdicts["GGUF Q8_0"] == "equivalent within 1 point"
@@ -210,28 +221,31 @@ def test_verdicts_with_a_margin(folder, compare):
     assert verdicts["NVFP4A16"].startswith("undecided: needs about ")
     assert {row["margin"] for row in rows.values()} == {0.01}
     assert rows["GGUF Q8_0"]["equivalence_p_holm"] >= rows["GGUF Q8_0"]["equivalence_p"]
-    wide = compare("table", folder.path, *chosen[:-1], "9", "--format", "json").by_label()
-    assert wide["EXL3 3.0bpw"]["verdict"] == "worse, within 9 points"
-    plain = compare("table", folder.path, *chosen[:-2], "--format", "json").by_label()
-    assert plain["NVFP4A16"]["verdict"] == "not told apart"
-    assert "margin" not in plain["NVFP4A16"]
-    for table_format in ("terminal", "md", "csv"):
-        text = compare("table", folder.path, *chosen, "--format", table_format).out
-        assert "equivalent within 1 point" in text
-        if table_format != "csv":
-            for heading in ("p (within 1 point)", "Flips", "Other answer", "Δ to BF16 (points)"):
-                assert heading in text
-
-
-def test_needed_questions_follow_the_power_formula_at_the_corrected_level(folder, compare):
-    fill(folder, 3000)
-    out = compare("table", folder.path, "--metric", "acc", "--versus", "BF16", "--margin", "1", "--format", "json")
-    row = out.by_label()["NVFP4A16"]
+    row = rows["NVFP4A16"]
     q, d = (row["flips"] + 2) / 3002, row["difference"]
     z = stats.norm.ppf
     equivalent = ((z(1 - 0.05 / 5) + z(0.9)) ** 2) * (q - d * d) / (0.01 - abs(d)) ** 2
     different = ((z(1 - 0.05 / 10) * math.sqrt(q) + z(0.8) * math.sqrt(q - d * d)) / d) ** 2
     assert row["units_needed"] == math.ceil(min(equivalent, different))
+
+
+@pytest.mark.slow
+def test_verdicts_with_a_wide_margin_and_without_one(answered, compare):
+    wide = compare("table", answered, *MARGIN[:-1], "9", "--format", "json").by_label()
+    assert wide["EXL3 3.0bpw"]["verdict"] == "worse, within 9 points"
+    plain = compare("table", answered, *MARGIN[:-2], "--format", "json").by_label()
+    assert plain["NVFP4A16"]["verdict"] == "not told apart"
+    assert "margin" not in plain["NVFP4A16"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("table_format", ["terminal", "md", "csv"])
+def test_every_format_has_the_verdicts(answered, compare, table_format):
+    text = compare("table", answered, *MARGIN, "--format", table_format).out
+    assert "equivalent within 1 point" in text
+    if table_format != "csv":
+        for heading in ("p (within 1 point)", "Flips", "Other answer", "Δ to BF16 (points)"):
+            assert heading in text
 
 
 def test_perplexities_are_compared_by_their_ratio(folder, compare):

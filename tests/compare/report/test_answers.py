@@ -11,6 +11,8 @@ from tests.compare.answer_files import fill, made_choices, write_answers
 from tests.compare.conftest import fill_with_ladders
 from tests.compare.divergence_files import divergent, write
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 @pytest.fixture
 def page(folder, compare, tmp_path):
@@ -39,6 +41,7 @@ def test_answers_are_compared_with_full_precision_whatever_metric_is_shown(folde
     assert "Verdict" not in text[: text.index('<section id="answers">')], "the main table has no pairs"
 
 
+@pytest.mark.slow
 def test_margin_puts_equivalence_into_the_main_table_and_the_section(folder, page):
     fill(folder, 3000)
     text, _ = page("--metric", "hellaswag/acc", "--versus", "BF16", "--margin", "1")
