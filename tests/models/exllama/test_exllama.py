@@ -89,6 +89,19 @@ def test_scores_keep_the_order_of_windows_of_different_shapes(tiny_llama: Path) 
     np.testing.assert_allclose(scores[3].logprobs, transformers_scores(tiny_llama, short)[0][1], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("settings", [{"batch_size": 1}, {"batch_size": 4}, {"batch_size": "auto", "max_length": 128}])
+def test_score_depends_on_the_window_alone(tiny_llama: Path, settings: dict[str, Any]) -> None:
+    """In any batch, order and sufficient context, and whatever ran before: the score of the window alone."""
+    requests = [*windows(3), *windows(2, length=40, context=1), *windows(2, length=64, context=60)]
+    alone = [transformers_scores(tiny_llama, [request])[0][0] for request in requests]
+    model = TinyExLlama(str(tiny_llama), **settings)
+    model.loglikelihood([Instance("loglikelihood", {}, ("The river", " in the city"), 0)], disable_tqdm=True)
+    for order in (range(7), (6, 5, 4, 3, 2, 1, 0), (3, 0, 5, 0, 6, 2), (4,)):
+        scores = model._loglikelihood_tokens([requests[i] for i in order])
+        for i, found in zip(order, scores, strict=True):
+            np.testing.assert_allclose(found.logprobs, alone[i], rtol=1e-5, atol=1e-5)
+
+
 def test_scores_do_not_change_with_small_chunks_of_logits(tiny_llama: Path) -> None:
     model = TinyExLlama(str(tiny_llama))
     model.batching.logit_bytes = 2 * model.engine.columns * 10  # ten positions at a time

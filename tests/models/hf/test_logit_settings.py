@@ -108,10 +108,10 @@ def test_wrapper_that_ignores_its_text_models_scale_is_refused(
         get_model("hf_quant")(pretrained=str(tmp_path), device="cpu", multimodal=True)
 
 
-@pytest.mark.parametrize("config", ["HyperCLOVAXConfig", "RecurrentGemmaConfig"])
+@pytest.mark.parametrize("config", ["HyperCLOVAXConfig", "MiniCPM3Config", "RecurrentGemmaConfig", "xLSTMConfig"])
 def test_reference_holds_what_was_measured(config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fields, softcap, scale = MODELS[config]
-    monkeypatch.setitem(ARCHITECTURES, "one", Architecture(config, fields))
+    monkeypatch.setitem(ARCHITECTURES, "one", Architecture(config, fields, plain=config == "xLSTMConfig"))
     make_checkpoint("one", tmp_path / "model")
     store = str(tmp_path / "store")
     model = get_model("hf_quant")(
