@@ -176,6 +176,15 @@ ARCHITECTURES = {
             # As published; vLLM has no place for the router's bias without the one, and takes softmax without the other
             "topk_method": "noaux_tc",
             "scoring_func": "sigmoid",
+            **_rope(
+                "yarn",
+                factor=4.0,
+                original_max_position_embeddings=32,
+                beta_fast=32.0,
+                beta_slow=1.0,
+                mscale=1.0,
+                mscale_all_dim=1.0,
+            ),
         },
     ),
     "falcon-h1": Architecture(

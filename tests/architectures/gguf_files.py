@@ -293,6 +293,7 @@ def rotary(config: Any) -> tuple[dict[str, Any], Tensors]:
             "rope.scaling.type": "yarn", "rope.scaling.factor": rope["factor"],
             "rope.scaling.original_context_length": original,
             "rope.scaling.yarn_beta_fast": rope.get("beta_fast"), "rope.scaling.yarn_beta_slow": rope.get("beta_slow"),
+            "rope.scaling.yarn_log_multiplier": 0.1 * rope["mscale_all_dim"] if "mscale_all_dim" in rope else None,
         }, {}  # fmt: skip
     if kind == "longrope":
         scale = config.max_position_embeddings / original
