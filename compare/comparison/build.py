@@ -115,6 +115,8 @@ def _with_baseline(records: list[Record], label: str | None) -> list[Record]:
 def _about_baseline(comparison: Comparison) -> Iterator[str]:
     """Lines on a baseline that looks quantized, and on stock models that may be the baseline that is missing."""
     if comparison.metric.row.needs_reference:
+        if comparison.options.baseline is not None:
+            yield f"note: --baseline changes nothing for {comparison.metric.label}: it is against a stored reference"
         return
     for point in comparison.baselines.values():
         q = point.record.quantization

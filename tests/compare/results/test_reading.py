@@ -18,6 +18,7 @@ from compare.plot.series import arrange
 from compare.results.reading import model_arguments, read_file, read_results
 from compare.results.records import UNSTATED
 from tests.compare.conftest import result
+from tests.compare.divergence_files import divergent, write
 from tests.conftest import simple_evaluate
 from tests.fast_guard import examples
 
@@ -338,6 +339,13 @@ def test_baseline_that_looks_quantized_is_warned_of(folder, compare):
     wrong = compare("table", folder.path, "--metric", "arc_easy/acc", "--baseline", "nobody")
     assert (wrong.code, wrong.out) == (1, "")
     assert "--baseline nobody: no model has such a label; labels: hf llama, hf llama-AWQ" in wrong.err
+
+
+def test_baseline_is_said_to_change_nothing_for_a_divergence(folder, compare):
+    write(folder, *divergent("Q4"))
+    out = compare("table", folder.path, "--metric", "kld", "--baseline", "Q4", "--format", "json")
+    assert out.json[0]["baseline"] is None
+    assert "--baseline changes nothing for wiki2_strided/kld" in out.err
 
 
 def test_baseline_that_the_user_names_goes_before_one_in_full_precision(folder, compare):
