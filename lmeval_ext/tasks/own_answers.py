@@ -143,7 +143,7 @@ class GreedyAnswersTask(OwnAnswersTask):
     def process_results(self, doc: dict[str, Any], results: list[Any]) -> dict[str, WindowSum]:
         """Return the sums of one answer, by metric. results: its token ids."""
         stored = self.trace.rows[doc["window"]].response_ids
-        equal = [a == b for a, b in itertools.zip_longest(stored, results[0][: len(stored)])]
+        equal = [a == b for a, b in itertools.zip_longest(stored, results[0])]
         return divergent_token(self.windows[doc["window"]], first_false(equal), 0)
 
     def aggregation(self) -> dict[str, Callable[[Sequence[Any]], Any]]:
