@@ -31,7 +31,7 @@ from lmeval_ext.requests import (
     answer_request,
     window_request,
 )
-from lmeval_ext.tasks.perplexity import PerplexityTask, directions, with_errors
+from lmeval_ext.tasks.perplexity import UNKNOWN, PerplexityTask, directions, with_errors
 from lmeval_ext.tasks.protocols import Window
 from lmeval_ext.tasks.settings import context_limits
 from lmeval_ext.tasks.tokenizers import load_tokenizer
@@ -113,7 +113,22 @@ class OwnAnswersTask(PerplexityTask):
 
     def _divergent_token_aggregation(self) -> dict[str, Callable[[Sequence[Any]], Any]]:
         means = dict.fromkeys(DIVERGENT_TOKEN, metrics.token_mean)
-        return {**means, **{f"{metric}_stderr": self.error_of(metric) for metric in DIVERGENT_TOKEN}}
+        return {**means, **{f"{metric}_stderr": self._spread_of(metric) for metric in DIVERGENT_TOKEN}}
+
+    def _spread_of(self, metric: str) -> Callable[[Sequence[WindowSum]], float | str]:
+        """Return the aggregation of the standard error, unknown where all answers have the same value.
+
+        A bootstrap would give 0 there: it never draws what the few answers do not show.
+        """
+        measured = self.error_of(metric)
+
+        def error(sums: Sequence[WindowSum]) -> float | str:
+            if len({s["total"] for s in sums}) > 1:
+                return measured(sums)
+            self._errors[metric] = None
+            return UNKNOWN
+
+        return error
 
     def higher_is_better(self) -> dict[str, bool]:
         return super().higher_is_better() | directions(DIVERGENT_TOKEN)

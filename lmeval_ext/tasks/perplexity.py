@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 # The harness writes "N/A" as the standard error of an aggregation that it does not know. A metric named METRIC_stderr,
 # reported after METRIC, replaces that value (lm_eval.evaluator_utils, 0.4.13).
 _STDERR = "_stderr"
-_UNKNOWN = "N/A"  # the harness' own value; its table cannot print null
+UNKNOWN = "N/A"  # the harness' own value; its table cannot print null
 
 # The statistic of window sums for each metric that is formed from them
 _STATISTICS = {
@@ -238,7 +238,7 @@ class PerplexityTask(Task):
         def error(values: Sequence[WindowDivergence]) -> float | str:
             value = summary.quantile_error(values, percent, self._block_windows)
             self._errors[metric] = value
-            return _UNKNOWN if value is None else value
+            return UNKNOWN if value is None else value
 
         return error
 
@@ -260,7 +260,7 @@ class PerplexityTask(Task):
         def error(sums: Sequence[WindowSum]) -> float | str:
             value = metrics.standard_error(sums, metrics.statistic_of(metric), self._block_windows)
             self._errors[metric] = value
-            return _UNKNOWN if value is None else value
+            return UNKNOWN if value is None else value
 
         return error
 

@@ -147,6 +147,18 @@ def test_limit_keeps_the_first_answers(trace: Path, tiny_tokenizer: Path) -> Non
     assert record["windows"] == 2
 
 
+def test_error_is_unknown_where_all_answers_are_alike(trace: Path, tiny_tokenizer: Path) -> None:
+    """Every answer identical: the lengths differ, the shares do not."""
+    model = Planned()
+    model.generate_token_ids = lambda requests: [response for _, response in ROWS]  # type: ignore[method-assign]
+    figures, record = run_task("own_answers_greedy", trace, tiny_tokenizer, model)
+    assert figures["identical_answers,none"] == figures["common_prefix,none"] == 1
+    assert figures["identical_answers_stderr,none"] == figures["common_prefix_stderr,none"] == "N/A"
+    assert record["standard_error"]["identical_answers"] is None
+    assert figures["first_divergence,none"] == pytest.approx(12 / 5)
+    assert 0 < figures["first_divergence_stderr,none"] < 1
+
+
 def test_sampled_answers_have_no_divergent_token(tmp_path: Path, tiny_tokenizer: Path) -> None:
     sampled = write_trace(tmp_path, tiny_tokenizer, temperature=0.7)
     figures, record = run_task("own_answers", sampled, tiny_tokenizer)
