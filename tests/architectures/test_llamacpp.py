@@ -7,6 +7,9 @@ differs is known then, and nothing else does.
 from __future__ import annotations
 
 import copy
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from lm_eval.api.registry import get_model
 
 from lmeval_ext.divergence.store import ReferenceStore
 from lmeval_ext.models.llamacpp.deviations import DEVIATIONS
+from lmeval_ext.storage.kv_cache import kv_cache
 from tests.architectures import checkpoints
 from tests.architectures.checkpoints import ARCHITECTURES, windows
 from tests.architectures.conftest import (
@@ -123,3 +127,34 @@ def test_gguf_has_the_log_probabilities_of_a_plain_forward(
     assert ReferenceStore.open(str(tmp_path / "store")).manifest.mode == "logits"
     for found in made.measure(str(tmp_path / "store")):
         assert np.abs((found.divergence or {})["kld"]).max() < 1e-6
+
+
+# In a process of its own: the adapter's log callback, once set, stays for the whole process
+ALLOCATE = """
+import sys, llama_cpp
+for path in sys.argv[1:]:
+    print("FILE", path, file=sys.stderr, flush=True)
+    llama_cpp.Llama(path, n_ctx=4096, n_batch=512, n_ubatch=512, swa_full=False, n_gpu_layers=0, verbose=True).close()
+"""
+SIZE = re.compile(r"(llama_kv_cache|llama_memory_recurrent): size = +([\d.]+) MiB \( *(\d+) cells")
+
+
+def test_caches_have_the_bytes_that_llama_cpp_allocates(
+    checkpoint: Callable[[str], Checkpoint], tmp_path: Path
+) -> None:
+    names = [name for name in ARCHITECTURES if name not in MISSING]
+    paths = {str(write_gguf(checkpoint(name).folder, tmp_path / f"{name}.gguf")): name for name in names}
+    command = [sys.executable, "-c", ALLOCATE, *paths]
+    log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    for part in log.split("FILE ")[1:]:
+        path = part.split("\n", 1)[0]
+        found = kv_cache(path)
+        allocated: dict[str, list[tuple[float, int]]] = {"llama_kv_cache": [], "llama_memory_recurrent": []}
+        for kind, mib, cells in SIZE.findall(part):
+            allocated[kind].append((float(mib), int(cells)))
+        caches = [(mib, cells) for mib, cells in allocated["llama_kv_cache"] if mib]
+        assert found.exact, paths[path]
+        expected = [size * cells / 1024**2 for (size, _), (_, cells) in zip(found.groups or (), caches, strict=True)]
+        assert [mib for mib, _ in caches] == pytest.approx(expected, abs=0.006), paths[path]
+        states = sum(mib for mib, _ in allocated["llama_memory_recurrent"])
+        assert states == pytest.approx(found.state_bytes / 1024**2, abs=0.006), paths[path]
