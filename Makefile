@@ -38,7 +38,7 @@ lint: install
 
 # Everything that needs no engine, no browser and no Ray: run it at every change (tests/README.md)
 fast: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --fast -q -n auto --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --fast -q -n auto --dist loadfile
 
 tests: install
 	$(BIN)/python -m pytest

@@ -23,11 +23,6 @@ TASKS = ROOT / "lmeval_ext" / "tasks"
 VOCABULARY = 384
 # Folders whose tests all have one marker
 FOLDER_MARKERS = {"gpu": "gpu", "conformance": "engine", "demo": "engine"}
-# Tests of one group run in one worker of `make fast` (--dist loadgroup). Running the harness, loading a tokenizer and
-# PyTorch's attention masks import for seconds; a page is drawn once per worker
-FOLDER_GROUPS = {"tasks": "harness"}
-FIXTURE_GROUPS = dict.fromkeys(("attention", "bos_tokenizer", "manager", "tiny_tokenizer", "toy", "written"), "harness")
-FIXTURE_GROUPS |= dict.fromkeys(("full_report", "hostile_page"), "pages")
 # Pictures are drawn as SVG in every test of them; these formats repeat the same test, more slowly
 SLOW_FORMATS = {"png", "pdf"}
 
@@ -58,9 +53,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         folder = item.path.relative_to(tests).parts[0]
         if folder in FOLDER_MARKERS:
             item.add_marker(FOLDER_MARKERS[folder])
-        groups = [FIXTURE_GROUPS[name] for name in getattr(item, "fixturenames", ()) if name in FIXTURE_GROUPS]
-        for group in [*groups, *([FOLDER_GROUPS[folder]] if folder in FOLDER_GROUPS else [])][:1]:
-            item.add_marker(pytest.mark.xdist_group(group))
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
         if any(isinstance(value, str) and value in SLOW_FORMATS for value in parameters):
             item.add_marker("slow")
