@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import runpy
 from pathlib import Path
 from typing import Any
 
@@ -334,39 +332,6 @@ def test_shipped_specs_use_every_engine() -> None:
     entries, _ = load_models([str(f) for f in MODEL_SPECS])
     shown = {getattr(entry.spec, "load_fn", None) for entry in entries}
     assert set(LOAD_FNS) <= shown
-
-
-def test_demo_specs_equal_the_models_of_the_demo() -> None:
-    demo = runpy.run_path(str(ROOT / "demo" / "demo.py"))
-    CANDIDATES, SETTINGS, WORK = demo["CANDIDATES"], demo["SETTINGS"], demo["WORK"]
-    file = ROOT / "specs/demo/models.yaml"
-    data = ROOT / "specs/demo/data.json"
-    entries, _ = load_models([str(file)])
-    without_tokenizer = load_data(data).model_copy(update={"tokenizer_dir": None})  # the demo creates its folder
-    made = [JobSettings(without_tokenizer, data).job(entry) for entry in entries]
-    paths = [Path(os.path.normpath(file.parent / str(entry.spec.args["pretrained"]))) for entry in entries]
-    assert [(j.label, j.model, path) for j, path in zip(made, paths, strict=True)] == [
-        (c.label, c.model, c.path) for c in CANDIDATES
-    ]
-    assert made[0].tasks == ("sample_strided",)
-    assert {name: made[0].metadata[name] for name in ("eval_len", "stride", "max_rows")} == {
-        name: SETTINGS[name] for name in ("eval_len", "stride", "max_rows")
-    }
-    assert os.path.normpath(data.parent / str(load_data(data).tokenizer_dir)) == SETTINGS["tokenizer"]
-    assert WORK in paths[0].parents
-
-
-def test_demo_measures_all_models_against_its_first() -> None:
-    demo = runpy.run_path(str(ROOT / "demo" / "demo.py"))
-    commands = [command for _, _, command in demo["evaluating"]()]
-    references = [command[command.index("--model_args") + 1].split(",")[-1] for command in commands]
-    folder = demo["REFERENCE"]
-    assert references == [f"save_reference={folder}", *[f"reference={folder}"] * (len(demo["CANDIDATES"]) - 1)]
-    assert all("--log_samples" in command for command in commands)
-    shown = [" ".join(command[1:]) for _, _, command in demo["showing"]()]
-    results = demo["WORK"] / "results"
-    assert any(line.startswith(f"plot {results} --metric kld") and line.endswith("kld.png") for line in shown)
-    assert f"table {results} --versus Q8_0 --metric kld --format md -o {demo['DEMO'] / 'versus.md'}" in shown
 
 
 def test_data_spec_among_model_specs_is_skipped(folder: Path) -> None:
