@@ -338,8 +338,10 @@ FAMILIES: dict[str, Family] = {
     "stablelm": _row(32, 2560, 32, 32),
     "gpt2": _GPT, "gptj": _GPT, "gpt_neox": _GPT, "opt": _GPT, "codegen": _GPT, "bloom": _GPT,
     # Remote code, or a table of published configs alone.
-    "baichuan": _NAMED, "bailing_moe": _NAMED, "deepseek": _NAMED, "exaone": _NAMED, "internlm": _NAMED,
-    "internlm2": _NAMED, "internlm3": _NAMED, "minicpm": _NAMED, "molmo": _NAMED, "orion": _NAMED, "xverse": _NAMED,
+    "baichuan": _NAMED, "bailing_moe": _NAMED, "deepseek": _NAMED, "internlm": _NAMED,
+    "internlm2": _NAMED, "minicpm": _NAMED, "molmo": _NAMED, "orion": _NAMED, "xverse": _NAMED,
+    # The published code and Transformers 5.24 may disagree on what a config leaves out
+    "exaone": Family({"head_dim": None}), "internlm3": Family({}),
     # All layers have a window, where there is one.
     "mistral": _row(32, 4096, 32, 8, kinds=_windowed, sliding_window=4096),
     "ministral": _row(32, 4096, 32, 8, kinds=_windowed, sliding_window=4096),

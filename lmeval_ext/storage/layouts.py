@@ -78,19 +78,17 @@ def mxfp4_blocks(parts: Parts) -> Shape:
 
 
 def pack_quantized(parts: Parts) -> Shape:
-    """Codes of 1 to 8 bits, 32 // bits of them per int32; weight_shape holds the logical shape in int64 (or int32)."""
+    """Codes of 1 to 8 bits in int32; weight_shape holds the logical shape in int64 (or int32).
+
+    A word has 32 // bits whole codes, or, from compressed-tensors 0.20 on, codes lie without gaps across words.
+    """
     packed, stored = parts[".weight_packed"].shape, parts[".weight_shape"]
     _expect(stored.dtype in ("I64", "I32") and 2 <= stored.numel <= 3, "weight_shape is not a shape")
     raw = stored.read()
     kind = "q" if stored.dtype == "I64" else "i"
     rows, columns = struct.unpack(f"<{stored.numel}{kind}", raw)[-2:]
-    codes_per_word = {32 // bits for bits in range(1, 9)}
-    fits = (
-        len(packed) >= 2
-        and rows == packed[-2]
-        and columns >= 0
-        and any(ceil_div(columns, codes) == packed[-1] for codes in codes_per_word)
-    )
+    words = {w for bits in range(1, 9) for w in (ceil_div(columns, 32 // bits), ceil_div(columns * bits, 32))}
+    fits = len(packed) >= 2 and rows == packed[-2] and columns >= 0 and packed[-1] in words
     _expect(fits, f"weight_shape says {rows} x {columns}, which weight_packed {list(packed)} cannot hold")
     return (*packed[:-2], rows, columns)
 

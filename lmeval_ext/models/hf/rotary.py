@@ -2,7 +2,7 @@
 
 In Transformers, types `dynamic` and `longrope` choose their frequencies by the longest row of a batch, and `dynamic`
 keeps those of the longest sequence that it has ever seen. So rows of other lengths, and what ran before, would change
-a score. Tested with transformers 5.19 (`modeling_rope_utils.dynamic_rope_update`).
+a score. Tested with transformers 5.19 and 5.24 (`modeling_rope_utils.dynamic_rope_update`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def forget_lengths(model: torch.nn.Module) -> None:
             for name in [n for n in names if n.endswith(_FIRST)]:
                 prefix, first = name.removesuffix(_FIRST), getattr(rotary, name)
                 now = getattr(rotary, f"{prefix}inv_freq")
-                rotary.register_buffer(f"{prefix}inv_freq", first.to(now.device), persistent=False)
+                # A copy: from 5.24 on, the next frequencies are written into this buffer
+                rotary.register_buffer(f"{prefix}inv_freq", first.to(now.device, copy=True), persistent=False)
                 setattr(rotary, f"{prefix}{_LONGEST}", rotary.original_max_seq_len)
 
     model.register_forward_pre_hook(reset, with_kwargs=True)
