@@ -218,6 +218,7 @@ def test_table_of_several_metrics_has_a_section_for_each(folder, compare):
     assert [row["task"] for row in rows] == ["mmlu"] * 8 + ["gsm8k"] * 8
 
 
+@pytest.mark.slow
 def test_plot_of_several_metrics_has_a_panel_for_each(folder, compare, tmp_path):
     fill(folder)
     metrics = (*ACC, *MATCH, *NORM, "--metric", "wikitext/word_perplexity")
@@ -227,6 +228,7 @@ def test_plot_of_several_metrics_has_a_panel_for_each(folder, compare, tmp_path)
     assert struct.unpack(">II", (tmp_path / "a.png").read_bytes()[16:24]) == (2400, 2090)
 
 
+@pytest.mark.slow
 def test_panels_are_described_and_drawn_alike_each_time(folder, compare, tmp_path):
     fill(folder)
     for target in ("a.svg", "b.svg"):

@@ -211,6 +211,7 @@ def answered(tmp_path_factory):
 MARGIN = ("--metric", f"{TASK}/acc", "--versus", "BF16", "--margin", "1")
 
 
+@pytest.mark.slow
 def test_verdicts_with_a_margin_and_how_many_questions_they_need(answered, compare):
     """The needed number is that of the power formula at the corrected level."""
     rows = compare("table", answered, *MARGIN, "--format", "json").by_label()

@@ -145,6 +145,7 @@ def test_spread_apart_equals_constrained_least_squares():
     assert spread.spread_apart([], 5.0, 0.0, 1.0) == []
 
 
+@pytest.mark.slow
 def test_whiskers_that_reach_below_the_axis_are_marked(folder):
     content, _ = divergent("a", bpw=4.0)
     divergence_of(content)["quantiles"] |= {"1": -1e-8, "5": 0.0, "10": 1e-9}

@@ -244,6 +244,7 @@ def test_every_template_belongs_to_a_tested_page():
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_same_results_give_the_same_page(folder, report):
     fill_with_ladders(folder, per_family=2)
     assert report("--pareto") == report("--pareto")

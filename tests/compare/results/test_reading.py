@@ -200,6 +200,7 @@ def test_junk_in_any_place_is_read_or_refused(tmp_path: Path, junk, where):
     assert len(reading.records) >= 1 or len(reading.problems) == 1
 
 
+@pytest.mark.slow
 def test_a_file_written_by_the_harness(tmp_path, monkeypatch):
     """lm-eval writes the file: its dummy model on a task of three lines."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -228,6 +228,7 @@ def test_window_tasks_equal_the_tasks_of_the_package() -> None:
 # ---------------------------------------------------------------------- order
 
 
+@pytest.mark.slow
 def test_only_measured_models_wait_for_the_reference(referenced: Workshop) -> None:
     """--jobs 2: a stock model runs beside the reference; measured models start after its end."""
     referenced.model("d")

@@ -70,6 +70,7 @@ def test_changed_weights_run_again_and_a_copy_does_not(workshop: Workshop) -> No
     assert workshop.calls() == ["a"]
 
 
+@pytest.mark.slow
 def test_changed_settings_and_engine_version_run_again(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     workshop.run()
     workshop.calls()
