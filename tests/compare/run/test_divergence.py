@@ -261,6 +261,7 @@ def test_dry_run_with_divergence_shows_order_and_commands(referenced: Workshop, 
     assert "Model b: to run (" in out
 
 
+@pytest.mark.slow
 def test_interrupt_while_the_reference_is_written_continues_in_the_same_folder(referenced: Workshop) -> None:
     referenced.mark("c", "hang")
     process = referenced.start("-kld", "--jobs", "2")
@@ -281,6 +282,7 @@ def test_interrupt_while_the_reference_is_written_continues_in_the_same_folder(r
 # ---------------------------------------------------------------------- what is kept
 
 
+@pytest.mark.slow
 def test_results_without_divergence_are_run_again_for_kld(referenced: Workshop) -> None:
     assert referenced.run() == 0
     referenced.calls()
@@ -304,6 +306,7 @@ def test_results_with_divergence_are_kept_without_kld(referenced: Workshop) -> N
     assert roles(referenced) == dict.fromkeys("cab", ("", ""))
 
 
+@pytest.mark.slow
 def test_removed_reference_is_written_again_only_when_needed(referenced: Workshop) -> None:
     assert referenced.run("-kld") == 0
     referenced.calls()
@@ -320,6 +323,7 @@ def test_removed_reference_is_written_again_only_when_needed(referenced: Worksho
     assert referenced.calls() == []
 
 
+@pytest.mark.slow
 def test_incomplete_reference_is_written_again_when_needed(referenced: Workshop) -> None:
     """Lost is its manifest; then all windows of one run, while another run has filled the folder again."""
     assert referenced.run("-kld") == 0
@@ -342,6 +346,7 @@ def test_incomplete_reference_is_written_again_when_needed(referenced: Workshop)
         assert referenced.calls() == ["c", name]
 
 
+@pytest.mark.slow
 def test_windows_of_another_task_go_into_the_same_reference_folder(referenced: Workshop) -> None:
     """A complete store of one task may lack the windows of another, so each run has its own mark."""
     assert referenced.run("-kld") == 0
@@ -354,6 +359,7 @@ def test_windows_of_another_task_go_into_the_same_reference_folder(referenced: W
     assert roles(referenced) == first
 
 
+@pytest.mark.slow
 def test_changed_reference_model_gets_another_folder(referenced: Workshop, capsys: Any, tmp_path: Path) -> None:
     lf = ("-lf", str(tmp_path / "named"))
     assert referenced.run("-kld") == 0
@@ -373,6 +379,7 @@ def test_changed_reference_model_gets_another_folder(referenced: Workshop, capsy
     assert "named: holds the reference of another model" in one_line(capsys)
 
 
+@pytest.mark.slow
 def test_clear_cache_removes_the_reference_and_keeps_other_files(referenced: Workshop, tmp_path: Path) -> None:
     folder = tmp_path / "named"
     flags = ("-kld", "-lf", str(folder))
@@ -403,6 +410,7 @@ def test_failed_reference_is_reported_once_and_stops_measured_models(referenced:
     assert referenced.calls() == ["c", "a", "b"]
 
 
+@pytest.mark.slow
 def test_continue_on_error_runs_others_without_divergence(referenced: Workshop, capsys: Any) -> None:
     referenced.mark("c", "boom", "RuntimeError: no")
     assert referenced.run("-kld", "--continue-on-error") == 0
@@ -426,6 +434,7 @@ def _folder(workshop: Workshop) -> str:
     return next(part for part in text.getvalue().split('"') if "/reference/" in part)
 
 
+@pytest.mark.slow
 def test_failed_reference_without_flags_leaves_perplexities(workshop: Workshop, capsys: Any) -> None:
     workshop.entries[2]["out_logits"] = "refs"
     workshop.write()
@@ -442,6 +451,7 @@ def test_run_that_writes_no_reference_fails(referenced: Workshop, capsys: Any) -
     assert referenced.calls() == ["c"]
 
 
+@pytest.mark.slow
 def test_failed_measured_model_stops_no_other(referenced: Workshop) -> None:
     referenced.mark("a", "boom", "lmeval-ext: error: reference=…: other tokenizer; give the same")
     assert referenced.run("-kld") == 3

@@ -14,8 +14,10 @@ import pytest
 
 from tests.compare.run.conftest import Workshop, default_signals, parent_of, read_pid, wait_for_end, whole_seconds
 
+pytestmark = pytest.mark.slow
 
-@pytest.fixture(params=[pytest.param("command", marks=pytest.mark.slow), "forked"])
+
+@pytest.fixture(params=["command", "forked"])
 def workshop(tmp_path: Path, request: pytest.FixtureRequest) -> Workshop:
     return Workshop(tmp_path, forked=request.param == "forked")
 
