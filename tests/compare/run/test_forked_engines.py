@@ -26,7 +26,8 @@ def grandchild():
     os._exit(7)
 
 if __name__ == "__main__":
-    print(repr(fork_server._import("lm_eval", sys.argv[1])), threading.active_count())
+    obstacles = (fork_server._import_harness("lm_eval"), fork_server._import_engine("lm_eval", sys.argv[1]))
+    print(obstacles, threading.active_count())
     import torch
     print(torch.cuda.is_initialized(), flush=True)
     child = os.fork()
@@ -57,7 +58,7 @@ def test_imports_start_no_threads_and_touch_no_gpu(model: str, tmp_path: Path) -
         [sys.executable, str(script), model], capture_output=True, text=True, timeout=170, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-3:] == ["'' 1", "False", "0"], done.stderr
+    assert done.stdout.splitlines()[-3:] == ["(('', False), ('', False)) 1", "False", "0"], done.stderr
 
 
 def test_forked_engines_find_one_perplexity(tmp_path: Path) -> None:
