@@ -57,6 +57,8 @@ class LogitRows(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.t.default:
+            return result  # a view of the output matrix
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
             if (
                 isinstance(tensor, torch.Tensor)
