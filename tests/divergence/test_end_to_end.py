@@ -235,7 +235,9 @@ def test_scores_are_the_same_with_and_without_reference(
         for a, b in zip(_samples(result), _samples(plain), strict=True):
             assert a["resps"][0][0][:4] == b["resps"][0][0][:4]
         metadata, plain_metadata = (r["configs"][TASK]["metadata"] for r in (result, plain))
-        assert {k: v for k, v in plain_metadata.items() if k != "standard_error"}.items() <= metadata.items()
+        assert all(metadata[k] == v for k, v in plain_metadata.items() if k not in ("standard_error", "by_position"))
+        by_position, plain_by_position = (m["by_position"]["metrics"] for m in (metadata, plain_metadata))
+        assert all(by_position[name] == figures for name, figures in plain_by_position.items())
     assert "divergence" not in plain["configs"][TASK]["metadata"]
     assert not any(name.startswith(("kld", "ppl_ratio")) for name in metrics_of(plain))
 
