@@ -13,6 +13,7 @@ from typing import Any
 
 from compare.comparison.best import frontier
 from compare.comparison.comparison import Comparison
+from compare.comparison.equivalence import POWER
 from compare.comparison.loss import LossScale, loss_scale, original_value
 from compare.comparison.memory import GIB, loaded_bytes, longest_context, memory
 from compare.comparison.pairs import measure_pairs
@@ -20,7 +21,6 @@ from compare.comparison.point import Point
 from compare.comparison.significance import CONFIDENCE, PairedDifference
 from compare.text import and_more
 
-POWER = 0.8  # of the number of tokens or questions that would tell two models apart
 _MOST = 1000  # times as many tokens: beyond that, a number of tokens helps nobody
 
 
