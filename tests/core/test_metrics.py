@@ -44,6 +44,7 @@ def test_standard_error_agrees_with_scipy() -> None:
     assert ours == pytest.approx(expected.standard_error * math.sqrt(20 / 19), rel=0.03)
 
 
+@pytest.mark.slow
 def test_standard_error_is_right_for_five_blocks() -> None:
     """The error of the mean of five normal values is 1/√5 on average; a plain bootstrap gives √(4/5) of that."""
     rng = np.random.default_rng(2)

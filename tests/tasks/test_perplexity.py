@@ -108,6 +108,7 @@ def test_harness_models_have_no_top1_accuracy(tiny_tokenizer: Path) -> None:
     assert not any(key.startswith("top1") for key in metrics)
 
 
+@pytest.mark.slow
 def test_bits_per_byte_exists_if_tokens_are_scored_once(tiny_tokenizer: Path) -> None:
     """Two bits per token: bits per byte = 2 × scored tokens / UTF-8 bytes of the text after its first token."""
     metrics, record = run_task(Uniform(), "wiki2_sliding", text_path=_text(), tokenizer=str(tiny_tokenizer), **_ALL)

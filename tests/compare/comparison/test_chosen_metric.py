@@ -70,6 +70,7 @@ def written(tmp_path_factory):
     return file
 
 
+@pytest.mark.slow
 def test_groups_of_a_harness_file_take_missing_values_from_subtasks(written):
     """The harness leaves out values of a group; once it no longer does, compare/results/groups.py may be obsolete."""
     content = json.loads(written.read_text())
@@ -309,6 +310,7 @@ def test_a_metric_without_drawable_points_is_reported(folder, compare, tmp_path)
     assert "wrote" in out.err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_plot_page_and_report_of_several_metrics(folder, compare, tmp_path):
     import xml.etree.ElementTree as ElementTree
 

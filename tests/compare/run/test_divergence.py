@@ -93,6 +93,7 @@ def test_compare_q_spec_and_flags_work_unchanged(
     assert not (tmp_path / "models/ref_logits").exists()
 
 
+@pytest.mark.slow
 def test_out_logits_without_flags_measures_as_in_compare_q(workshop: Workshop, tmp_path: Path) -> None:
     """The folder counts from the spec and the plot shows perplexity; -kld then runs nothing again."""
     workshop.entries[2]["out_logits"] = "refs"
@@ -106,6 +107,7 @@ def test_out_logits_without_flags_measures_as_in_compare_q(workshop: Workshop, t
     assert "KL divergence" in (tmp_path / "plot.svg").read_text()
 
 
+@pytest.mark.slow
 def test_lf_with_stored_reference_measures_against_it(referenced: Workshop, tmp_path: Path, capsys: Any) -> None:
     """-lf as in compare_q, where no entry writes the reference. Its content counts, not its place."""
     folder = tmp_path / "stored"
@@ -297,6 +299,7 @@ def test_results_without_divergence_are_run_again_for_kld(referenced: Workshop) 
     assert referenced.calls() == ["d"]  # the stored reference is used
 
 
+@pytest.mark.slow
 def test_results_with_divergence_are_kept_without_kld(referenced: Workshop) -> None:
     assert referenced.run("-kld") == 0
     referenced.calls()

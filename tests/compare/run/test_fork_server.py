@@ -60,6 +60,7 @@ def test_unsafe_imports_are_not_kept(
         assert "imports of the stub" not in log
 
 
+@pytest.mark.slow
 def test_crash_while_importing_is_not_the_end(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STUB_LATE", f"{STUB}.late.crash")
     assert workshop.run() == 0
