@@ -14,7 +14,7 @@ from typing import Any
 from compare.comparison.best import frontier
 from compare.comparison.comparison import Comparison
 from compare.comparison.equivalence import POWER
-from compare.comparison.loss import LossScale, loss_scale, original_value
+from compare.comparison.loss import LossScale, loss_of, loss_scale
 from compare.comparison.memory import GIB, loaded_bytes, longest_context, memory
 from compare.comparison.pairs import measure_pairs
 from compare.comparison.point import Point
@@ -74,7 +74,7 @@ class Answer:
     def candidates(self) -> list[Candidate]:
         """The comparable models with a figure, smallest first; a model with a figure that is NaN is not one."""
         points = [p for p in self.comparison.points if p.comparable and p.y is not None and not p.record.not_numbers]
-        found = [Candidate(p, *self._loss(p), self.size_of(p)) for p in points]
+        found = [Candidate(p, *loss_of(p, self.comparison, self.scale), self.size_of(p)) for p in points]
         return sorted(found, key=lambda c: (c.size is None, c.size or 0, c.label))
 
     @cached_property
@@ -99,14 +99,6 @@ class Answer:
     def size_name(self) -> str:
         """What `size_of` counts: ``weights``, ``weights + cache of 8,192 tokens``."""
         return f"weights + cache of {self.comparison.options.context:,} tokens" if self._cache_is_exact else "weights"
-
-    def _loss(self, point: Point) -> tuple[float | None, float | None]:
-        original = original_value(self.comparison.metric, self.comparison.baselines.get(point.size))
-        if original is None or point.y is None:
-            return None, None
-        error = None if point.stderr is None else self.scale.error(point.stderr, original)
-        # A perplexity's own error is mostly that of the text, which the original shares: only pairs give the loss's
-        return self.scale.of(point.y, original), error if self.comparison.metric.row.needs_reference else None
 
     def sentences(self) -> list[Sentence]:
         """The whole answer, in the order in which a reader needs it."""

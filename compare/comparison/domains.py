@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 
 from compare.comparison.comparison import Comparison
-from compare.comparison.loss import LossScale, loss_scale, original_value
+from compare.comparison.loss import LossScale, loss_of, loss_scale
 from compare.comparison.point import Point
 
 PREFIX = "domain_"
@@ -61,6 +62,7 @@ class Domains:
         self.scales: list[LossScale] = [loss_scale(comparison.metric) for comparison in comparisons]
         self.names = [comparison.metric.task.removeprefix(PREFIX) for comparison in comparisons]
 
+    @cached_property
     def models(self) -> list[ModelLosses]:
         """Every model with a comparable figure in any domain, by family and size as in the tables."""
         found: dict[str, tuple[Point, dict[int, Loss]]] = {}
@@ -81,13 +83,10 @@ class Domains:
         ]
 
     def _loss(self, number: int, point: Point, in_noise: bool) -> Loss:
-        comparison, scale = self.comparisons[number], self.scales[number]
-        original = original_value(comparison.metric, comparison.baselines.get(point.size))
-        if original is None or point.y is None or point.record.not_numbers:
+        if point.record.not_numbers:
             return Loss()
-        needs_reference = comparison.metric.row.needs_reference
-        error = scale.error(point.stderr, original) if needs_reference and point.stderr is not None else None
-        return Loss(scale.of(point.y, original), error, in_noise)
+        value, error = loss_of(point, self.comparisons[number], self.scales[number])
+        return Loss(value, error, value is not None and in_noise)
 
     def floors(self) -> list[float | None]:
         """The upper end of each domain's noise floor, as a loss; None where none is known."""
@@ -100,6 +99,7 @@ class Domains:
                 floors.append(max(scale.of(floor.low, ideal), scale.of(floor.high, ideal)))
         return floors
 
+    @cached_property
     def agreement(self) -> list[Agreement]:
         """Kendall's τ-b of every two domains with at least `MIN_MODELS` common models, the lowest first.
 
@@ -108,7 +108,7 @@ class Domains:
         from scipy import stats
 
         baselines = {p.record.label for c in self.comparisons for p in c.points if p.record.is_baseline}
-        models = [model for model in self.models() if model.label not in baselines]
+        models = [model for model in self.models if model.label not in baselines]
         found = []
         for a, b in combinations(range(len(self.comparisons)), 2):
             pairs = [(m.losses[a].value, m.losses[b].value) for m in models]

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from compare.comparison.chosen_metric import ChosenMetric
+from compare.comparison.comparison import Comparison
 from compare.comparison.point import Point
 from compare.errors import CompareError
 from compare.metrics import LossForm
@@ -71,8 +72,15 @@ def loss_scale(metric: ChosenMetric) -> LossScale:
     return LossScale(metric, row.loss, units.get(row.loss, f" {row.unit}" if row.unit else ""))
 
 
-def original_value(metric: ChosenMetric, original: Point | None) -> float | None:
-    """The original's figure: the ideal one where the metric needs a reference; None where it is unknown."""
-    if metric.row.needs_reference:
-        return metric.row.ideal
-    return original.y if original is not None else None
+def loss_of(point: Point, comparison: Comparison, scale: LossScale) -> tuple[float | None, float | None]:
+    """A point's loss and its standard error, in the scale's unit; None where its figure or the original's is unknown.
+
+    A perplexity's own error is mostly that of the text, which the original shares, and says nothing of the loss's: only
+    pairs do. So there is an error only where the metric itself compares with a reference.
+    """
+    row, baseline = comparison.metric.row, comparison.baselines.get(point.size)
+    original = row.ideal if row.needs_reference else baseline.y if baseline is not None else None
+    if original is None or point.y is None:
+        return None, None
+    known = row.needs_reference and point.stderr is not None
+    return scale.of(point.y, original), scale.error(point.stderr or 0.0, original) if known else None

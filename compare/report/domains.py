@@ -29,7 +29,7 @@ def section(comparisons: Sequence[Comparison]) -> DomainSection | None:
     unit = domains.scales[0].unit.strip()
     caption = f"Loss by {alike[0].metric.name}{f', {unit}' if unit and unit not in alike[0].metric.name else ''}"
     heads = [Head("Model"), *(Head(name, right=True, descending_first=True) for name in domains.names)]
-    return DomainSection(PageTable(caption, heads, [_row(m) for m in domains.models()]), sentences(domains))
+    return DomainSection(PageTable(caption, heads, [_row(m) for m in domains.models]), sentences(domains))
 
 
 def _row(model: ModelLosses) -> PageRow:

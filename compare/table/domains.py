@@ -20,7 +20,7 @@ def render_markdown(domains: Domains) -> str:
     heading = f"Loss by {first.metric.name}{f', {unit}' if unit and unit not in first.metric.name else ''}: {over}"
     lines = [markdown(heading), "", f"| Model | Family | bpw | {' | '.join(map(markdown, domains.names))} |"]
     lines.append(f"|---|---|---:|{'---:|' * len(domains.names)}")
-    for model in domains.models():
+    for model in domains.models:
         bpw = "–" if model.bpw is None else f"{model.bpw:.3f}"
         cells = [cell(loss, number == model.worst) for number, loss in enumerate(model.losses)]
         lines.append(f"| {markdown(model.label)} | {markdown(model.family)} | {bpw} | {' | '.join(cells)} |")
@@ -44,7 +44,7 @@ def cell(loss: Loss, worst: bool) -> str:
 def sentences(domains: Domains) -> list[str]:
     """What the table says together."""
     found = [f"{WORST}: the domain in which a model loses most. {NOISE}: within the noise floor of that domain."]
-    agreement = domains.agreement()
+    agreement = domains.agreement
     if agreement:
         mean = math.fsum(pair.tau for pair in agreement) / len(agreement)
         low = agreement[0]
@@ -74,11 +74,11 @@ def render_json(domains: Domains) -> str:
                            for name, loss in zip(domains.names, model.losses, strict=True)},
                 "worst": None if model.worst is None else domains.names[model.worst],
             }
-            for model in domains.models()
+            for model in domains.models
         ],
         "agreement": [
             {"first": pair.first, "second": pair.second, "kendall_tau": pair.tau, "models": pair.models}
-            for pair in domains.agreement()
+            for pair in domains.agreement
         ],
     }  # fmt: skip
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
