@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
-from compare.commands.common import add_budget, add_selection, options_of
+from compare.commands.common import add_budget, add_selection, options_of, show_text
 from compare.comparison.build import build_comparisons
 from compare.comparison.choice import Answer
 from compare.comparison.load import load_records
@@ -24,7 +23,6 @@ HELP = "say which model to run: within noise of the original, smallest for a los
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_selection(parser)
     add_budget(parser)
-    parser.set_defaults(pareto=False)
     parser.add_argument(
         "--max-loss",
         metavar="LOSS",
@@ -56,13 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         texts = [[show_controls(s.text) for s in answer.sentences()] for _, answer in answers]
         shown = "\n".join("\n".join(lines) + "\n" for lines in texts)
-    if arguments.output is None:
-        sys.stdout.write(shown)
-        return 0
-    from compare.files import write_output
-
-    write_output(arguments.output, shown.encode("utf-8", "backslashreplace"))
-    say(f"wrote {arguments.output}")
+    show_text(shown, arguments.output)
     return 0
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from pathlib import Path
 
 from compare.comparison.axis import AXES, MEMORY
 from compare.comparison.comparison import Options
 from compare.comparison.margins import MarginOption, parse_margin
+from compare.console import say
 from compare.errors import CompareError
 from compare.write import PICTURE_SUFFIXES
 
@@ -75,7 +77,8 @@ def add_best(parser: argparse.ArgumentParser) -> None:
 
 
 def add_budget(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of a memory limit: --budget, --context."""
+    """Adds the arguments of a memory limit: --budget, --context. Without `add_best` there is no --pareto."""
+    parser.set_defaults(pareto=False)
     parser.add_argument(
         "--budget",
         type=_amount,
@@ -142,6 +145,20 @@ def options_of(arguments: argparse.Namespace, sort: str = "family") -> Options:
         baseline=arguments.baseline,
         sort=sort,
     )
+
+
+def show_text(text: str, output: Path | None, about: str = "") -> None:
+    """Writes a text to standard output, or to `output`, and then says so. Raises CompareError if it cannot be written.
+
+    about: what the message adds, `` (7 models)``.
+    """
+    if output is None:
+        sys.stdout.write(text)
+        return
+    from compare.files import write_output
+
+    write_output(output, text.encode("utf-8", "backslashreplace"))
+    say(f"wrote {output}{about}")
 
 
 def check_picture_name(flag: str, file: Path) -> None:

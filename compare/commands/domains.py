@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import replace
 from pathlib import Path
 
-from compare.commands.common import add_budget, add_selection, options_of
+from compare.commands.common import add_budget, add_selection, options_of, show_text
 from compare.comparison.build import build_comparisons
 from compare.comparison.domains import PREFIX, Domains
 from compare.comparison.load import load_records
@@ -22,7 +21,6 @@ HELP = "one metric over several domains (domain_code, domain_german …): which 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_selection(parser)
     add_budget(parser)
-    parser.set_defaults(pareto=False)
     parser.add_argument(
         "--tasks", metavar="A,B", help=f"the tasks to put side by side (default: all whose name begins with {PREFIX})"
     )
@@ -46,13 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     domains = Domains(comparisons)
     text = table.render_json(domains) if arguments.format == "json" else table.render_markdown(domains)
-    if arguments.output is None:
-        sys.stdout.write(text)
-        return 0
-    from compare.files import write_output
-
-    write_output(arguments.output, text.encode("utf-8", "backslashreplace"))
-    say(f"wrote {arguments.output} ({len(domains.names)} domains)")
+    show_text(text, arguments.output, f" ({len(domains.names)} domains)")
     return 0
 
 

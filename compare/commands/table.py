@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from compare.commands.common import add_best, add_margin, add_selection, check_margins, options_of
+from compare.commands.common import add_best, add_margin, add_selection, check_margins, options_of, show_text
 from compare.comparison.build import SORTS
 from compare.comparison.comparison import Comparison
 from compare.comparison.load import load_comparisons
@@ -72,19 +72,13 @@ def run(arguments: argparse.Namespace) -> int:
         "csv": formats.render_csv,
         "json": formats.render_json,
     }
-    if arguments.output is None:
-        if table_format == "terminal":
-            terminal.print_terminal(comparisons, arguments.title)
-            sys.stdout.write(answer)
-        else:
-            sys.stdout.write(renderers[table_format](comparisons, arguments.title) + answer)
+    if arguments.output is None and table_format == "terminal":
+        terminal.print_terminal(comparisons, arguments.title)
+        sys.stdout.write(answer)
         return 0
-    from compare.files import write_output
-
-    text = renderers[table_format](comparisons, arguments.title) + answer
-    write_output(arguments.output, text.encode("utf-8", "backslashreplace"))
     models = max(len(comparison.points) for comparison in comparisons)
-    say(f"wrote {arguments.output} ({models} models)")
+    text = renderers[table_format](comparisons, arguments.title) + answer
+    show_text(text, arguments.output, f" ({models} models)")
     return 0
 
 
